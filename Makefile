@@ -1,0 +1,119 @@
+# The front door. `make help` lists the targets; all of them work from a fresh clone.
+#
+# `make`, `make demo`, `make test` install the Debian packages that are missing (and say so
+# first); OMQ_NO_INSTALL=1 forbids it. JOBS sets the number of parallel compilations.
+
+SHELL := /bin/bash
+JOBS ?= $(shell nproc)
+export JOBS
+PREFIX ?= /usr/local
+BUILD = cmake --build $(1) --parallel $(JOBS)
+QUIET_NINJA := $(if $(CI),NINJA_STATUS="[%f/%t] ",)
+
+.DEFAULT_GOAL := programs
+.PHONY: help programs all demo test test-all test-gpu bench format format-check lint lines golden \
+        smollm2 ci tiny asan cuda-check embed install clean packages configure
+
+help:
+	@echo "make             the programs: build/bin/omq-quant, build/bin/omq-run"
+	@echo "make demo        quantise the bundled model to 3 and 2 bits, compare, generate text (< 3 min)"
+	@echo "make test        build and run the tests"
+	@echo "make test-all    the same with the slow ones, and an outside project built against an install"
+	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
+	@echo "make bench       run the benchmarks"
+	@echo "make smollm2     fetch the real model (SmolLM2-135M, 98 MB) to .cache/smollm2"
+	@echo "make golden      write tests/golden again with PyTorch (needs transformers)"
+	@echo "make format      clang-format everything;  make lint: clang-tidy;  make lines: lines per folder"
+	@echo "make tiny        small static programs in build-tiny/bin"
+	@echo "make asan        build with sanitizers and run the fast tests"
+	@echo "make ci          what .ci/run does: format, test, tiny, embed, CUDA compile check, asan"
+	@echo "make install     to PREFIX=$(PREFIX) (DESTDIR is honoured);  make clean"
+
+packages:
+	@scripts/install-packages.sh build
+
+configure: packages
+	@scripts/configure.sh cpu
+
+programs: configure
+	@$(QUIET_NINJA) $(call BUILD,build) --target programs
+
+all: configure
+	@$(QUIET_NINJA) $(call BUILD,build)
+
+demo: programs
+	@scripts/demo.sh build/bin
+
+test: all
+	@scripts/run-tests.sh build -LE slow
+
+test-all: all
+	@scripts/run-tests.sh build
+
+embed: all
+	@scripts/run-tests.sh build -L install
+
+test-gpu: packages
+	@if ls cuda/*.cu >/dev/null 2>&1; then \
+	  scripts/configure.sh cuda && $(call BUILD,build-cuda) --target omq-test-gpu && \
+	  echo "build-cuda/bin/omq-test-gpu: carry it, with tests/, to the machine with the GPU"; \
+	else echo "test-gpu: SKIPPED, there is no cuda/*.cu in this tree yet"; fi
+
+bench: all
+	@for b in build/bin/omq-bench-*; do \
+	  [ -x "$$b" ] || { echo "no benchmarks built"; break; }; echo "== $$b"; "$$b" || exit 1; \
+	done
+
+format:
+	@scripts/install-packages.sh format
+	@scripts/format.sh fix
+
+format-check:
+	@scripts/install-packages.sh format
+	@scripts/format.sh check
+
+lint: all
+	@scripts/install-packages.sh lint
+	@find tensor autograd nn quant models tools -name '*.cpp' | \
+	  while read -r f; do grep -qF "/$$f\"" build/compile_commands.json && echo "$$f"; done | \
+	  xargs -r -n 4 -P $(JOBS) clang-tidy -p build --quiet
+
+lines:
+	@scripts/lines.sh
+
+golden:
+	python3 tests/golden/make_golden.py
+
+smollm2:
+	@scripts/fetch-smollm2.sh
+
+tiny: packages
+	@scripts/configure.sh tiny
+	@$(QUIET_NINJA) $(call BUILD,build-tiny) --target programs
+	@ls -l build-tiny/bin 2>/dev/null | awk 'NF > 8 { printf "%-14s %6.2f MB\n", $$9, $$5 / 1e6 }'
+	@for p in build-tiny/bin/omq-*; do [ -x "$$p" ] && { "$$p" --help >/dev/null || exit 1; }; done; true
+
+asan: packages
+	@scripts/configure.sh asan
+	@$(QUIET_NINJA) $(call BUILD,build-asan)
+	@ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  scripts/run-tests.sh build-asan -LE slow
+
+# Compile only, one architecture: CI has no GPU.
+cuda-check: packages
+	@if ! ls cuda/*.cu >/dev/null 2>&1; then \
+	  echo "cuda-check: SKIPPED, there is no cuda/*.cu in this tree yet"; \
+	elif ! command -v nvcc >/dev/null && ! [ -x /usr/local/cuda/bin/nvcc ]; then \
+	  echo "cuda-check: SKIPPED, no nvcc here"; \
+	else scripts/configure.sh cuda -DCMAKE_CUDA_ARCHITECTURES=90a -DOMQ_TESTS=OFF && \
+	  $(call BUILD,build-cuda) --target omq_cuda; fi
+
+# In order, stopping at the first failure; ends in ctest's summary of the sanitizer run.
+ci:
+	@scripts/ci.sh
+
+install: programs
+	cmake --install build --prefix "$(PREFIX)"
+
+clean:
+	rm -rf build build-tiny build-asan build-cuda

@@ -1,0 +1,53 @@
+// Matrix products. Transposes are strides, so every gradient is again the same kernel.
+#include "autograd/ops.h"
+
+namespace omq {
+namespace {
+
+Tensor transposed(const Tensor& x) {
+  Shape shape = x.shape();
+  Strides strides = x.strides();
+  std::swap(shape[x.ndim() - 1], shape[x.ndim() - 2]);
+  std::swap(strides[x.ndim() - 1], strides[x.ndim() - 2]);
+  return x.alias(shape, strides);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  Shape shape = a.shape();
+  shape[a.ndim() - 1] = b.dim(-1);
+  Tensor y = Tensor::empty(shape, a.dtype(), a.device());
+  on(a).matmul(y, a, b);
+  return y;
+}
+
+}  // namespace
+
+Tensor matmul(const Tensor& a, const Tensor& b) {
+  check(a.ndim() >= 2 && a.ndim() == b.ndim(), "matmul: {} · {}: the same number of dims (≥ 2) wanted", a.shape(),
+        b.shape());
+  check(a.dim(-1) == b.dim(-2), "matmul: inner dims differ: {} · {}", a.shape(), b.shape());
+  for (int i = 0; i < a.ndim() - 2; ++i)
+    check(a.dim(i) == b.dim(i), "matmul: batch dims differ: {} · {}", a.shape(), b.shape());
+  check(a.dtype() == b.dtype(), "matmul: dtypes differ: {} and {}", dtype_name(a.dtype()), dtype_name(b.dtype()));
+  const bool need_a = needs_grad(a), need_b = needs_grad(b);
+  return record("matmul", product(a, b), {a, b},
+                [a = need_b ? a.detach() : Tensor{}, b = need_a ? b.detach() : Tensor{}, need_a,
+                 need_b](const Tensor& dy) -> Grads {
+                  Grads g(2);
+                  if (need_a) g[0] = product(dy, transposed(b));
+                  if (need_b) g[1] = product(transposed(a), dy);
+                  return g;
+                });
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
+  check(w.ndim() == 2 && x.ndim() >= 1 && x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(),
+        w.shape());
+  Shape shape = x.shape();
+  shape[x.ndim() - 1] = w.dim(0);
+  const Tensor rows = reshape(x, {-1, x.dim(-1)});
+  const Tensor y = reshape(matmul(rows, transpose(w, 0, 1)), shape);
+  return bias.defined() ? add(y, bias) : y;
+}
+
+}  // namespace omq

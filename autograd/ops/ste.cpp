@@ -1,0 +1,36 @@
+// Fake quantisation: quantise, then dequantise, with a straight-through gradient (spec omniquant §2.4, §2.6).
+#include "autograd/ops.h"
+
+namespace omq {
+
+Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
+  check(x.dim(1) % s.group_cols(x.dim(1)) == 0, "fake_quant_composed: groups of {} do not divide {} columns",
+        s.group_cols(x.dim(1)), x.dim(1));
+  const int64_t groups = s.groups(x.dim(1));
+  const Shape grouped{x.dim(0), groups, x.dim(1) / groups}, grid{x.dim(0), groups, 1};
+  const Tensor h = reshape(scale, grid), z = reshape(zero.detach(), grid);
+  const Tensor codes = clamp(round_ste(reshape(x, grouped) / h) + z, 0, s.max_code());
+  return reshape((codes - z) * h, x.shape());
+}
+
+Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
+  check(x.ndim() == 2 && x.dim(1) > 0, "fake_quant: wants [rows, cols], got {}", x.shape());
+  const Shape grid{x.dim(0), s.groups(x.dim(1))};
+  check(scale.shape() == grid && zero.shape() == grid, "fake_quant: x {} wants grids {}, got {} and {}", x.shape(),
+        grid, scale.shape(), zero.shape());
+  const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
+  Tensor y = empty_like(source);
+  on(x).fake_quant(y, source, h, z, s);
+  const bool need_x = needs_grad(x), need_scale = needs_grad(scale);
+  return record("fake_quant", y, {source, h},
+                [x = source.detach(), scale = h.detach(), zero = z, need_x, need_scale,
+                 s](const Tensor& dy) -> Grads {
+                  Tensor dx, ds;
+                  if (need_x) dx = empty_like(x);
+                  if (need_scale) ds = empty_like(scale);
+                  on(x).fake_quant_vjp(dx, ds, x, scale, zero, contiguous(dy), s);
+                  return {dx, ds};
+                });
+}
+
+}  // namespace omq

@@ -1,0 +1,96 @@
+# Compiler settings shared by everything that is built here: target omq_flags, and flags of single
+# files.
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+# libomq.a may end up in somebody's shared library.
+if(NOT OMQ_STATIC)
+  set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+endif()
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Release, Debug, …" FORCE)
+endif()
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  set(OMQ_ARCH x86_64)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(OMQ_ARCH aarch64)
+else()
+  set(OMQ_ARCH other)
+endif()
+
+# What the hot loops outside the per-instruction-set files may use: x86-64-v3 (AVX2, FMA, F16C)
+# runs on every PC since 2015. "native" is faster on one machine and runs only there; empty leaves
+# the compiler's default.
+set(default_baseline "")
+if(OMQ_ARCH STREQUAL "x86_64")
+  set(default_baseline x86-64-v3)
+endif()
+set(OMQ_PORTABLE_BASELINE "${default_baseline}"
+    CACHE STRING "-march= of everything but the packed kernels")
+
+add_library(omq_flags INTERFACE)
+target_include_directories(omq_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}")
+target_compile_features(omq_flags INTERFACE cxx_std_20)
+# errno and trap semantics of math functions keep loops from being vectorised and nobody here
+# reads them. The rest of -ffast-math is not wanted: it lets sums be reordered, and results must
+# not depend on the compiler's mood.
+target_compile_options(omq_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -fno-math-errno -fno-trapping-math
+                                -fno-semantic-interposition>)
+# GCC 12 takes `"text" + string` for overlapping copies once it is inlined (GCC bug 105651).
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  target_compile_options(omq_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)
+endif()
+if(OMQ_WERROR)
+  target_compile_options(omq_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+endif()
+if(OMQ_PORTABLE_BASELINE)
+  target_compile_options(omq_flags INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-march=${OMQ_PORTABLE_BASELINE}>)
+endif()
+
+set(CMAKE_CXX_FLAGS_RELEASE "-O3 -DNDEBUG")
+set(CMAKE_CXX_FLAGS_MINSIZEREL "-O2 -ffunction-sections -fdata-sections -DNDEBUG")
+if(OMQ_SANITIZE)
+  target_compile_options(omq_flags INTERFACE
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(omq_flags INTERFACE -fsanitize=address,undefined)
+  # GCC 12 sees errors in its own library headers once they carry the sanitizers' checks.
+  target_compile_options(omq_flags INTERFACE
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-array-bounds>)
+endif()
+if(OMQ_STATIC)
+  target_link_options(omq_flags INTERFACE -static -s -Wl,--gc-sections)
+endif()
+
+# A packed kernel file is compiled for its own instruction set and entered only after CPUID
+# allowed it.
+set(omq_avx2 -mavx2 -mfma -mf16c)
+set(omq_avx512 ${omq_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
+    -mprefer-vector-width=512)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # GCC's own AVX-512 header starts its "undefined" registers from themselves and then warns about
+  # it (GCC bug 105593).
+  list(APPEND omq_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+set(omq_amx ${omq_avx512} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
+set(omq_neon -march=armv8.2-a+fp16+dotprod)
+if(OMQ_ARCH STREQUAL "x86_64")
+  set(OMQ_ISA_FILES avx2 avx512 amx)
+elseif(OMQ_ARCH STREQUAL "aarch64")
+  set(OMQ_ISA_FILES neon)
+endif()
+foreach(isa IN LISTS OMQ_ISA_FILES)
+  set_source_files_properties(tensor/cpu/packed_${isa}.cpp
+                              PROPERTIES COMPILE_OPTIONS "${omq_${isa}}")
+endforeach()
+
+find_program(OMQ_CCACHE ccache)
+if(OMQ_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER "${OMQ_CCACHE}")
+  set(CMAKE_CUDA_COMPILER_LAUNCHER "${OMQ_CCACHE}")
+endif()

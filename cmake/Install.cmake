@@ -1,0 +1,39 @@
+# Install: libomq.a, its headers under include/omq, the programs, omqConfig.cmake (target
+# omq::omq) and omq.pc.
+
+if(NOT TARGET omq)
+  return()
+endif()
+include(CMakePackageConfigHelpers)
+
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/omq")
+install(TARGETS omq EXPORT omqTargets ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+if(OMQ_PROGRAMS)
+  set(installed_programs ${OMQ_PROGRAMS})
+  list(REMOVE_ITEM installed_programs train-tiny)
+  install(TARGETS ${installed_programs} RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
+endif()
+foreach(folder tensor autograd nn quant models)
+  install(DIRECTORY ${folder} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/omq"
+          FILES_MATCHING PATTERN "*.h" PATTERN "*.def")
+endforeach()
+install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATADIR}/doc/omq")
+
+install(EXPORT omqTargets NAMESPACE omq:: DESTINATION "${package_dir}")
+configure_package_config_file(cmake/omqConfig.cmake.in "${CMAKE_BINARY_DIR}/omqConfig.cmake"
+                              INSTALL_DESTINATION "${package_dir}")
+write_basic_package_version_file("${CMAKE_BINARY_DIR}/omqConfigVersion.cmake"
+                                 COMPATIBILITY SameMinorVersion)
+install(FILES "${CMAKE_BINARY_DIR}/omqConfig.cmake" "${CMAKE_BINARY_DIR}/omqConfigVersion.cmake"
+              cmake/FindOneDNN.cmake cmake/FindPCRE2.cmake
+        DESTINATION "${package_dir}")
+
+set(OMQ_PC_LIBS "-pthread")
+if(OMQ_HAVE_ONEDNN)
+  string(APPEND OMQ_PC_LIBS " -ldnnl -lgomp")
+endif()
+if(OMQ_HAVE_PCRE2)
+  string(APPEND OMQ_PC_LIBS " -lpcre2-8")
+endif()
+configure_file(cmake/omq.pc.in "${CMAKE_BINARY_DIR}/omq.pc" @ONLY)
+install(FILES "${CMAKE_BINARY_DIR}/omq.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")

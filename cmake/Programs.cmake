@@ -1,0 +1,42 @@
+# Programs and benchmarks. In tools/ a file with a hyphen in its name is a program (omq-quant.cpp,
+# train-tiny.cpp), one without is shared by the programs. Every tools/bench/NAME.cpp becomes
+# omq-bench-NAME.
+
+file(GLOB_RECURSE tools_sources CONFIGURE_DEPENDS tools/*.cpp)
+list(FILTER tools_sources EXCLUDE REGEX "/tools/bench/")
+set(program_sources ${tools_sources})
+list(FILTER program_sources INCLUDE REGEX "/[^/]*-[^/]*\\.cpp$")
+list(FILTER tools_sources EXCLUDE REGEX "/[^/]*-[^/]*\\.cpp$")
+
+add_library(omq_tools_flags INTERFACE)
+target_compile_definitions(omq_tools_flags INTERFACE OMQ_VERSION="${PROJECT_VERSION}")
+target_link_libraries(omq_tools_flags INTERFACE CLI11::CLI11 nlohmann_json::nlohmann_json)
+
+if(tools_sources)
+  add_library(omq_tools OBJECT ${tools_sources})
+  target_link_libraries(omq_tools PUBLIC
+    omq_flags omq_tools_flags fmt::fmt-header-only Threads::Threads)
+endif()
+
+set(OMQ_PROGRAMS "")
+foreach(source IN LISTS program_sources)
+  get_filename_component(name "${source}" NAME_WE)
+  add_executable(${name} "${source}")
+  omq_link(${name} tools)
+  target_link_libraries(${name} PRIVATE omq omq_tools_flags)
+  list(APPEND OMQ_PROGRAMS ${name})
+endforeach()
+add_custom_target(programs DEPENDS ${OMQ_PROGRAMS})
+
+if(OMQ_BENCH)
+  file(GLOB bench_sources CONFIGURE_DEPENDS tools/bench/*.cpp)
+  set(OMQ_BENCHES "")
+  foreach(source IN LISTS bench_sources)
+    get_filename_component(name "${source}" NAME_WE)
+    add_executable(omq-bench-${name} "${source}")
+    omq_link(omq-bench-${name} tools)
+    target_link_libraries(omq-bench-${name} PRIVATE omq omq_tools_flags)
+    list(APPEND OMQ_BENCHES omq-bench-${name})
+  endforeach()
+  add_custom_target(benches DEPENDS ${OMQ_BENCHES})
+endif()

@@ -1,0 +1,86 @@
+# Tests: one doctest program per folder of tests/, each registered twice: NAME runs everything but
+# the test cases whose name begins with "slow:", NAME.slow (label slow) runs those.
+#
+# The programs of the lower layers link only the objects of their own layer and those below, so
+# that the direction of dependencies is checked by the linker too.
+
+add_library(omq_test_main OBJECT tests/support/main.cpp)
+target_link_libraries(omq_test_main PUBLIC omq_flags doctest::doctest)
+target_compile_definitions(omq_test_main PUBLIC OMQ_SOURCE_DIR="${CMAKE_CURRENT_SOURCE_DIR}")
+
+function(omq_add_test name)
+  target_link_libraries(omq-test-${name} PRIVATE omq_test_main nlohmann_json::nlohmann_json)
+  target_compile_definitions(omq-test-${name} PRIVATE
+    OMQ_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
+  set_target_properties(omq-test-${name} PROPERTIES
+    RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
+  add_test(NAME ${name} COMMAND omq-test-${name} --test-case-exclude=slow:*)
+  set_tests_properties(${name} PROPERTIES ENVIRONMENT OMQ_THREADS=1 TIMEOUT 900)
+  if(NO_SLOW IN_LIST ARGN)
+    return()
+  endif()
+  add_test(NAME ${name}.slow COMMAND omq-test-${name} --test-case=slow:*)
+  # A folder without slow test cases shows as skipped in that tier.
+  set_tests_properties(${name}.slow PROPERTIES ENVIRONMENT OMQ_THREADS=1 LABELS slow TIMEOUT 3600
+    SKIP_REGULAR_EXPRESSION "test cases: +0 \\|")
+endfunction()
+
+set(tensor_links tensor cuda)
+set(autograd_links autograd ${tensor_links})
+set(nn_links nn ${autograd_links})
+
+file(GLOB test_folders CONFIGURE_DEPENDS LIST_DIRECTORIES true
+     RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}/tests" tests/*)
+list(REMOVE_ITEM test_folders support embed fixtures golden)
+file(GLOB support_sources CONFIGURE_DEPENDS tests/support/*.cpp)
+list(FILTER support_sources EXCLUDE REGEX "/main\\.cpp$")
+set(all_test_sources "")
+
+foreach(folder IN LISTS test_folders)
+  file(GLOB sources CONFIGURE_DEPENDS tests/${folder}/*.cpp)
+  if(NOT sources OR (folder STREQUAL "tools" AND NOT OMQ_TOOLS))
+    continue()
+  endif()
+  list(APPEND all_test_sources ${sources})
+  add_executable(omq-test-${folder} ${sources} ${support_sources})
+  if(DEFINED ${folder}_links)
+    omq_link(omq-test-${folder} ${${folder}_links})
+  else()
+    omq_link(omq-test-${folder} tools)
+    target_link_libraries(omq-test-${folder} PRIVATE omq)
+  endif()
+  if(folder STREQUAL "tools")
+    target_link_libraries(omq-test-tools PRIVATE omq_tools_flags)
+    add_dependencies(omq-test-tools programs)
+  endif()
+  omq_add_test(${folder})
+endforeach()
+
+add_executable(omq-test-architecture tests/architecture_test.cpp)
+target_link_libraries(omq-test-architecture PRIVATE omq_flags fmt::fmt-header-only)
+omq_add_test(architecture NO_SLOW)
+
+# No inline function may leave a packed kernel file: the linker keeps one copy of it for
+# everybody, and that copy could hold instructions that the processor lacks.
+if(OMQ_ISA_FILES AND TARGET omq_tensor AND NOT OMQ_SANITIZE)
+  add_test(NAME isa_symbols COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/support/isa_symbols.sh"
+           $<TARGET_OBJECTS:omq_tensor> COMMAND_EXPAND_LISTS)
+endif()
+
+# With a GPU back end: every test in one program, which is carried to the machine that has the GPU.
+if(OMQ_HAVE_CUDA AND all_test_sources)
+  add_executable(omq-test-gpu EXCLUDE_FROM_ALL ${all_test_sources} ${support_sources})
+  omq_link(omq-test-gpu tools)
+  target_link_libraries(omq-test-gpu PRIVATE omq omq_test_main nlohmann_json::nlohmann_json)
+  if(OMQ_TOOLS)
+    target_link_libraries(omq-test-gpu PRIVATE omq_tools_flags)
+  endif()
+  target_compile_definitions(omq-test-gpu PRIVATE OMQ_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
+endif()
+
+# An outside project, built against an install of this tree.
+if(TARGET omq AND NOT OMQ_STATIC)
+  add_test(NAME embed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/embed/run.sh"
+           "${CMAKE_BINARY_DIR}" "${CMAKE_CXX_COMPILER}")
+  set_tests_properties(embed PROPERTIES LABELS "slow;install" ENVIRONMENT OMQ_THREADS=1 TIMEOUT 600)
+endif()

@@ -1,0 +1,209 @@
+// Prefill, decode, and what becomes of the text on its way out.
+#include "models/generator.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+
+#include "autograd/ops.h"
+
+namespace omq {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+bool cancelled(const std::atomic<bool>* flag) { return flag && flag->load(std::memory_order_relaxed); }
+
+}  // namespace
+
+std::string_view to_string(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::EndOfText: return "end of text";
+    case FinishReason::StopString: return "stop string";
+    case FinishReason::MaxTokens: return "token limit";
+    case FinishReason::ContextFull: return "context full";
+    case FinishReason::Cancelled: return "cancelled";
+  }
+  return "?";
+}
+
+// ---- StopFilter ----
+
+StopFilter::StopFilter(std::vector<std::string> stop) : stop_(std::move(stop)) {
+  std::erase(stop_, std::string());
+}
+
+std::string StopFilter::push(std::string_view text) {
+  if (met()) return {};
+  held_ += text;
+  size_t at = std::string::npos;
+  for (const std::string& s : stop_)
+    if (const size_t found = held_.find(s); found < at) {
+      at = found;
+      found_ = s;
+    }
+  if (met()) {
+    std::string shown = held_.substr(0, at);
+    held_.clear();
+    return shown;
+  }
+  // The longest end of the text that a stop string begins with.
+  size_t keep = 0;
+  for (const std::string& s : stop_)
+    for (size_t n = std::min(s.size() - 1, held_.size()); n > keep; --n)
+      if (std::string_view(held_).ends_with(std::string_view(s).substr(0, n))) {
+        keep = n;
+        break;
+      }
+  std::string shown = held_.substr(0, held_.size() - keep);
+  held_.erase(0, shown.size());
+  return shown;
+}
+
+std::string StopFilter::flush() { return std::exchange(held_, {}); }
+
+// ---- Generator ----
+
+Generator::Generator(const Model& model, Tokenizer tokenizer, int64_t context)
+    : model_(model), tokenizer_(std::move(tokenizer)), context_(context > 0 ? context : model.context()) {
+  check(context_ <= model.context(), "generator: a context of {} tokens is wanted, the model was loaded for {}",
+        context_, model.context());
+  caches_ = model_.new_caches(1, context_);
+}
+
+bool Generator::ends_text(int32_t id) const {
+  const auto& declared = model_.config().eos_token_ids;
+  return tokenizer_.ends_text(id) || std::find(declared.begin(), declared.end(), id) != declared.end();
+}
+
+void Generator::truncate(size_t length) {
+  for (nn::KVCache& cache : caches_) cache.truncate(std::min(cache.length(), static_cast<int64_t>(length)));
+  cached_.resize(std::min(cached_.size(), length));
+}
+
+void Generator::reset() { truncate(0); }
+
+Tensor Generator::push(std::span<const int32_t> ids) {
+  const auto count = static_cast<int64_t>(ids.size());
+  try {
+    const Tensor h = model_.forward(Tensor::from<int32_t>(ids, {1, count}), static_cast<int64_t>(cached_.size()),
+                                    &caches_);
+    cached_.insert(cached_.end(), ids.begin(), ids.end());
+    return count == 1 ? h : slice(h, 1, count - 1, count);
+  } catch (...) {
+    truncate(cached_.size());  // some blocks may have stored what others have not
+    throw;
+  }
+}
+
+std::vector<float> Generator::logits_of(const Tensor& hidden) const {
+  return model_.logits(hidden).to_vector<float>();
+}
+
+Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t batch,
+                                      const std::atomic<bool>* cancel) {
+  check(!prompt.empty(), "generate: the prompt is empty");
+  check(batch > 0, "generate: a batch of {} tokens", batch);
+  const auto vocab = model_.config().vocab_size;
+  for (const int32_t id : prompt)
+    check(id >= 0 && id < vocab, "generate: token {} is outside the model's vocabulary of {}", id, vocab);
+  check(static_cast<int64_t>(prompt.size()) <= context_,
+        "generate: the prompt has {} tokens, the context holds {}; raise -c or shorten the prompt", prompt.size(),
+        context_);
+  // The last token always goes through the model: its logits are wanted.
+  const auto same = std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end() - 1).first;
+  Prefill result{.reused = same - cached_.begin()};
+  truncate(static_cast<size_t>(result.reused));
+  Tensor last;
+  while (cached_.size() < prompt.size()) {
+    if (cancelled(cancel)) return result;
+    last = push(prompt.subspan(cached_.size(), std::min(static_cast<size_t>(batch), prompt.size() - cached_.size())));
+  }
+  result.logits = logits_of(last);
+  return result;
+}
+
+std::vector<float> Generator::next_logits(std::span<const int32_t> prompt) {
+  const NoGrad off;
+  return prefill(prompt, GenerateOptions{}.batch, nullptr).logits;
+}
+
+namespace {
+
+// The options as the sampler wants them.
+SamplerOptions sampling_of(const GenerateOptions& options, const Generator& generator, int64_t vocab) {
+  SamplerOptions sampling = options.sampling;
+  sampling.validate(vocab);
+  if (options.ignore_eos)
+    for (int32_t id = 0; id < std::min(vocab, generator.tokenizer().vocab_size()); ++id)
+      if (generator.ends_text(id)) sampling.logit_bias.emplace_back(id, -std::numeric_limits<double>::infinity());
+  return sampling;
+}
+
+}  // namespace
+
+FinishReason Generator::decode(std::vector<float> logits, std::span<const int32_t> prompt,
+                               const GenerateOptions& options, const std::function<bool(int32_t)>& write,
+                               GenerateResult& result) {
+  Sampler sampler(sampling_of(options, *this, model_.config().vocab_size));
+  std::vector<int32_t> history(prompt.begin(), prompt.end());
+  const int64_t limit = options.max_tokens < 0 ? std::numeric_limits<int64_t>::max() : options.max_tokens;
+  while (static_cast<int64_t>(result.tokens.size()) < limit) {
+    if (cancelled(options.cancel)) return FinishReason::Cancelled;
+    if (!result.tokens.empty()) {  // the prompt's logits give the first token
+      if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
+      const auto start = Clock::now();
+      logits = logits_of(push({&result.tokens.back(), 1}));
+      result.stats.decode_seconds += seconds_since(start);
+      ++result.stats.decode_steps;
+    }
+    const int32_t id = sampler.sample(logits, history);
+    result.tokens.push_back(id);
+    history.push_back(id);
+    if (ends_text(id)) return FinishReason::EndOfText;
+    if (!write(id)) return FinishReason::StopString;
+  }
+  return FinishReason::MaxTokens;
+}
+
+GenerateResult Generator::generate(std::span<const int32_t> prompt, const GenerateOptions& options) {
+  const NoGrad off;
+  const auto start = Clock::now();
+  GenerateResult result;
+  options.sampling.validate(model_.config().vocab_size);
+  Prefill prompt_done = prefill(prompt, options.batch, options.cancel);
+  GenerateStats& stats = result.stats;
+  stats.prompt_tokens = static_cast<int64_t>(prompt.size());
+  stats.reused_tokens = prompt_done.reused;
+  stats.prompt_seconds = seconds_since(start);
+  if (prompt_done.logits.empty()) {
+    result.finish = FinishReason::Cancelled;
+    return result;
+  }
+
+  // Behind an empty prompt (BOS alone) the text begins here, and SentencePiece's first space is not real.
+  const bool text_starts = prompt.size() == 1 && tokenizer_.bos_id() == prompt.front();
+  StreamDecoder decoder(tokenizer_, {.start_of_text = text_starts});
+  StopFilter filter(options.stop);
+  auto emit = [&](const std::string& text) {
+    if (text.empty()) return;
+    result.text += text;
+    if (options.on_text) options.on_text(text);
+  };
+  auto write = [&](int32_t id) {
+    if (stats.generated_tokens++ == 0) stats.first_token_seconds = seconds_since(start);
+    // Ids beyond the tokenizer's (padding of the table) stand for no text.
+    if (id < tokenizer_.vocab_size()) emit(filter.push(decoder.push(id)));
+    return !filter.met();
+  };
+  result.finish = decode(std::move(prompt_done.logits), prompt, options, write, result);
+  stats.generated_tokens = static_cast<int64_t>(result.tokens.size());
+  if (!filter.met()) emit(filter.push(decoder.flush()));
+  if (!filter.met()) emit(filter.flush());
+  if (filter.met()) result.finish = FinishReason::StopString;
+  result.stop = filter.found();
+  return result;
+}
+
+}  // namespace omq

@@ -1,0 +1,109 @@
+// Generator: a prompt in, text out, token by token.
+//
+// The prompt goes through the model in batches, then each token alone over the key/value cache. What the cache already
+// holds of a new prompt's beginning is not computed again, so a chat turn costs only what is new. Text leaves as whole
+// UTF-8 characters, and never with any part of a stop string.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "models/model.h"
+#include "models/sampler.h"
+#include "models/tokenizer.h"
+#include "nn/kv_cache.h"
+
+namespace omq {
+
+enum class FinishReason { EndOfText, StopString, MaxTokens, ContextFull, Cancelled };
+std::string_view to_string(FinishReason reason);  // "end of text", "stop string", …
+
+struct GenerateOptions {
+  SamplerOptions sampling;
+  int64_t max_tokens = -1;                            // −1: until the model ends the text or the context is full
+  std::vector<std::string> stop;                      // text ends before any of these
+  bool ignore_eos = false;                            // tokens that end the text are forbidden
+  int64_t batch = 512;                                // prompt tokens at a time
+  std::function<void(std::string_view text)> on_text;  // each new piece as soon as it is certain
+  const std::atomic<bool>* cancel = nullptr;          // ends the work at the next token when it becomes true
+};
+
+struct GenerateStats {
+  int64_t prompt_tokens = 0, reused_tokens = 0;  // of the prompt, and found in the cache
+  int64_t generated_tokens = 0;                  // the one that ended the text counts
+  int64_t decode_steps = 0;                      // passes of one token
+  double prompt_seconds = 0, first_token_seconds = 0, decode_seconds = 0;
+  double prompt_rate() const { return rate(prompt_tokens - reused_tokens, prompt_seconds); }  // tokens/s
+  double decode_rate() const { return rate(decode_steps, decode_seconds); }                   // tokens/s
+
+ private:
+  static double rate(int64_t n, double s) { return s > 0 ? static_cast<double>(n) / s : 0.0; }
+};
+
+struct GenerateResult {
+  std::string text;             // all that on_text was given
+  std::vector<int32_t> tokens;  // as sampled, with the one that ended the text
+  FinishReason finish = FinishReason::MaxTokens;
+  std::string stop;             // the stop string that was met
+  GenerateStats stats;
+};
+
+class Generator {
+ public:
+  // context: tokens that prompt and answer may hold together, at most model.context() (0: that). `model` must outlive
+  // the generator.
+  Generator(const Model& model, Tokenizer tokenizer, int64_t context = 0);
+
+  // Throws Error when the prompt is empty, holds an unknown id, or leaves no room in the context.
+  GenerateResult generate(std::span<const int32_t> prompt, const GenerateOptions& options);
+  // Logits [V] of the token after `prompt`; the cache is used and kept as above.
+  std::vector<float> next_logits(std::span<const int32_t> prompt);
+  // Forgets everything.
+  void reset();
+
+  int64_t context() const { return context_; }
+  const Tokenizer& tokenizer() const { return tokenizer_; }
+  bool ends_text(int32_t id) const;
+
+ private:
+  // Puts ids behind the cached tokens; hidden states of the last one, [1,1,D].
+  Tensor push(std::span<const int32_t> ids);
+  std::vector<float> logits_of(const Tensor& hidden) const;
+  struct Prefill {
+    std::vector<float> logits;  // empty when cancelled
+    int64_t reused = 0;         // tokens found in the cache
+  };
+  Prefill prefill(std::span<const int32_t> prompt, int64_t batch, const std::atomic<bool>* cancel);
+  // Samples until there is a reason to end; write(id) shows a token and says whether to go on.
+  FinishReason decode(std::vector<float> logits, std::span<const int32_t> prompt, const GenerateOptions& options,
+                      const std::function<bool(int32_t)>& write, GenerateResult& result);
+  void truncate(size_t length);
+
+  const Model& model_;
+  Tokenizer tokenizer_;
+  int64_t context_;
+  std::vector<nn::KVCache> caches_;
+  std::vector<int32_t> cached_;  // the tokens that the caches hold
+};
+
+// Holds text back as long as it may turn out to be the beginning of a stop string.
+class StopFilter {
+ public:
+  explicit StopFilter(std::vector<std::string> stop);
+  // Text that can be shown now. After a stop string was met: nothing more.
+  std::string push(std::string_view text);
+  std::string flush();  // what was held back, at the end
+  bool met() const { return !found_.empty(); }
+  const std::string& found() const { return found_; }
+
+ private:
+  std::vector<std::string> stop_;
+  std::string held_, found_;
+};
+
+}  // namespace omq

@@ -1,0 +1,98 @@
+// LlamaBlock: names, sites, forward; and its reading.
+#include "models/llama.h"
+
+#include "autograd/ops.h"
+#include "models/packed_model.h"
+
+namespace omq {
+
+Tensor LlamaBlock::forward(const Tensor& x, const nn::Positions& at, nn::KVCache* cache) const {
+  const Tensor h = x + self_attn(input_layernorm(x), at, cache);
+  return h + mlp(post_attention_layernorm(h));
+}
+
+std::vector<nn::NamedLinear> LlamaBlock::linears() {
+  return {{"self_attn.q_proj", &self_attn.q_proj}, {"self_attn.k_proj", &self_attn.k_proj},
+          {"self_attn.v_proj", &self_attn.v_proj}, {"self_attn.o_proj", &self_attn.o_proj},
+          {"mlp.gate_proj", &mlp.gate_proj},       {"mlp.up_proj", &mlp.up_proj},
+          {"mlp.down_proj", &mlp.down_proj}};
+}
+
+void LlamaBlock::visit(const nn::VisitFn& v) {
+  auto part = [&v](std::string prefix, auto& module) {
+    module.visit([&](std::string_view name, Tensor& t) { v(prefix + "." + std::string(name), t); });
+  };
+  part("input_layernorm", input_layernorm);
+  if (self_attn.q_norm) part("self_attn.q_norm", *self_attn.q_norm);
+  if (self_attn.k_norm) part("self_attn.k_norm", *self_attn.k_norm);
+  part("post_attention_layernorm", post_attention_layernorm);
+  for (auto& [name, linear] : linears()) part(name, *linear);
+}
+
+std::vector<nn::Site> LlamaBlock::sites() {
+  const nn::HeadLayout heads{self_attn.heads, self_attn.kv_heads, self_attn.head_dim};
+  std::vector<nn::Site> sites;
+  sites.push_back(nn::NormToLinears{&input_layernorm, {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj}});
+  sites.push_back(nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}});
+  sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
+  // A norm on q and k stands between the projection and the product: rows cannot be rescaled through it.
+  if (!self_attn.q_norm) sites.push_back(nn::QueryKey{&self_attn.q_proj, &self_attn.k_proj, heads});
+  return sites;
+}
+
+LlamaBlock empty_block(const ModelConfig& c) {
+  LlamaBlock b;
+  b.input_layernorm.eps = b.post_attention_layernorm.eps = c.rms_norm_eps;
+  b.self_attn.heads = c.num_heads;
+  b.self_attn.kv_heads = c.num_kv_heads;
+  b.self_attn.head_dim = c.head_dim;
+  if (c.qk_norm) {
+    b.self_attn.q_norm = nn::RMSNorm{{}, {}, c.rms_norm_eps};
+    b.self_attn.k_norm = nn::RMSNorm{{}, {}, c.rms_norm_eps};
+  }
+  return b;
+}
+
+nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed, const std::string& module,
+                       int64_t rows, int64_t cols, LoadAs as) {
+  const std::string stored = module + ".packed";
+  if (packed && reader.has(stored))
+    return with_context(fmt::format("reading {} of {}", stored, reader.path().string()), [&] {
+      return nn::Weight(nn::packed_int_weight(reader.get(stored), rows, cols, packed->spec_of(module).stored()));
+    });
+  const Tensor w = reader.get(module + ".weight", {rows, cols});
+  return as == LoadAs::F32 ? to(w, DType::F32) : w;
+}
+
+std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, LoadAs as) {
+  const ModelConfig& c = reader.config();
+  const std::optional<PackedConfig> packed = PackedConfig::of(c);
+  const std::string prefix = fmt::format("model.layers.{}.", i);
+  auto block = std::make_unique<LlamaBlock>(empty_block(c));
+  auto vector = [&](const std::string& name, int64_t n) { return to(reader.get(prefix + name, {n}), DType::F32); };
+  auto norm = [&](nn::RMSNorm& layer, const std::string& name, int64_t n) {
+    layer.weight = vector(name + ".weight", n);
+    if (reader.has(prefix + name + ".bias")) layer.bias = vector(name + ".bias", n);
+  };
+  norm(block->input_layernorm, "input_layernorm", c.hidden_size);
+  norm(block->post_attention_layernorm, "post_attention_layernorm", c.hidden_size);
+  if (c.qk_norm) {
+    norm(*block->self_attn.q_norm, "self_attn.q_norm", c.head_dim);
+    norm(*block->self_attn.k_norm, "self_attn.k_norm", c.head_dim);
+  }
+  auto linear = [&](nn::Linear& layer, const std::string& name, int64_t rows, int64_t cols, bool bias) {
+    layer.weight = load_weight(reader, packed ? &*packed : nullptr, prefix + name, rows, cols, as);
+    if (bias || reader.has(prefix + name + ".bias")) layer.bias = vector(name + ".bias", rows);
+  };
+  nn::Attention& a = block->self_attn;
+  linear(a.q_proj, "self_attn.q_proj", c.q_size(), c.hidden_size, c.attention_bias);
+  linear(a.k_proj, "self_attn.k_proj", c.kv_size(), c.hidden_size, c.attention_bias);
+  linear(a.v_proj, "self_attn.v_proj", c.kv_size(), c.hidden_size, c.attention_bias);
+  linear(a.o_proj, "self_attn.o_proj", c.hidden_size, c.q_size(), c.attention_out_bias);
+  linear(block->mlp.gate_proj, "mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
+  linear(block->mlp.up_proj, "mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
+  linear(block->mlp.down_proj, "mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias);
+  return block;
+}
+
+}  // namespace omq

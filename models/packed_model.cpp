@@ -1,0 +1,108 @@
+// PackedConfig and the native output folder.
+#include "models/packed_model.h"
+
+namespace omq {
+
+using nlohmann::json;
+
+namespace {
+
+constexpr int kVersion = 1;
+
+json matrix_json(const MatrixSpec& s) {
+  return {{"bits", s.bits}, {"group_size", s.group_size}, {"symmetric", s.symmetric}};
+}
+
+MatrixSpec read_matrix(const json& j, const std::string& where) {
+  auto field = [&](const char* key, bool ok) { check(ok, "{}: {} is missing or of the wrong type", where, key); };
+  check(j.is_object(), "{}: not an object", where);
+  field("bits", j.contains("bits") && j["bits"].is_number_integer());
+  field("group_size", j.contains("group_size") && j["group_size"].is_number_integer());
+  field("symmetric", j.contains("symmetric") && j["symmetric"].is_boolean());
+  MatrixSpec s{j["bits"].get<int>(), j["group_size"].get<int64_t>(), j["symmetric"].get<bool>()};
+  check(s.bits >= 2 && s.bits <= 8, "{}: bits = {}, 2 to 8 wanted", where, s.bits);
+  check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 24), "{}: group_size = {}", where, s.group_size);
+  return s;
+}
+
+Metadata file_metadata(const std::string& config, const std::map<std::string, std::string>& side_files) {
+  Metadata m{{kOmqFormatKey, kOmqFormat}, {"config.json", config}};
+  m.insert(side_files.begin(), side_files.end());
+  return m;
+}
+
+std::string config_text(const CheckpointReader& source, const PackedConfig& packed) {
+  json config = source.config().to_hf_json();
+  config["quantization_config"] = packed.to_json();
+  return config.dump(2) + "\n";
+}
+
+}  // namespace
+
+const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
+  auto it = exceptions.find(module);
+  return it == exceptions.end() ? weight : it->second;
+}
+
+json PackedConfig::to_json() const {
+  json j = matrix_json(weight);
+  j["quant_method"] = "omq";
+  j["omq_format"] = kVersion;
+  j["layout"] = "panel16";
+  j["method"] = method;
+  json rest = json::object();
+  for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
+  j["exceptions"] = rest;
+  return j;
+}
+
+std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
+  const json& j = config.quantization;
+  if (j.is_null()) return std::nullopt;
+  const std::string where = "quantization_config";
+  check(j.is_object() && j.contains("quant_method") && j["quant_method"].is_string(),
+        "{}: quant_method is missing", where);
+  check(j["quant_method"] == "omq", "{}: quant_method \"{}\" is not supported; omq reads its own packed models and "
+        "unquantised checkpoints", where, j["quant_method"].get<std::string>());
+  check(j.contains("omq_format") && j["omq_format"] == kVersion,
+        "{}: omq_format {} is not supported, {} is; quantise again with this version", where,
+        j.contains("omq_format") ? j["omq_format"].dump() : "(missing)", kVersion);
+  check(j.contains("layout") && j["layout"] == "panel16", "{}: layout {} is not supported, \"panel16\" is", where,
+        j.contains("layout") ? j["layout"].dump() : "(missing)");
+  PackedConfig p;
+  p.weight = read_matrix(j, where);
+  if (j.contains("method") && j["method"].is_string()) p.method = j["method"].get<std::string>();
+  if (j.contains("exceptions")) {
+    check(j["exceptions"].is_object(), "{}: exceptions is not an object", where);
+    for (const auto& [module, spec] : j["exceptions"].items())
+      p.exceptions[module] = read_matrix(spec, where + ": exceptions: " + module);
+  }
+  return p;
+}
+
+PackedModelWriter::PackedModelWriter(const CheckpointReader& source, PackedConfig packed,
+                                     const std::filesystem::path& out, bool force)
+    : dir_(out, force),
+      config_(config_text(source, packed)),
+      side_files_(source.side_files()),
+      weights_(dir_.path() / "model.safetensors", file_metadata(config_, side_files_)) {}
+
+void PackedModelWriter::store(int i, nn::Block& block) {
+  block.visit([&](std::string_view name, Tensor& t) { weights_.add(fmt::format("model.layers.{}.{}", i, name), t); });
+}
+
+void PackedModelWriter::add(const std::string& module, const nn::Weight& weight) {
+  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&weight))
+    (*packed)->visit([&](std::string_view name, Tensor& t) { weights_.add(module + "." + std::string(name), t); });
+  else
+    weights_.add(module + ".weight", std::get<Tensor>(weight));
+}
+
+void PackedModelWriter::finish() {
+  weights_.finish();
+  dir_.write("config.json", config_);
+  for (const auto& [name, content] : side_files_) dir_.write(name, content);
+  dir_.commit();
+}
+
+}  // namespace omq

@@ -1,0 +1,44 @@
+// AdamW: decoupled weight decay, one learning rate per group of parameters.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "autograd/backward.h"
+
+namespace omq::nn {
+
+struct ParamGroup {
+  std::string name;             // "lwc", "let": recipes set rates by this name
+  std::vector<Tensor> params;   // made by parameter()
+  double lr = 1e-3;
+  double weight_decay = 0;
+};
+
+struct AdamWOptions {
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+};
+
+class AdamW {
+ public:
+  explicit AdamW(std::vector<ParamGroup> groups, AdamWOptions options = {});
+  // One update in place. A parameter that the loss did not touch keeps its value and its moments.
+  void step(const Gradients& g);
+  // Multiplies every group's rate: schedules and recovery from a bad step.
+  void scale_lr(double factor) { lr_factor_ *= factor; }
+  void set_lr_factor(double factor) { lr_factor_ = factor; }
+  const std::vector<ParamGroup>& groups() const { return groups_; }
+  int64_t steps() const { return steps_; }
+
+ private:
+  struct Moments {
+    Tensor m, v;
+  };
+  std::vector<ParamGroup> groups_;
+  std::vector<std::vector<Moments>> moments_;
+  AdamWOptions options_;
+  double lr_factor_ = 1.0;
+  int64_t steps_ = 0;
+};
+
+}  // namespace omq::nn

@@ -1,0 +1,66 @@
+// Block: one decoder layer as a value, and all that quant/ may know of a model.
+//
+// A block holds tensors; copying it (clone) shares every Storage, so a transform is an edit of a cheap copy and the
+// full-precision block stays as it was. Its Sites say where a function-preserving rescaling may go (paper Eq. 3, 5).
+#pragma once
+
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "nn/attention.h"
+#include "nn/linear.h"
+#include "nn/norm.h"
+
+namespace omq::nn {
+
+struct HeadLayout {
+  int64_t heads = 0, kv_heads = 0, head_dim = 0;
+};
+struct NormToLinears {  // norm → q,k,v and norm → gate,up
+  RMSNorm* norm;
+  std::vector<Linear*> consumers;
+};
+struct LinearToLinear {  // v → o
+  Linear *producer, *consumer;
+  HeadLayout heads;
+};
+struct QueryKey {  // rows of q against rows of k
+  Linear *q, *k;
+  HeadLayout heads;
+};
+using Site = std::variant<NormToLinears, LinearToLinear, QueryKey>;
+
+struct NamedLinear {
+  std::string name;  // within the block: "self_attn.q_proj"
+  Linear* linear;
+};
+
+struct Block {
+  virtual ~Block() = default;
+  // [B,T,D] → [B,T,D]; with a cache, earlier tokens are seen and these are added.
+  virtual Tensor forward(const Tensor& x, const Positions& at, KVCache* cache = nullptr) const = 0;
+  virtual std::unique_ptr<Block> clone() const = 0;  // shares every Storage
+  virtual void visit(const VisitFn& v) = 0;          // names within the block, as in the checkpoint
+  virtual std::vector<NamedLinear> linears() = 0;    // the matrices that are quantised, in the order of the forward
+  virtual std::vector<Site> sites() = 0;
+};
+
+// A model as a row of blocks, loaded one at a time.
+struct BlockSource {
+  virtual ~BlockSource() = default;
+  virtual int size() const = 0;
+  virtual std::unique_ptr<Block> load(int i) = 0;
+  virtual std::string name(int i) const = 0;         // "model.layers.7"
+  virtual Tensor embed(const Tensor& ids) = 0;       // I32 [B,T] → F32 [B,T,D]: the input of block 0
+  virtual RopeTables rope(int64_t positions) = 0;    // tables for that many positions
+};
+
+// Where finished blocks go.
+struct BlockSink {
+  virtual ~BlockSink() = default;
+  virtual void store(int i, Block& packed) = 0;
+};
+
+}  // namespace omq::nn

@@ -1,0 +1,49 @@
+// Linear: the differentiable product for F32 weights, the running kernels for everything stored smaller.
+#include "nn/linear.h"
+
+#include "autograd/ops.h"
+
+namespace omq::nn {
+
+Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
+  const bool history = needs_grad(x) || needs_grad(w) || (bias.defined() && needs_grad(bias));
+  if (history || w.dtype() == DType::F64) return linear(x, w, bias);
+  check(x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
+  const Tensor rows = reshape(x, {-1, w.dim(1)});
+  Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, DType::F32, x.device());
+  packed_on(x).dense_matmul(y, rows, contiguous(w));
+  Shape shape = x.shape();
+  shape[shape.n - 1] = w.dim(0);
+  const Tensor out = reshape(y, shape);
+  return bias.defined() ? add(out, bias) : out;
+}
+
+Tensor Linear::operator()(const Tensor& x) const {
+  const Tensor input = pre ? pre(x) : x;
+  if (!is_packed()) return dense_linear(input, std::get<Tensor>(weight), bias);
+  const Tensor y = std::get<std::shared_ptr<PackedWeight>>(weight)->matmul(input);
+  return bias.defined() ? add(y, bias) : y;
+}
+
+int64_t Linear::out_features() const {
+  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->rows() : std::get<Tensor>(weight).dim(0);
+}
+
+int64_t Linear::in_features() const {
+  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->cols() : std::get<Tensor>(weight).dim(1);
+}
+
+const Tensor& Linear::dense() const {
+  check(!is_packed(), "linear: the weight is packed already; a dense one is wanted");
+  return std::get<Tensor>(weight);
+}
+
+void Linear::visit(const VisitFn& v) {
+  if (is_packed())
+    std::get<std::shared_ptr<PackedWeight>>(weight)->visit(v);
+  else
+    v("weight", std::get<Tensor>(weight));
+  if (bias.defined()) v("bias", bias);
+}
+
+}  // namespace omq::nn

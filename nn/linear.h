@@ -1,0 +1,32 @@
+// Linear: y = x Wᵀ + b over a dense or a packed weight.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <variant>
+
+#include "nn/packed_weight.h"
+#include "tensor/tensor.h"
+
+namespace omq::nn {
+
+using Weight = std::variant<Tensor, std::shared_ptr<PackedWeight>>;
+
+struct Linear {
+  Weight weight;                               // [out, in]
+  Tensor bias;                                 // [out] or undefined
+  std::function<Tensor(const Tensor&)> pre;    // applied to the input: activation quantisers hook in here
+
+  Tensor operator()(const Tensor& x) const;    // [..., in] → [..., out]
+  int64_t out_features() const;
+  int64_t in_features() const;
+  // The weight as a tensor. Throws Error when it is packed.
+  const Tensor& dense() const;
+  bool is_packed() const { return std::holds_alternative<std::shared_ptr<PackedWeight>>(weight); }
+  void visit(const VisitFn& v);  // weight (or packed), bias
+};
+
+// x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are never widened whole.
+Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias);
+
+}  // namespace omq::nn

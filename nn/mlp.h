@@ -1,0 +1,15 @@
+// SwiGLU: down(silu(gate(x)) ⊙ up(x)).
+#pragma once
+
+#include "autograd/ops.h"
+#include "nn/linear.h"
+
+namespace omq::nn {
+
+struct MLP {
+  Linear gate_proj, up_proj, down_proj;  // [F, D], [F, D], [D, F]
+
+  Tensor operator()(const Tensor& x) const { return down_proj(silu_mul(gate_proj(x), up_proj(x))); }
+};
+
+}  // namespace omq::nn

@@ -1,0 +1,49 @@
+// PackedWeight: a weight matrix that is stored in few bits and multiplied as it is.
+//
+// Virtual, not a closed list: a new format (signs, codebooks) is a new class here, and Linear does not change.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string_view>
+
+#include "tensor/packed.h"
+
+namespace omq::nn {
+
+using VisitFn = std::function<void(std::string_view name, Tensor& tensor)>;
+
+struct PackedWeight {
+  virtual ~PackedWeight() = default;
+  virtual int64_t rows() const = 0;
+  virtual int64_t cols() const = 0;
+  virtual Tensor matmul(const Tensor& x) const = 0;        // x [..., cols] → [..., rows], no gradient
+  virtual Tensor dequantize() const = 0;                   // F32 [rows, cols]
+  virtual Tensor embedding(const Tensor& ids) const = 0;   // I32 [...] → F32 [..., cols]
+  virtual size_t nbytes() const = 0;                       // stored bytes, grids included
+  virtual double bits_per_weight() const = 0;              // 8 · nbytes / (rows · cols)
+  virtual void visit(const VisitFn& v) = 0;                // ("packed", data)
+};
+
+// Integer codes on a uniform grid, in the panel16 layout of tensor/packed.h.
+class PackedIntWeight final : public PackedWeight {
+ public:
+  explicit PackedIntWeight(PackedInt w) : w_(std::move(w)) {}
+  int64_t rows() const override { return w_.rows; }
+  int64_t cols() const override { return w_.cols; }
+  Tensor matmul(const Tensor& x) const override;
+  Tensor dequantize() const override;
+  Tensor embedding(const Tensor& ids) const override;
+  size_t nbytes() const override { return w_.data.nbytes(); }
+  double bits_per_weight() const override;
+  void visit(const VisitFn& v) override { v("packed", w_.data); }
+  const PackedInt& packed() const { return w_; }
+
+ private:
+  PackedInt w_;
+};
+
+// A stored tensor NAME.packed (U8 [panels, panel bytes]) as a weight. Throws Error when the size does not fit.
+std::shared_ptr<PackedWeight> packed_int_weight(Tensor data, int64_t rows, int64_t cols, GroupSpec spec);
+
+}  // namespace omq::nn

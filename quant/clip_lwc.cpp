@@ -1,0 +1,44 @@
+// Learnable Weight Clipping, Eq. 2 of arXiv 2308.13137v3:
+//
+//   h = (γ·max W − β·min W) / (2ᵇ−1),  z = −⌊β·min W / h⌉,  γ = σ(u), β = σ(l) ∈ (0, 1)
+//
+// u and l are learned per row and group; max and min are of the weight as it is now, so the factors follow whatever a
+// transform does to it. A constant weight's range is taken once.
+#include "autograd/ops.h"
+#include "quant/clip.h"
+
+namespace omq::quant {
+namespace {
+
+class LearnedClip final : public Clip {
+ public:
+  LearnedClip(const Tensor& w, GroupSpec spec, LearnedClipOptions options) : spec_(spec) {
+    NoGrad off;
+    source_ = w.detach();
+    range_ = group_range(w, spec);
+    gamma_logit_ = parameter(Tensor::full(range_.hi.shape(), options.logit, w.dtype(), w.device()));
+    beta_logit_ = parameter(Tensor::full(range_.hi.shape(), options.logit, w.dtype(), w.device()));
+  }
+
+  Grid grid(const Tensor& w) const override {
+    const bool as_before = !needs_grad(w) && w.raw() == source_.raw();
+    const Range r = as_before ? range_ : group_range(w, spec_);
+    return affine_grid(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
+  }
+
+  nn::ParamGroup params() const override { return {.name = "lwc", .params = {gamma_logit_, beta_logit_}}; }
+
+ private:
+  GroupSpec spec_;
+  Tensor source_;  // holds the storage, so that its address stays a proof of identity
+  Range range_;
+  Tensor gamma_logit_, beta_logit_;  // u, l: [rows, groups]
+};
+
+}  // namespace
+
+std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec, LearnedClipOptions options) {
+  return std::make_unique<LearnedClip>(w, spec, options);
+}
+
+}  // namespace omq::quant

@@ -1,0 +1,60 @@
+// Recipe: a quantisation method as data. One file per method under methods/; methods.def lists them.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "quant/clip.h"
+#include "quant/objective.h"
+#include "quant/rounder.h"
+#include "quant/spec.h"
+#include "quant/transform.h"
+
+namespace omq::quant {
+
+// What a user may set; unset numbers take the method's default.
+struct Options {
+  QuantSpec spec;
+  int epochs = -1;        // -1: the method's (paper: 20, 40 at 2 bits)
+  int batch_size = 1;
+  double lwc_lr = 1e-2, weight_decay = 0;
+  int aug_loss = -1;      // -1: the method's; 0 or 1
+};
+
+struct TrainPlan {
+  int epochs = 0;  // 0: nothing is learned
+  int batch_size = 1;
+  std::map<std::string, double> lr;  // by ParamGroup name
+  double weight_decay = 0;
+};
+
+struct Recipe {
+  std::string name;
+  QuantSpec spec;
+  // Built per block and per linear from the full-precision tensors.
+  std::vector<std::function<std::unique_ptr<Transform>(const nn::Block& fp)>> transforms;
+  std::function<std::unique_ptr<Clip>(const Tensor& w, GroupSpec spec)> clip;
+  std::shared_ptr<const Rounder> rounder;
+  Objective objective;
+  bool augmented = false;  // which objective, for reports
+  TrainPlan train;
+};
+
+struct MethodInfo {
+  std::string_view name, summary;
+  Recipe (*make)(const Options&);
+};
+// Every row of methods.def.
+const std::vector<MethodInfo>& methods();
+// Throws Error naming the methods that there are.
+Recipe make_recipe(std::string_view method, const Options& options);
+
+#define OMQ_METHOD(name, summary) Recipe name(const Options& options);
+#include "quant/methods.def"
+#undef OMQ_METHOD
+
+}  // namespace omq::quant

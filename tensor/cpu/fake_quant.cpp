@@ -1,0 +1,80 @@
+// Fake quantisation of a weight matrix by groups of a row, its straight-through gradient, and the codes themselves
+// (spec omniquant §2.4, §2.6). Rounds x/h first, adds the whole number z, then clamps.
+#include "tensor/cpu/loops.h"
+#include "tensor/kernels.h"
+
+namespace omq::cpu {
+namespace {
+
+// Calls body(group, first column, columns) for each group of the rows in parallel.
+template <class F>
+void for_each_group(int64_t rows, int64_t cols, const GroupSpec& s, F&& body) {
+  const int64_t width = s.group_cols(cols), groups = s.groups(cols);
+  parallel_for(rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t g = 0; g < groups; ++g)
+        body(r * groups + g, r * cols + g * width, std::min(width, cols - g * width));
+  });
+}
+
+template <class T>
+T code(T x, T h, T z, T top) {
+  const T t = round_even(x / h) + z;
+  return t < T(0) ? T(0) : t > top ? top : t;
+}
+
+}  // namespace
+
+void fake_quant(Tensor& y, const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
+  visit_float("fake_quant", x.dtype(), [&]<class T>() {
+    const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>();
+    T* out = y.data<T>();
+    const T top = static_cast<T>(s.max_code());
+    for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
+      const T h = hs[g], z = zs[g];
+      const T* p = in + at;
+      T* o = out + at;
+      for (int64_t i = 0; i < n; ++i) o[i] = (code(p[i], h, z, top) - z) * h;
+    });
+  });
+}
+
+// S = Σ g · [(q − z) − in · x/h] is the gradient of h; in · g that of x, where `in` says that no clamp was active.
+void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& scale, const Tensor& zero,
+                    const Tensor& dy, GroupSpec s) {
+  visit_float("fake_quant_vjp", x.dtype(), [&]<class T>() {
+    const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>(), *pd = dy.data<T>();
+    T* out = dx.defined() ? dx.data<T>() : nullptr;
+    T* ds = dscale.defined() ? dscale.data<T>() : nullptr;
+    const T top = static_cast<T>(s.max_code());
+    for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
+      const T h = hs[g], z = zs[g];
+      const T *p = in + at, *d = pd + at;
+      if (ds)
+        ds[g] = lane_sum<T>(n, [&](int64_t i) {
+          const T r = p[i] / h, t = round_even(r) + z;
+          const T inner = t >= T(0) && t <= top ? r : T(0);
+          const T q = t < T(0) ? T(0) : t > top ? top : t;
+          return d[i] * ((q - z) - inner);
+        });
+      if (out)
+        for (int64_t i = 0; i < n; ++i) {
+          const T t = round_even(p[i] / h) + z;
+          out[at + i] = t >= T(0) && t <= top ? d[i] : T(0);
+        }
+    });
+  });
+}
+
+void quantize_codes(Tensor& codes, const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
+  visit_float("quantize_codes", x.dtype(), [&]<class T>() {
+    const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>();
+    uint8_t* out = codes.data<uint8_t>();
+    const T top = static_cast<T>(s.max_code());
+    for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) out[at + i] = static_cast<uint8_t>(code(in[at + i], hs[g], zs[g], top));
+    });
+  });
+}
+
+}  // namespace omq::cpu

@@ -1,0 +1,99 @@
+// gemm_tile by oneDNN's matmul primitive, run by the calling thread alone.
+//
+// oneDNN is built with OpenMP; each of our threads tells its OpenMP runtime once to use a single thread. Primitives are
+// kept per thread and shape: a primitive owns its scratchpad, so two threads must not share one.
+#include <omp.h>
+
+#include <dnnl.hpp>
+#include <unordered_map>
+
+#include "tensor/cpu/gemm.h"
+#include "tensor/error.h"
+
+namespace omq::cpu {
+namespace {
+
+struct Key {
+  int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
+  bool accumulate;
+  bool operator==(const Key&) const = default;
+};
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t h = 0x9e3779b97f4a7c15u;
+    for (int64_t v : {key.m, key.n, key.k, key.a_row, key.a_col, key.b_row, key.b_col, key.c_row,
+                      static_cast<int64_t>(key.accumulate)})
+      h = (h ^ static_cast<uint64_t>(v)) * 0xff51afd7ed558ccdu, h ^= h >> 32;
+    return static_cast<size_t>(h);
+  }
+};
+
+struct Product {
+  dnnl::matmul primitive;
+  dnnl::memory a, b, c;
+};
+
+struct ThreadState {
+  dnnl::engine engine{dnnl::engine::kind::cpu, 0};
+  dnnl::stream stream{engine};
+  std::unordered_map<Key, Product, KeyHash> products;
+  ThreadState() { omp_set_num_threads(1); }
+};
+
+constexpr size_t kMaxProducts = 4096;  // per thread; ragged prompts would otherwise grow the table for ever
+
+Product make(ThreadState& s, const Key& key) {
+  using dt = dnnl::memory::data_type;
+  const dnnl::memory::desc a({key.m, key.k}, dt::f32, dnnl::memory::dims{key.a_row, key.a_col});
+  const dnnl::memory::desc b({key.k, key.n}, dt::f32, dnnl::memory::dims{key.b_row, key.b_col});
+  const dnnl::memory::desc c({key.m, key.n}, dt::f32, dnnl::memory::dims{key.c_row, 1});
+  dnnl::primitive_attr attributes;
+  if (key.accumulate) {
+    dnnl::post_ops ops;
+    ops.append_sum(1.0f);
+    attributes.set_post_ops(ops);
+  }
+  const dnnl::matmul::desc desc(a, b, c);
+  const dnnl::matmul::primitive_desc pd(desc, attributes, s.engine);
+  return {dnnl::matmul(pd), dnnl::memory(a, s.engine, nullptr), dnnl::memory(b, s.engine, nullptr),
+          dnnl::memory(c, s.engine, nullptr)};
+}
+
+}  // namespace
+
+void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+               int64_t b_row, int64_t b_col, float* c, int64_t c_row, bool accumulate) {
+  if (m == 0 || n == 0 || k == 0) {
+    if (!accumulate)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) c[i * c_row + j] = 0.0f;
+    return;
+  }
+  // A stride of a size-1 dimension is never used, but oneDNN wants it consistent.
+  if (m == 1) a_row = a_col == 1 ? k : 1;
+  if (k == 1) a_col = a_row == 1 ? m : 1, b_row = b_col == 1 ? n : 1;
+  if (n == 1) b_col = b_row == 1 ? k : 1;
+  if (m == 1) c_row = n;
+  static thread_local ThreadState state;
+  const Key key{m, n, k, a_row, a_col, b_row, b_col, c_row, accumulate};
+  auto it = state.products.find(key);
+  if (it == state.products.end()) {
+    if (state.products.size() >= kMaxProducts) state.products.clear();
+    try {
+      it = state.products.emplace(key, make(state, key)).first;
+    } catch (const dnnl::error& e) {
+      fail("gemm: oneDNN refuses {}x{}x{} with strides ({}, {}) ({}, {}): {}", m, n, k, a_row, a_col, b_row, b_col,
+           e.what());
+    }
+  }
+  Product& p = it->second;
+  p.a.set_data_handle(const_cast<float*>(a));
+  p.b.set_data_handle(const_cast<float*>(b));
+  p.c.set_data_handle(c);
+  p.primitive.execute(state.stream, {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}});
+  state.stream.wait();
+}
+
+const char* gemm_name() { return "oneDNN"; }
+
+}  // namespace omq::cpu

@@ -1,0 +1,95 @@
+// Loops that the CPU kernels share: strided walks over up to three tensors, and sums whose order is fixed.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "tensor/parallel.h"
+#include "tensor/tensor.h"
+
+namespace omq::cpu {
+
+inline constexpr int64_t kGrain = 16384;  // elements of cheap work worth a chunk of its own
+
+// Calls row(offsets, n, strides) for every innermost run of n elements, in parallel; offsets and strides (elements) of
+// each of the N tensors. Dims that are jointly contiguous are merged first, so plain tensors become one long run.
+template <size_t N, class Row>
+void for_each_row(const Shape& shape, const std::array<Strides, N>& strides, Row&& row) {
+  Dims size;
+  std::array<Dims, N> step;
+  for (int i = 0; i < shape.n; ++i) {
+    if (shape[i] == 1) continue;
+    bool merged = size.n > 0;
+    for (size_t t = 0; t < N && merged; ++t) merged = step[t].back() == strides[t][i] * shape[i];
+    if (merged) {
+      size[size.n - 1] *= shape[i];
+      for (size_t t = 0; t < N; ++t) step[t][size.n - 1] = strides[t][i];
+    } else {
+      size.push_back(shape[i]);
+      for (size_t t = 0; t < N; ++t) step[t].push_back(strides[t][i]);
+    }
+  }
+  if (shape.product() == 0) return;
+  if (size.n == 0) {
+    size.push_back(1);
+    for (size_t t = 0; t < N; ++t) step[t].push_back(1);
+  }
+  const int64_t inner = size.back();
+  std::array<int64_t, N> inner_step;
+  for (size_t t = 0; t < N; ++t) inner_step[t] = step[t].back();
+  const int64_t outer = size.product() / inner;
+  if (outer == 1) {
+    parallel_for(inner, kGrain, [&](int64_t begin, int64_t end) {
+      std::array<int64_t, N> at;
+      for (size_t t = 0; t < N; ++t) at[t] = begin * inner_step[t];
+      row(at, end - begin, inner_step);
+    });
+    return;
+  }
+  parallel_for(outer, std::max<int64_t>(1, kGrain / inner), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      std::array<int64_t, N> at{};
+      int64_t rest = r;
+      for (int i = size.n - 2; i >= 0; --i) {
+        const int64_t index = rest % size[i];
+        rest /= size[i];
+        for (size_t t = 0; t < N; ++t) at[t] += index * step[t][i];
+      }
+      row(at, inner, inner_step);
+    }
+  });
+}
+
+// Σ f(i) for i in [0, n), in eight running lanes (so that it vectorises) that are folded in a fixed order.
+template <class T, class F>
+T lane_sum(int64_t n, F&& f) {
+  T lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) lanes[j] += f(i + j);
+  for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += f(i);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+template <class T, class F>
+T lane_max(int64_t n, T start, F&& f) {
+  T lanes[8];
+  for (T& l : lanes) l = start;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) {
+      const T v = f(i + j);
+      lanes[j] = v > lanes[j] ? v : lanes[j];
+    }
+  for (int64_t j = 0; i < n; ++i, ++j) {
+    const T v = f(i);
+    lanes[j] = v > lanes[j] ? v : lanes[j];
+  }
+  for (int64_t j = 1; j < 8; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+  return lanes[0];
+}
+
+inline int64_t rows_of(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel() / x.shape().back(); }
+
+}  // namespace omq::cpu

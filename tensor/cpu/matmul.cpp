@@ -1,0 +1,91 @@
+// The dense product. F32 is cut into a grid of tiles whose size depends on the shape alone; each tile is one
+// gemm_tile by one thread, so the result has the same bits on any number of threads. F64 is the plain loop.
+#include <bit>
+
+#include "tensor/cpu/gemm.h"
+#include "tensor/cpu/loops.h"
+#include "tensor/kernels.h"
+
+namespace omq::cpu {
+namespace {
+
+// How a dimension is cut: `parts` pieces of `size`, the last one shorter.
+struct Cut {
+  int64_t parts, size;
+};
+Cut cut(int64_t n, int64_t parts) {
+  const int64_t size = ((n + parts - 1) / parts + 15) / 16 * 16;
+  return {(n + size - 1) / size, size};
+}
+
+// Powers of two, so that pieces are equal and two or four threads divide them evenly.
+void choose_tiles(int64_t m, int64_t n, int64_t k, Cut& rows, Cut& cols) {
+  int64_t pm = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((m + 255) / 256)));
+  int64_t pn = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((n + 767) / 768)));
+  const bool worth = m * n * k > (int64_t{1} << 21);
+  while (worth && pm * pn < 4) (m / pm >= n / pn ? pm : pn) *= 2;
+  rows = cut(m, pm);
+  cols = cut(n, pn);
+}
+
+// gemm_tile wants one of the two strides to be 1 and rows that do not overlap (as those of an expanded tensor do).
+Tensor usable(const Tensor& x) {
+  const int64_t rows = x.dim(-2), cols = x.dim(-1), down = x.stride(-2), along = x.stride(-1);
+  const bool by_rows = (along == 1 || cols == 1) && (down >= cols || rows == 1);
+  const bool by_cols = (down == 1 || rows == 1) && (along >= rows || cols == 1);
+  if (by_rows || by_cols) return x;
+  Tensor y = empty_like(x);
+  copy(y, x);
+  return y;
+}
+
+int64_t batch_offset(const Tensor& x, int64_t b) {
+  int64_t at = 0;
+  for (int i = x.ndim() - 3; i >= 0; --i) {
+    at += b % x.dim(i) * x.stride(i);
+    b /= x.dim(i);
+  }
+  return at;
+}
+
+void matmul_f64(Tensor& y, const Tensor& a, const Tensor& b, int64_t batches) {
+  const int64_t m = a.dim(-2), k = a.dim(-1), n = b.dim(-1);
+  for (int64_t i = 0; i < batches; ++i) {
+    const double* pa = a.data<double>() + batch_offset(a, i);
+    const double* pb = b.data<double>() + batch_offset(b, i);
+    double* out = y.data<double>() + i * m * n;
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t c = 0; c < n; ++c) {
+        double s = 0;
+        for (int64_t p = 0; p < k; ++p)
+          s += pa[r * a.stride(-2) + p * a.stride(-1)] * pb[p * b.stride(-2) + c * b.stride(-1)];
+        out[r * n + c] = s;
+      }
+  }
+}
+
+}  // namespace
+
+void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
+  const int64_t m = a_any.dim(-2), k = a_any.dim(-1), n = b_any.dim(-1);
+  if (y.numel() == 0) return;
+  const int64_t batches = y.numel() / (m * n);
+  if (y.dtype() == DType::F64) return matmul_f64(y, a_any, b_any, batches);
+  const Tensor a = usable(a_any), b = usable(b_any);
+  const float *pa = a.data<float>(), *pb = b.data<float>();
+  float* out = y.data<float>();
+  Cut rows, cols;
+  choose_tiles(m, n, k, rows, cols);
+  const int64_t tiles = rows.parts * cols.parts;
+  parallel_for(batches * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / tiles, r0 = i % tiles / cols.parts * rows.size, c0 = i % cols.parts * cols.size;
+      gemm_tile(std::min(rows.size, m - r0), std::min(cols.size, n - c0), k,
+                pa + batch_offset(a, batch) + r0 * a.stride(-2), a.stride(-2), a.stride(-1),
+                pb + batch_offset(b, batch) + c0 * b.stride(-1), b.stride(-2), b.stride(-1),
+                out + batch * m * n + r0 * n + c0, n);
+    }
+  });
+}
+
+}  // namespace omq::cpu

@@ -1,0 +1,311 @@
+// The CPU's running kernels: y = x · wᵀ for packed and dense weights, dequantisation, embedding
+// rows.
+//
+// Two ways through a product, by the number of rows of x. Few rows (decoding): weights are read
+// once, straight from their packed form, panel by panel; the limit is memory. Many rows (prefill):
+// the same loops where they beat floats, else tiles of weights become F32 once each and meet all
+// rows in gemm_tile. Work is cut by shape alone, every element of y is summed by one thread in one
+// order: results do not depend on the number of threads. Inner loops: packed_isa.h.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "tensor/cpu/gemm.h"
+#include "tensor/cpu/packed_isa.h"
+#include "tensor/isa.h"
+#include "tensor/kernels.h"
+#include "tensor/numeric.h"
+#include "tensor/parallel.h"
+
+namespace omq {
+
+// ---- which instruction set ----
+
+namespace {
+
+using cpu::PackedIsa;
+
+std::atomic<const PackedIsa*> active_isa{nullptr};
+
+const PackedIsa* find_isa(std::string_view name) {
+  for (auto p = cpu::kPackedIsas; *p != nullptr; ++p)
+    if ((*p)->name == name && (*p)->runs_here()) return *p;
+  return nullptr;
+}
+
+const PackedIsa& choose_isa() {
+  const char* wanted = std::getenv("OMQ_ISA");
+  const std::vector<const char*> here = packed_isas_here();
+  const PackedIsa* isa = find_isa(wanted && *wanted ? wanted : here.front());
+  if (isa == nullptr) {
+    std::string names;
+    for (const char* name : here) names += std::string(names.empty() ? "" : ", ") + name;
+    fail("OMQ_ISA={} does not run on this machine; it runs {}", wanted, names);
+  }
+  active_isa.store(isa);
+  return *isa;
+}
+
+const PackedIsa& isa() {
+  const PackedIsa* chosen = active_isa.load(std::memory_order_relaxed);
+  return chosen ? *chosen : choose_isa();
+}
+
+}  // namespace
+
+const char* packed_isa_name() { return isa().name; }
+
+bool force_packed_isa(std::string_view name) {
+  const PackedIsa* found = find_isa(name);
+  if (found) active_isa.store(found);
+  return found != nullptr;
+}
+
+std::vector<const char*> packed_isas_here() {
+  std::vector<const char*> names;
+  for (auto p = cpu::kPackedIsas; *p != nullptr; ++p)
+    if ((*p)->runs_here()) names.push_back((*p)->name);
+  return names;
+}
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kFewRows = 8;         // of x: up to here weights are read as they lie
+constexpr int64_t kPanelGrain = 4;      // panels a chunk of work: as many as gemv walks at once
+constexpr int64_t kPreparedRows = 512;  // of x at a time: bounds the scratch memory
+constexpr int64_t kDenseGrain = 32;     // rows of a dense w a chunk of work
+constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
+
+// Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
+// never share.
+enum class Use { Prepared, Tile };
+template <Use> void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(size)));
+    if (memory == nullptr) {
+      size = 0;
+      fail("no memory for {} bytes of scratch", bytes);
+    }
+  }
+  return memory.get();
+}
+
+// Panels a chunk of work: enough that each of gemv's streams (up to 4) has a run to read ahead in,
+// few enough that there are about 16 chunks for the threads to share.
+int64_t panel_grain(int64_t panels) { return std::clamp<int64_t>(panels / 64 * 4, 4, 16); }
+
+// Rows of w that become F32 together: a multiple of 16 that fits the cache, at least 8 tiles for
+// the threads to share where the matrix is not too small for that.
+int64_t tile_rows(int64_t rows, int64_t cols) {
+  const int64_t fitting =
+      std::max<int64_t>(2, kTileBytes / 4 / std::max<int64_t>(1, cols) / kPanelRows) * kPanelRows;
+  const int64_t shared =
+      std::max<int64_t>(2, (rows / 8 + kPanelRows - 1) / kPanelRows) * kPanelRows;
+  return std::min({fitting, shared, int64_t{256}});
+}
+
+void check_plain(const char* op, const char* what, const Tensor& t, DType dtype) {
+  check(t.defined(), "{}: {} is undefined", op, what);
+  check(t.device().type == DeviceType::CPU, "{}: {} must be on the CPU", op, what);
+  check(t.dtype() == dtype, "{}: {} must be {}, got {}", op, what, dtype_name(dtype),
+        dtype_name(t.dtype()));
+  check(t.is_contiguous(), "{}: {} {} must be contiguous", op, what, t.shape());
+}
+
+// y [m, rows] = x [m, cols] · w [rows, cols]ᵀ; gives m.
+int64_t check_product(const char* op, const Tensor& y, const Tensor& x, int64_t rows,
+                      int64_t cols) {
+  check_plain(op, "x", x, DType::F32);
+  check_plain(op, "y", y, DType::F32);
+  check(x.ndim() == 2 && x.dim(1) == cols, "{}: x {} does not fit w [{}, {}]: inner dims differ",
+        op, x.shape(), rows, cols);
+  check(y.shape() == (Shape{x.dim(0), rows}), "{}: y is {}, expected [{}, {}]", op, y.shape(),
+        x.dim(0), rows);
+  return x.dim(0);
+}
+
+PanelView view_of(const char* op, const PackedInt& w) {
+  const int bits = w.spec.bits;
+  check(bits == 2 || bits == 3 || bits == 4 || bits == 8,
+        "{}: stored width is 2, 3, 4 or 8 bits, got {}", op, bits);
+  check(w.rows > 0 && w.cols > 0 && w.spec.group_size >= 0,
+        "{}: a packed matrix [{}, {}] with groups of {} is malformed", op, w.rows, w.cols,
+        w.spec.group_size);
+  check_plain(op, "the packed data", w.data, DType::U8);
+  check(static_cast<int64_t>(w.data.nbytes()) == w.nbytes(),
+        "{}: a [{}, {}] matrix of {} bits takes {} bytes, the data has {}", op, w.rows, w.cols,
+        bits, w.nbytes(), w.data.nbytes());
+  const int64_t groups = w.groups(), full = std::min(w.spec.group_cols(w.cols), w.cols);
+  const int64_t last = w.group_columns(groups - 1);
+  const auto chunks = [](int64_t cols) { return (cols + kChunkCols - 1) / kChunkCols; };
+  return {.data = w.data.data<uint8_t>(),
+          .rows = w.rows,
+          .cols = w.cols,
+          .bits = bits,
+          .symmetric = w.spec.symmetric,
+          .groups = groups,
+          .group_cols = full,
+          .last_cols = last,
+          .block_bytes = w.block_bytes(0),
+          .panel_bytes = w.panel_bytes(),
+          .chunks = (groups - 1) * chunks(full) + chunks(last),
+          .chunk_stride = std::min(kChunkCols, (full + 15) / 16 * 16)};
+}
+
+// y = x · wᵀ from the packed form: rows of x are prepared once, then every panel meets them.
+void multiply_packed(const PackedIsa& isa, const PanelView& w, const float* x, int64_t m,
+                     float* y) {
+  const int64_t row_bytes = isa.prepared_bytes(w), panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  for (int64_t m0 = 0; m0 < m; m0 += kPreparedRows) {
+    const int64_t rows = std::min(kPreparedRows, m - m0);
+    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(rows * row_bytes));
+    parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        isa.prepare(w, x + (m0 + i) * w.cols, prepared + i * row_bytes);
+    });
+    parallel_for(panels, panel_grain(panels), [&](int64_t begin, int64_t end) {
+      isa.gemv(w, prepared, rows, y + m0 * w.rows, begin, end);
+    });
+  }
+}
+
+// y = x · wᵀ by tiles of F32 weights, [cols, rows of the tile]: the order in which panels unpack.
+void multiply_dequantized(const PackedIsa& isa, const PanelView& w, const float* x, int64_t m,
+                          float* y) {
+  const int64_t tile = tile_rows(w.rows, w.cols);
+  parallel_for(w.rows, tile, [&](int64_t begin, int64_t end) {
+    auto* weights = static_cast<float*>(scratch<Use::Tile>(tile * w.cols * 4));
+    for (int64_t row = begin; row < end; row += kPanelRows)
+      isa.dequantize(w, row / kPanelRows, weights + (row - begin), tile);
+    gemm_tile(m, end - begin, w.cols, x, w.cols, 1, weights, tile, 1, y + begin, w.rows);
+  });
+}
+
+float f16_at(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return f16_bits_to_f32(bits);
+}
+
+// One row of w, out [cols].
+void dequantize_row(const PackedInt& w, const PanelView& view, int64_t row, float* out) {
+  const int64_t r = row % kPanelRows;
+  const uint8_t* block = view.data + row / kPanelRows * view.panel_bytes;
+  for (int64_t g = 0; g < view.groups; ++g, block += view.block_bytes) {
+    const int64_t cols = w.group_columns(g);
+    const int64_t padded = PackedInt::padded_columns(cols, view.bits);
+    const uint8_t* grid = block + PackedInt::code_bytes(cols, view.bits) + 2 * r;
+    const float scale = f16_at(grid);
+    const float zero =
+        view.symmetric ? static_cast<float>(1 << (view.bits - 1)) : f16_at(grid + 32);
+    uint8_t codes[4 * kPanelRows] = {};
+    for (int64_t c = 0; c < cols; ++c) {
+      if (c % 4 == 0) unpack_quad(block, view.bits, padded, c / 4, codes);
+      *out++ = scale * (static_cast<float>(codes[4 * r + c % 4]) - zero);
+    }
+  }
+}
+
+Stored stored_type(const Tensor& w) {
+  switch (w.dtype()) {
+    case DType::F32:
+      return Stored::F32;
+    case DType::BF16:
+      return Stored::BF16;
+    case DType::F16:
+      return Stored::F16;
+    default:
+      fail("dense_matmul: w must be F32, BF16 or F16, got {}", dtype_name(w.dtype()));
+  }
+}
+
+// Rows begin … end − 1 of w as F32 [end − begin, cols]: w itself when it is F32.
+const float* dense_rows(const PackedIsa& isa, const DenseView& w, int64_t begin, int64_t end) {
+  if (w.type == Stored::F32) return static_cast<const float*>(w.data) + begin * w.cols;
+  auto* out = static_cast<float*>(scratch<Use::Tile>((end - begin) * w.cols * 4));
+  isa.widen(static_cast<const uint16_t*>(w.data) + begin * w.cols, w.type, out,
+            (end - begin) * w.cols);
+  return out;
+}
+
+}  // namespace
+
+void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
+  const PanelView view = view_of("packed_matmul", w);
+  const int64_t m = check_product("packed_matmul", y, x, w.rows, w.cols);
+  const PackedIsa& loops = isa();
+  if (m <= kFewRows || loops.gemv_for_many_rows)
+    multiply_packed(loops, view, x.data<float>(), m, y.data<float>());
+  else
+    multiply_dequantized(loops, view, x.data<float>(), m, y.data<float>());
+}
+
+void packed_dequantize(Tensor& y, const PackedInt& w) {
+  const PanelView view = view_of("packed_dequantize", w);
+  check_plain("packed_dequantize", "y", y, DType::F32);
+  check(y.shape() == (Shape{w.rows, w.cols}), "packed_dequantize: y is {}, expected [{}, {}]",
+        y.shape(), w.rows, w.cols);
+  const PackedIsa& loops = isa();
+  float* out = y.data<float>();
+  parallel_for(w.panels(), 1, [&](int64_t begin, int64_t end) {
+    auto* columns = static_cast<float*>(scratch<Use::Tile>(kPanelRows * w.cols * 4));
+    for (int64_t panel = begin; panel < end; ++panel) {
+      loops.dequantize(view, panel, columns, kPanelRows);
+      const int64_t first = panel * kPanelRows, live = std::min(kPanelRows, w.rows - first);
+      for (int64_t r = 0; r < live; ++r)
+        for (int64_t c = 0; c < w.cols; ++c)
+          out[(first + r) * w.cols + c] = columns[c * kPanelRows + r];
+    }
+  });
+}
+
+void packed_embedding(Tensor& y, const PackedInt& table, const Tensor& ids) {
+  const PanelView view = view_of("packed_embedding", table);
+  check_plain("packed_embedding", "ids", ids, DType::I32);
+  check_plain("packed_embedding", "y", y, DType::F32);
+  check(ids.ndim() == 1 && y.shape() == (Shape{ids.dim(0), table.cols}),
+        "packed_embedding: ids {} and a table [{}, {}] do not give y {}", ids.shape(), table.rows,
+        table.cols, y.shape());
+  const int32_t* id = ids.data<int32_t>();
+  for (int64_t t = 0; t < ids.dim(0); ++t)
+    check(id[t] >= 0 && id[t] < table.rows, "packed_embedding: id {} at {} is outside [0, {})",
+          id[t], t, table.rows);
+  float* out = y.data<float>();
+  parallel_for(ids.dim(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) dequantize_row(table, view, id[t], out + t * table.cols);
+  });
+}
+
+void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
+  check(w.defined() && w.ndim() == 2, "dense_matmul: w must be a matrix [N, K]");
+  const DenseView view{w.raw(), w.dim(0), w.dim(1), stored_type(w)};
+  check_plain("dense_matmul", "w", w, w.dtype());
+  const int64_t m = check_product("dense_matmul", y, x, view.rows, view.cols);
+  const PackedIsa& loops = isa();
+  const float* in = x.data<float>();
+  float* out = y.data<float>();
+  if (m <= kFewRows) {
+    parallel_for(view.rows, kDenseGrain, [&](int64_t begin, int64_t end) {
+      loops.dense_gemv(view, in, m, out, begin, end);
+    });
+    return;
+  }
+  parallel_for(view.rows, tile_rows(view.rows, view.cols), [&](int64_t begin, int64_t end) {
+    const float* weights = dense_rows(loops, view, begin, end);
+    gemm_tile(m, end - begin, view.cols, in, view.cols, 1, weights, 1, view.cols, out + begin,
+              view.rows);
+  });
+}
+
+}  // namespace cpu
+}  // namespace omq

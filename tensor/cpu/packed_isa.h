@@ -1,0 +1,79 @@
+// The packed kernels' inner loops as a table of functions, one table per instruction set (internal
+// to tensor/).
+//
+// tensor/cpu/packed.cpp checks shapes, cuts the work and picks a table; the loops behind it see
+// plain pointers. This header is included by files compiled for instruction sets that the processor
+// may lack, so it must stay free of inline functions and of standard headers that have them: the
+// linker keeps one copy of an inline function, and that copy could be the one that faults.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace omq::cpu {
+
+// Activations are quantised in chunks: at most this many columns, inside one group of the weights.
+// With codes up to 255 and activations of 15 bits, 128 products fit an int32 sum: 255 · 32512 · 128
+// < 2³¹.
+inline constexpr int64_t kChunkCols = 128;
+
+// A PackedInt (tensor/packed.h) as the loops see it. Group g of panel p starts at data +
+// p·panel_bytes + g·block_bytes.
+struct PanelView {
+  const uint8_t* data;
+  int64_t rows, cols;
+  int bits;        // 2, 3, 4 or 8
+  bool symmetric;  // no zero points stored; zero = 2ᵇ⁻¹
+  int64_t groups, group_cols,
+      last_cols;  // the last group has last_cols columns, the others group_cols
+  int64_t block_bytes, panel_bytes;
+  int64_t chunks;        // in one row of activations
+  int64_t chunk_stride;  // columns that a chunk takes in prepared activations: a multiple of 16
+};
+
+enum class Stored { F32, BF16, F16 };
+
+// Dense weights [rows, cols], row-major.
+struct DenseView {
+  const void* data;
+  int64_t rows, cols;
+  Stored type;
+};
+
+struct PackedIsa {
+  const char* name;
+  bool (*runs_here)();
+
+  // Bytes of one row of x once prepared: a multiple of 64.
+  int64_t (*prepared_bytes)(const PanelView& w);
+  // One row x [cols] in the form that gemv reads; out is 64-byte aligned.
+  void (*prepare)(const PanelView& w, const float* x, std::byte* out);
+  // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m prepared rows that follow each
+  // other.
+  void (*gemv)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+               int64_t panel1);
+  // True when gemv also beats dequantise-and-multiply for many rows (m in the hundreds).
+  bool gemv_for_many_rows;
+  // out[c · ld + r] = scale · (code − zero) for all 16 rows r and all columns c of one panel.
+  void (*dequantize)(const PanelView& w, int64_t panel, float* out, int64_t ld);
+
+  // y [m, rows] for rows row0 … row1 − 1, from x [m, cols].
+  void (*dense_gemv)(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
+                     int64_t row1);
+  // n values to float.
+  void (*widen)(const void* values, Stored type, float* out, int64_t n);
+};
+
+extern const PackedIsa kScalarIsa;
+extern const PackedIsa kAvx2Isa;    // x86-64 builds only
+extern const PackedIsa kAvx512Isa;  // x86-64 builds only
+
+// The tables of this build, the best first, ended by null. Defined in packed_isa_x86.cpp or
+// packed_isa_other.cpp: the build takes the file that fits the processor family.
+extern const PackedIsa* const kPackedIsas[];
+
+// One quad = 4 columns × 16 rows: codes[4r + j] is row r, column 4·quad + j of a block. The
+// definition of the layout is this function and its inverse in tensor/packed.cpp.
+void unpack_quad(const uint8_t* block, int bits, int64_t padded_cols, int64_t quad, uint8_t* codes);
+
+}  // namespace omq::cpu

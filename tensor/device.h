@@ -1,0 +1,46 @@
+// Device: where bytes live, and the table of functions that a device offers.
+//
+// A DeviceApi is a plain struct of function pointers (no virtual classes, no registry): device.cpp holds the CPU's,
+// cuda/device.cu the GPU's. A build without CUDA links cuda/absent.cpp, whose table pointer is null, and every attempt
+// to use such a device ends in one clear error. See kernels.h for the compute tables.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace omq {
+
+enum class DeviceType : uint8_t { CPU, CUDA };
+
+struct Device {
+  DeviceType type = DeviceType::CPU;
+  int8_t index = 0;
+  bool operator==(const Device&) const = default;
+};
+
+// "cpu", "cuda:0".
+std::string to_string(Device d);
+
+// Memory functions of one device kind; sizes in bytes. alloc returns 64-byte aligned memory or throws Error.
+struct DeviceApi {
+  void* (*alloc)(size_t bytes, int index);
+  void (*free)(void* p, size_t bytes, int index);
+  void (*copy)(void* dst, Device dst_device, const void* src, Device src_device, size_t bytes);
+  void (*sync)(int index);
+};
+
+// Throws Error when this build has no back end for d.
+const DeviceApi& device_api(Device d);
+
+// The CUDA memory table, or null in a build without CUDA (defined in cuda/: device.cu or absent.cpp).
+const DeviceApi* cuda_device_api();
+
+// Bytes now and at most held by live CPU tensors; the peak can be set back to the present.
+struct MemoryUse {
+  size_t now = 0, peak = 0;
+};
+MemoryUse cpu_memory_use();
+void reset_cpu_memory_peak();
+
+}  // namespace omq

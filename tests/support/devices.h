@@ -1,0 +1,40 @@
+// The devices that a test body runs on: the CPU, and the GPU when this build has a back end and the machine a GPU.
+//
+//   for (Device d : test_devices()) { CAPTURE(d); … }
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <vector>
+
+#include "tensor/tensor.h"
+
+namespace omq {
+
+inline const std::vector<Device>& test_devices() {
+  static const std::vector<Device> devices = [] {
+    std::vector<Device> found{Device{}};
+    if (cuda_device_api()) {
+      const Device gpu{DeviceType::CUDA, 0};
+      try {
+        Tensor::empty({1}, DType::F32, gpu);
+        found.push_back(gpu);
+      } catch (const Error& e) {
+        MESSAGE("skipped: " << to_string(gpu) << ": " << e.what());
+      }
+    }
+    return found;
+  }();
+  return devices;
+}
+
+}  // namespace omq
+
+template <>
+struct doctest::StringMaker<omq::Device> {
+  static String convert(const omq::Device& d) { return omq::to_string(d).c_str(); }
+};
+template <>
+struct doctest::StringMaker<omq::Dims> {
+  static String convert(const omq::Dims& d) { return omq::to_string(d).c_str(); }
+};
