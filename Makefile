@@ -8,7 +8,6 @@ JOBS ?= $(shell nproc)
 export JOBS
 PREFIX ?= /usr/local
 BUILD = cmake --build $(1) --parallel $(JOBS)
-QUIET_NINJA := $(if $(CI),NINJA_STATUS="[%f/%t] ",)
 
 .DEFAULT_GOAL := programs
 .PHONY: help programs all demo test test-all test-gpu bench format format-check lint lines golden \
@@ -36,10 +35,10 @@ configure: packages
 	@scripts/configure.sh cpu
 
 programs: configure
-	@$(QUIET_NINJA) $(call BUILD,build) --target programs
+	@$(call BUILD,build) --target programs
 
 all: configure
-	@$(QUIET_NINJA) $(call BUILD,build)
+	@$(call BUILD,build)
 
 demo: programs
 	@scripts/demo.sh build/bin
@@ -89,13 +88,13 @@ smollm2:
 
 tiny: packages
 	@scripts/configure.sh tiny
-	@$(QUIET_NINJA) $(call BUILD,build-tiny) --target programs
+	@$(call BUILD,build-tiny) --target programs
 	@ls -l build-tiny/bin 2>/dev/null | awk 'NF > 8 { printf "%-14s %6.2f MB\n", $$9, $$5 / 1e6 }'
-	@for p in build-tiny/bin/omq-*; do [ -x "$$p" ] && { "$$p" --help >/dev/null || exit 1; }; done; true
+	@for p in build-tiny/bin/omq-*; do [ ! -x "$$p" ] || "$$p" --help >/dev/null || exit 1; done
 
 asan: packages
 	@scripts/configure.sh asan
-	@$(QUIET_NINJA) $(call BUILD,build-asan)
+	@$(call BUILD,build-asan)
 	@ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  scripts/run-tests.sh build-asan -LE slow
 

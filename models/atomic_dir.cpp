@@ -23,7 +23,9 @@ fs::path without_slash(fs::path p) {
   return p.has_filename() ? p : p.parent_path();
 }
 
-fs::path parent_of(const fs::path& p) { return p.has_parent_path() ? p.parent_path() : fs::path("."); }
+fs::path parent_of(const fs::path& p) {
+  return p.has_parent_path() ? p.parent_path() : fs::path(".");
+}
 
 // Flushes a file or folder to the disk; file systems that cannot sync a folder are forgiven.
 void sync_path(const fs::path& p, bool folder) {
@@ -64,8 +66,8 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
   check(fd_ >= 0, "{}: written to after it was finished", file_.string());
   size_t done = 0;
   while (done < bytes.size()) {
-    const ssize_t n = ::pwrite(fd_, bytes.data() + done, bytes.size() - done,
-                               static_cast<off_t>(offset + done));
+    const ssize_t n =
+        ::pwrite(fd_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     check(n > 0, "{}: cannot write {} bytes at offset {}: {}", file_.string(), bytes.size() - done,
           offset + done, n == 0 ? "nothing was written" : std::strerror(errno));
@@ -77,11 +79,11 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
 void AtomicFile::read_at(uint64_t offset, std::span<std::byte> bytes) const {
   size_t done = 0;
   while (done < bytes.size()) {
-    const ssize_t n = ::pread(fd_, bytes.data() + done, bytes.size() - done,
-                              static_cast<off_t>(offset + done));
+    const ssize_t n =
+        ::pread(fd_, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
-    check(n > 0, "{}: cannot read back {} bytes at offset {}: {}", file_.string(), bytes.size() - done,
-          offset + done, n == 0 ? "end of file" : std::strerror(errno));
+    check(n > 0, "{}: cannot read back {} bytes at offset {}: {}", file_.string(),
+          bytes.size() - done, offset + done, n == 0 ? "end of file" : std::strerror(errno));
     done += static_cast<size_t>(n);
   }
 }
@@ -94,7 +96,8 @@ void AtomicFile::truncate(uint64_t bytes) {
 
 void AtomicFile::commit() {
   check(fd_ >= 0, "{}: finished twice", file_.string());
-  check(::fsync(fd_) == 0, "{}: cannot flush to the disk: {}", file_.string(), std::strerror(errno));
+  check(::fsync(fd_) == 0, "{}: cannot flush to the disk: {}", file_.string(),
+        std::strerror(errno));
   rename_path(partial_, file_);
   const int fd = fd_;
   fd_ = -1;  // the partial is gone: nothing to remove any more
@@ -110,11 +113,12 @@ AtomicDir::AtomicDir(const fs::path& out, bool force) : out_(without_slash(out))
   // Through a symbolic link, so that the link stays and its target is replaced.
   if (fs::is_symlink(out_, error)) out_ = fs::weakly_canonical(out_, error);
   const fs::path parent = parent_of(out_);
-  check(fs::is_directory(parent, error), "output folder {}: the folder {} does not exist", out.string(),
-        parent.string());
+  check(fs::is_directory(parent, error), "output folder {}: the folder {} does not exist",
+        out.string(), parent.string());
   if (fs::exists(fs::symlink_status(out_, error))) {
     check(force, "output folder {}: it exists; choose another name or pass --force", out.string());
-    check(fs::is_directory(out_, error), "output folder {}: a file of this name exists", out.string());
+    check(fs::is_directory(out_, error), "output folder {}: a file of this name exists",
+          out.string());
     const bool ours = fs::is_empty(out_, error) || fs::exists(out_ / "config.json", error);
     check(ours,
           "output folder {}: not replaced even with --force, since it is not empty and holds no "
@@ -125,8 +129,8 @@ AtomicDir::AtomicDir(const fs::path& out, bool force) : out_(without_slash(out))
   partial_ = out_;
   partial_ += fmt::format(".partial-{}", ::getpid());
   fs::remove_all(partial_, error);  // left over from a process of the same number that was killed
-  check(::mkdir(partial_.c_str(), 0777) == 0, "output folder {}: cannot create {}: {}", out.string(),
-        partial_.string(), std::strerror(errno));
+  check(::mkdir(partial_.c_str(), 0777) == 0, "output folder {}: cannot create {}: {}",
+        out.string(), partial_.string(), std::strerror(errno));
 }
 
 AtomicDir::~AtomicDir() {

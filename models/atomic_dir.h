@@ -1,7 +1,8 @@
 // All or nothing on disk: a file or folder that appears under its name only when it is complete.
 //
-// Everything is written beside the target under a .partial name, flushed to the disk, and renamed at the end; an error
-// or an early return removes the partial. omq-quant writes its output folder this way, SafetensorsWriter its file.
+// Everything is written beside the target under a .partial name, flushed to the disk, and renamed
+// at the end; an error or an early return removes the partial. omq-quant writes its output folder
+// this way, SafetensorsWriter its file.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +27,8 @@ class AtomicFile {
   // Appends. Throws Error (disk full, file size limit, …) naming the file and the bytes wanted.
   void write(std::span<const std::byte> bytes);
   void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
-  // Overwrites or extends; the end of the file, where write() goes on, moves to the furthest byte written.
+  // Overwrites or extends; the end of the file, where write() goes on, moves to the furthest byte
+  // written.
   void write_at(uint64_t offset, std::span<const std::byte> bytes);
   // Fills `bytes` from what was written at offset.
   void read_at(uint64_t offset, std::span<std::byte> bytes) const;
@@ -47,9 +49,9 @@ class AtomicFile {
 // One output folder.
 class AtomicDir {
  public:
-  // Creates OUT.partial-PID beside OUT. Throws Error when OUT exists (unless force and OUT is an empty folder or holds
-  // a config.json, so that a mistyped name cannot cost anybody a home folder), when the parent folder is missing, or
-  // when it cannot be written to.
+  // Creates OUT.partial-PID beside OUT. Throws Error when OUT exists (unless force and OUT is an
+  // empty folder or holds a config.json, so that a mistyped name cannot cost anybody a home
+  // folder), when the parent folder is missing, or when it cannot be written to.
   explicit AtomicDir(const std::filesystem::path& out, bool force = false);
   // Removes the partial folder unless commit() was called.
   ~AtomicDir();

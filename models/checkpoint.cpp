@@ -48,16 +48,12 @@ std::string nearest(std::string_view name, const std::vector<std::string>& names
   return out;
 }
 
-template <class T>
-bool is_finite(T v) {
-  return std::isfinite(static_cast<double>(v));
-}
+template <class T> bool is_finite(T v) { return std::isfinite(static_cast<double>(v)); }
 bool is_finite(bf16_t v) { return (v.bits & 0x7f80u) != 0x7f80u; }
 bool is_finite(f16_t v) { return (v.bits & 0x7c00u) != 0x7c00u; }
 bool is_finite(float v) { return (std::bit_cast<uint32_t>(v) & 0x7f800000u) != 0x7f800000u; }
 
-template <class T>
-void check_values(const Tensor& t, std::string_view name) {
+template <class T> void check_values(const Tensor& t, std::string_view name) {
   const T* p = t.data<T>();
   std::atomic<int64_t> first{INT64_MAX};
   parallel_for(t.numel(), int64_t{1} << 16, [&](int64_t begin, int64_t end) {
@@ -109,7 +105,8 @@ std::unique_ptr<CheckpointReader> open_folder(const fs::path& folder) {
   const bool config = fs::exists(folder / "config.json", error);
   if (config && safetensors) return detail::open_hf_folder(folder);
   if (ggufs.size() == 1) return open_file(ggufs.front());
-  check(ggufs.empty(), "{}: holds {} GGUF files; name the one that is meant", folder.string(), ggufs.size());
+  check(ggufs.empty(), "{}: holds {} GGUF files; name the one that is meant", folder.string(),
+        ggufs.size());
   check(!safetensors, "{}: holds safetensors but no config.json", folder.string());
   check(!pickles, "{}: holds no safetensors, only PyTorch (pickle) files; convert them first",
         folder.string());
@@ -122,11 +119,16 @@ std::unique_ptr<CheckpointReader> open_folder(const fs::path& folder) {
 void check_finite(const Tensor& t, std::string_view name) {
   if (t.numel() == 0) return;
   switch (t.dtype()) {
-    case DType::F64: return check_values<double>(t, name);
-    case DType::F32: return check_values<float>(t, name);
-    case DType::BF16: return check_values<bf16_t>(t, name);
-    case DType::F16: return check_values<f16_t>(t, name);
-    default: return;
+    case DType::F64:
+      return check_values<double>(t, name);
+    case DType::F32:
+      return check_values<float>(t, name);
+    case DType::BF16:
+      return check_values<bf16_t>(t, name);
+    case DType::F16:
+      return check_values<f16_t>(t, name);
+    default:
+      return;
   }
 }
 
@@ -156,8 +158,8 @@ Tensor CheckpointReader::get(std::string_view name) const {
 
 Tensor CheckpointReader::get(std::string_view name, const Shape& shape) const {
   const TensorInfo& info = meta(name);
-  check(info.shape == shape, "{}: tensor {} has shape {}, the configuration asks for {}", path_.string(),
-        shown(name), info.shape, shape);
+  check(info.shape == shape, "{}: tensor {} has shape {}, the configuration asks for {}",
+        path_.string(), shown(name), info.shape, shape);
   Tensor t = load(std::string(name));
   with_context(fmt::format("reading {}", path_.string()), [&] { check_finite(t, name); });
   return t;
@@ -165,8 +167,8 @@ Tensor CheckpointReader::get(std::string_view name, const Shape& shape) const {
 
 std::vector<std::string> CheckpointReader::unused(const std::set<std::string>& used) const {
   // Tables that the model computes for itself, and what some training programs leave behind.
-  constexpr std::array<std::string_view, 4> kNotNeeded = {"rotary_emb.inv_freq", "rope_freqs.weight",
-                                                          "self_attn.masked_bias", "attn_rot_embd.weight"};
+  constexpr std::array<std::string_view, 4> kNotNeeded = {
+      "rotary_emb.inv_freq", "rope_freqs.weight", "self_attn.masked_bias", "attn_rot_embd.weight"};
   std::vector<std::string> out;
   for (const auto& [name, info] : tensors_) {
     const std::string& n = name;

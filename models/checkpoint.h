@@ -1,9 +1,9 @@
 // CheckpointReader: a model on disk, whatever its container, under Hugging Face's tensor names.
 //
-// open_checkpoint() looks at content, not at extensions: a Hugging Face folder (one or several safetensors), a GGUF
-// file, a folder that holds one, or a single safetensors file of omq-quant, which carries its config and tokenizer.
-// Tensors come as views of the mapped file wherever the file has them as they are wanted.
-// Reference: spec/interop-formats.md §5, §7, §8.
+// open_checkpoint() looks at content, not at extensions: a Hugging Face folder (one or several
+// safetensors), a GGUF file, a folder that holds one, or a single safetensors file of omq-quant,
+// which carries its config and tokenizer. Tensors come as views of the mapped file wherever the
+// file has them as they are wanted. Reference: spec/interop-formats.md §5, §7, §8.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +21,15 @@
 
 namespace omq {
 
-// Version of the single-file form: metadata key "omq_format". The other keys are file names ("config.json",
-// "tokenizer.json", "tokenizer_config.json", …), their values the files.
+// Version of the single-file form: metadata key "omq_format". The other keys are file names
+// ("config.json", "tokenizer.json", "tokenizer_config.json", …), their values the files.
 inline constexpr const char* kOmqFormatKey = "omq_format";
 inline constexpr const char* kOmqFormat = "1";
 
 struct TensorInfo {
-  std::string dtype;  // as stored: "BF16", "Q4_1", …
-  Shape shape;        // as get() gives it
-  uint64_t bytes = 0; // as stored
+  std::string dtype;   // as stored: "BF16", "Q4_1", …
+  Shape shape;         // as get() gives it
+  uint64_t bytes = 0;  // as stored
 };
 
 struct CheckpointFile {
@@ -46,23 +46,26 @@ class CheckpointReader {
   const ModelConfig& config() const { return config_; }
   // "safetensors", "safetensors (one file)" or "GGUF v3".
   const std::string& container() const { return container_; }
-  // Every file with weights, and config.json where there is one; for reports, hashed with sha256_file.
+  // Every file with weights, and config.json where there is one; for reports, hashed with
+  // sha256_file.
   const std::vector<CheckpointFile>& files() const { return files_; }
 
   std::vector<std::string> names() const;  // sorted
   bool has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
   // Throws Error naming file, tensor, and the nearest names that there are.
   const TensorInfo& meta(std::string_view name) const;
-  // safetensors: the stored dtype, a view of the mapping. GGUF: F32, decoded, rows of q and k in Hugging Face's order.
+  // safetensors: the stored dtype, a view of the mapping. GGUF: F32, decoded, rows of q and k in
+  // Hugging Face's order.
   Tensor get(std::string_view name) const;
   // The same, checked: the shape must be `shape` and floating-point values finite.
   Tensor get(std::string_view name, const Shape& shape) const;
-  // Tensors of the file that are not in `used`, but for those that no model needs (rotary_emb.inv_freq and the like).
+  // Tensors of the file that are not in `used`, but for those that no model needs
+  // (rotary_emb.inv_freq and the like).
   std::vector<std::string> unused(const std::set<std::string>& used) const;
 
   virtual Tokenizer tokenizer() const = 0;
-  // Name and content of the files that belong beside config.json in an output folder; always with tokenizer.json and
-  // tokenizer_config.json, which are written from the model's keys when it has no such files.
+  // Name and content of the text files that belong beside config.json in an output folder; always
+  // with tokenizer.json and tokenizer_config.json, which are written anew when there are none.
   std::map<std::string, std::string> side_files() const;
 
  protected:

@@ -1,7 +1,9 @@
-// A GGUF file as a checkpoint: Hugging Face names, F32 values, rows of q and k back in half-split order.
+// A GGUF file as a checkpoint: Hugging Face names, F32 values, rows of q and k back in half-split
+// order.
 //
-// llama.cpp keeps the two members of a rotary pair in neighbouring rows for architecture "llama" (only), Hugging Face
-// half a head apart: row 2i + h of a head here is row h·d/2 + i there. Reference: spec/interop-formats.md §5.
+// llama.cpp keeps the two members of a rotary pair in neighbouring rows for architecture "llama"
+// (only), Hugging Face half a head apart: row 2i + h of a head here is row h·d/2 + i there.
+// Reference: spec/interop-formats.md §5.
 #include <charconv>
 #include <cstring>
 
@@ -20,24 +22,21 @@ struct Renaming {
 constexpr Renaming kOutside[] = {{"token_embd.weight", "model.embed_tokens.weight"},
                                  {"output_norm.weight", "model.norm.weight"},
                                  {"output.weight", "lm_head.weight"}};
-constexpr Renaming kInBlock[] = {{"attn_norm", "input_layernorm"},
-                                 {"attn_q", "self_attn.q_proj"},
-                                 {"attn_k", "self_attn.k_proj"},
-                                 {"attn_v", "self_attn.v_proj"},
-                                 {"attn_output", "self_attn.o_proj"},
-                                 {"attn_q_norm", "self_attn.q_norm"},
-                                 {"attn_k_norm", "self_attn.k_norm"},
-                                 {"ffn_norm", "post_attention_layernorm"},
-                                 {"ffn_gate", "mlp.gate_proj"},
-                                 {"ffn_up", "mlp.up_proj"},
-                                 {"ffn_down", "mlp.down_proj"}};
+constexpr Renaming kInBlock[] = {
+    {"attn_norm", "input_layernorm"},    {"attn_q", "self_attn.q_proj"},
+    {"attn_k", "self_attn.k_proj"},      {"attn_v", "self_attn.v_proj"},
+    {"attn_output", "self_attn.o_proj"}, {"attn_q_norm", "self_attn.q_norm"},
+    {"attn_k_norm", "self_attn.k_norm"}, {"ffn_norm", "post_attention_layernorm"},
+    {"ffn_gate", "mlp.gate_proj"},       {"ffn_up", "mlp.up_proj"},
+    {"ffn_down", "mlp.down_proj"}};
 
 bool has_part(std::string_view name, std::string_view part) { return name.find(part) != name.npos; }
 
 // Rows [heads · d, columns] from pairs beside each other to pairs half a head apart.
 Tensor split_pairs(const Tensor& w, int64_t heads, std::string_view name) {
   const int64_t rows = w.dim(0), columns = w.numel() / rows;
-  check(rows % (2 * heads) == 0, "tensor {}: {} rows are not {} heads of an even size", name, rows, heads);
+  check(rows % (2 * heads) == 0, "tensor {}: {} rows are not {} heads of an even size", name, rows,
+        heads);
   const int64_t half = rows / heads / 2;
   Tensor out = Tensor::empty(w.shape(), DType::F32);
   const float* from = w.data<float>();
@@ -63,10 +62,12 @@ class GgufCheckpoint : public CheckpointReader {
     interleaved_ = config_.model_type == "llama";
     add_file(file);
     for (const GgufTensor& t : file_.tensors()) {
-      if (t.name == "rope_freqs.weight") continue;                           // part of the config now
-      if (t.name == "output.weight" && config_.tie_word_embeddings) continue;  // equal to the embedding
+      if (t.name == "rope_freqs.weight") continue;  // part of the config now
+      if (t.name == "output.weight" && config_.tie_word_embeddings)
+        continue;  // equal to the embedding
       const std::string name = detail::hf_tensor_name(t.name);
-      check(gguf_name_.emplace(name, t.name).second, "{}: two tensors mean {}", file.string(), shown(name));
+      check(gguf_name_.emplace(name, t.name).second, "{}: two tensors mean {}", file.string(),
+            shown(name));
       tensors_[name] = {.dtype = t.type->name, .shape = t.shape, .bytes = t.bytes.size()};
     }
   }
@@ -105,7 +106,8 @@ class GgufCheckpoint : public CheckpointReader {
     check(tokens.has_value(), "the key tokenizer.ggml.tokens is missing");
     s.tokens = std::move(*tokens);
     s.scores = file_.reals("tokenizer.ggml.scores").value_or(std::vector<float>{});
-    for (const int64_t t : file_.integers("tokenizer.ggml.token_type").value_or(std::vector<int64_t>{})) {
+    for (const int64_t t :
+         file_.integers("tokenizer.ggml.token_type").value_or(std::vector<int64_t>{})) {
       check(t >= 0 && t <= 6, "a token of type {} (0 to 6 are possible)", t);
       s.types.push_back(static_cast<int32_t>(t));
     }
@@ -142,7 +144,8 @@ std::string detail::hf_tensor_name(std::string_view name) {
   for (const Renaming& r : kInBlock) {
     if (!part.starts_with(r.gguf)) continue;
     const std::string_view kind = part.substr(r.gguf.size());
-    if (kind == ".weight" || kind == ".bias") return fmt::format("model.layers.{}.{}{}", layer, r.hf, kind);
+    if (kind == ".weight" || kind == ".bias")
+      return fmt::format("model.layers.{}.{}{}", layer, r.hf, kind);
   }
   return std::string(name);
 }

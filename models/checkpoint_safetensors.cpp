@@ -1,4 +1,5 @@
-// Checkpoints in safetensors: a Hugging Face folder, sharded or not, and the single file that carries everything.
+// Checkpoints in safetensors: a Hugging Face folder, sharded or not, and the single file that
+// carries everything.
 #include <algorithm>
 
 #include "models/checkpoint.h"
@@ -13,11 +14,12 @@ using nlohmann::json;
 
 namespace {
 
-// Files beside config.json that make the tokenizer and the defaults of generation.
-constexpr const char* kSideFiles[] = {
-    "chat_template.jinja", "generation_config.json", "merges.txt",     "special_tokens_map.json",
-    "added_tokens.json",   "tokenizer.json",         "tokenizer.model", "tokenizer_config.json",
-    "vocab.json"};
+// Files beside config.json that make the tokenizer and the defaults of generation. Texts only: they
+// also go into a safetensors header. A tokenizer.model comes out as the tokenizer.json that says
+// the same.
+constexpr const char* kSideFiles[] = {"chat_template.jinja",   "generation_config.json",
+                                      "tokenizer.json",        "special_tokens_map.json",
+                                      "tokenizer_config.json", "added_tokens.json"};
 
 // A later end-of-sequence id of generation_config.json ends text too (Llama-3 has three).
 void add_generation_ids(ModelConfig& c, const json& generation) {
@@ -34,7 +36,8 @@ void add_generation_ids(ModelConfig& c, const json& generation) {
 void check_format(const SafetensorsFile& file) {
   const auto it = file.metadata().find(kOmqFormatKey);
   if (it == file.metadata().end()) return;
-  check(it->second == kOmqFormat, "{}: {} is \"{}\", this program reads \"{}\": made by another version",
+  check(it->second == kOmqFormat,
+        "{}: {} is \"{}\", this program reads \"{}\": made by another version",
         file.path().string(), kOmqFormatKey, shown(it->second, 20), kOmqFormat);
 }
 
@@ -81,12 +84,17 @@ class HfFolder : public SafetensorsCheckpoint {
     const fs::path generation = folder / "generation_config.json";
     if (fs::exists(generation)) {
       const json j = read_json_object(generation);
-      with_context(fmt::format("reading {}", folder.string()), [&] { add_generation_ids(config_, j); });
+      with_context(fmt::format("reading {}", folder.string()),
+                   [&] { add_generation_ids(config_, j); });
     }
-    const fs::path index = folder / "model.safetensors.index.json", whole = folder / "model.safetensors";
-    if (fs::exists(whole)) open_whole(whole);
-    else if (fs::exists(index)) open_shards(index);
-    else open_whole(only_safetensors(folder));
+    const fs::path index = folder / "model.safetensors.index.json",
+                   whole = folder / "model.safetensors";
+    if (fs::exists(whole))
+      open_whole(whole);
+    else if (fs::exists(index))
+      open_shards(index);
+    else
+      open_whole(only_safetensors(folder));
   }
 
   Tokenizer tokenizer() const override { return Tokenizer::from_folder(path_); }
@@ -115,14 +123,15 @@ class HfFolder : public SafetensorsCheckpoint {
     for (const auto& [tensor, value] : map->items()) {
       const std::string file = value.is_string() ? value.get<std::string>() : "";
       // The index must not lead out of its folder.
-      const bool plain = !file.empty() && fs::path(file).filename() == fs::path(file) && file != "..";
-      check(plain, "{}: weight_map: {} is in {}, a file name is expected", index.string(), shown(tensor),
-            shown(value.dump(-1, ' ', false, json::error_handler_t::replace)));
+      const bool plain =
+          !file.empty() && fs::path(file).filename() == fs::path(file) && file != "..";
+      check(plain, "{}: weight_map: {} is in {}, a file name is expected", index.string(),
+            shown(tensor), shown(value.dump(-1, ' ', false, json::error_handler_t::replace)));
       auto it = opened.find(file);
       if (it == opened.end()) {
         const size_t number = opened.size();
-        check(fs::exists(path_ / file), "{}: the file {} that its index names is missing", path_.string(),
-              shown(file));
+        check(fs::exists(path_ / file), "{}: the file {} that its index names is missing",
+              path_.string(), shown(file));
         it = opened.emplace(file, std::pair(number, &add_shard(path_ / file))).first;
       }
       const auto& [number, shard] = it->second;
@@ -147,13 +156,16 @@ class SingleFile : public SafetensorsCheckpoint {
             "a safetensors file without configuration; pass the folder that holds its config.json");
       config_ = ModelConfig::from_hf(parse_json(text("config.json"), "config.json"));
       if (metadata_.contains("generation_config.json")) {
-        add_generation_ids(config_, parse_json(text("generation_config.json"), "generation_config.json"));
+        add_generation_ids(config_,
+                           parse_json(text("generation_config.json"), "generation_config.json"));
       }
     });
   }
 
   Tokenizer tokenizer() const override {
-    const auto optional = [&](const char* name) { return metadata_.contains(name) ? text(name) : ""; };
+    const auto optional = [&](const char* name) {
+      return metadata_.contains(name) ? text(name) : "";
+    };
     return with_context(fmt::format("reading {}", path_.string()), [&] {
       return Tokenizer::from_json(text("tokenizer.json"), optional("tokenizer_config.json"),
                                   optional("generation_config.json"));

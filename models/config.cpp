@@ -1,4 +1,5 @@
-// ModelConfig from and to config.json. GGUF keys: config_gguf.cpp; rotary embeddings: config_rope.cpp.
+// ModelConfig from and to config.json. GGUF keys: config_gguf.cpp; rotary embeddings:
+// config_rope.cpp.
 #include "models/config.h"
 
 #include <algorithm>
@@ -13,7 +14,8 @@ using nlohmann::json;
 
 namespace {
 
-// What differs between the families when the file does not say: the defaults of transformers' configuration classes.
+// What differs between the families when the file does not say: the defaults of transformers'
+// configuration classes.
 struct Family {
   const char* model_type;
   const char* architecture;
@@ -33,8 +35,16 @@ constexpr Family kFamilies[] = {
 
 std::string supported() {
   std::string out;
-  for (const Family& f : kFamilies) out += fmt::format("{}{}", out.empty() ? "" : ", ", f.model_type);
+  for (const Family& f : kFamilies)
+    out += fmt::format("{}{}", out.empty() ? "" : ", ", f.model_type);
   return out;
+}
+
+// Early conversions wrote "LLaMAForCausalLM".
+bool same_name(std::string_view a, std::string_view b) {
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; };
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [&](char x, char y) { return lower(x) == lower(y); });
 }
 
 const Family& find_family(const ConfigReader& r) {
@@ -46,12 +56,12 @@ const Family& find_family(const ConfigReader& r) {
     if (!list->empty()) architecture = list->front().get<std::string>();
   }
   for (const Family& f : kFamilies) {
-    const bool same = type.empty() ? architecture == f.architecture : type == f.model_type;
+    const bool same = type.empty() ? same_name(architecture, f.architecture) : type == f.model_type;
     if (!same) continue;
     // A classifier or an embedder shares model_type with the language model.
-    check(architecture.empty() || architecture == f.architecture,
-          "{}: architecture {} (model_type {}) is not supported; of this family only {} is", r.name(),
-          shown(architecture), shown(type), f.architecture);
+    check(architecture.empty() || same_name(architecture, f.architecture),
+          "{}: architecture {} (model_type {}) is not supported; of this family only {} is",
+          r.name(), shown(architecture), shown(type), f.architecture);
     return f;
   }
   fail("{}: unknown model: architectures {}, model_type {}; supported are {}", r.name(),
@@ -60,8 +70,8 @@ const Family& find_family(const ConfigReader& r) {
 }
 
 // An id, a list of ids, or nothing. Negative ids mean "none" in some files.
-std::vector<int64_t> token_ids(const ConfigReader& r, const char* key, std::optional<int64_t> absent,
-                               const json& object) {
+std::vector<int64_t> token_ids(const ConfigReader& r, const char* key,
+                               std::optional<int64_t> absent, const json& object) {
   std::vector<int64_t> out;
   const auto it = object.find(key);
   if (it == object.end()) {
@@ -70,8 +80,8 @@ std::vector<int64_t> token_ids(const ConfigReader& r, const char* key, std::opti
   }
   const json list = it->is_array() ? *it : it->is_null() ? json::array() : json::array({*it});
   for (const json& v : list) {
-    check(v.is_number_integer(), "{}: {} is {}, a token id or a list of them is expected", r.name(), key,
-          r.text_of(*it));
+    check(v.is_number_integer(), "{}: {} is {}, a token id or a list of them is expected", r.name(),
+          key, r.text_of(*it));
     const int64_t id = v.get<int64_t>();
     if (id >= 0 && std::find(out.begin(), out.end(), id) == out.end()) out.push_back(id);
   }
@@ -82,7 +92,8 @@ std::vector<int64_t> token_ids(const ConfigReader& r, const char* key, std::opti
 int64_t read_window(const ConfigReader& r, const Family& f, const json& object) {
   if (f.window_switch && !r.boolean("use_sliding_window", false)) return 0;
   if (const json* types = r.find("layer_types")) {
-    check(types->is_array(), "{}: layer_types is {}, a list is expected", r.name(), r.text_of(*types));
+    check(types->is_array(), "{}: layer_types is {}, a list is expected", r.name(),
+          r.text_of(*types));
     bool sliding = false;
     for (const json& l : *types) {
       check(l == "full_attention" || l == "sliding_attention", "{}: layer type {} is not supported",
@@ -107,19 +118,21 @@ void read_sizes(const ConfigReader& r, const Family& f, const json& object, Mode
         "{}: the key num_key_value_heads is missing", r.name());
   c.num_kv_heads = r.integer("num_key_value_heads", 1, 1 << 14, c.num_heads);
   check(c.num_heads % c.num_kv_heads == 0,
-        "{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", r.name(), c.num_heads,
-        c.num_kv_heads);
+        "{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", r.name(),
+        c.num_heads, c.num_kv_heads);
   if (r.find("head_dim")) {
     c.head_dim = r.integer("head_dim", 2, 8192);
   } else if (f.qk_norm) {
     c.head_dim = 128;  // Qwen3's default does not depend on the other sizes
   } else {
-    check(c.hidden_size % c.num_heads == 0,
-          "{}: hidden_size {} is not a multiple of num_attention_heads {} and head_dim is not given",
-          r.name(), c.hidden_size, c.num_heads);
+    check(
+        c.hidden_size % c.num_heads == 0,
+        "{}: hidden_size {} is not a multiple of num_attention_heads {} and head_dim is not given",
+        r.name(), c.hidden_size, c.num_heads);
     c.head_dim = c.hidden_size / c.num_heads;
   }
-  check(c.head_dim % 2 == 0, "{}: head_dim {} is odd, rotary embeddings need pairs", r.name(), c.head_dim);
+  check(c.head_dim % 2 == 0, "{}: head_dim {} is odd, rotary embeddings need pairs", r.name(),
+        c.head_dim);
   c.vocab_size = r.integer("vocab_size", 1, 1 << 24);
   c.max_position_embeddings = r.integer("max_position_embeddings", 1, int64_t{1} << 30, f.context);
 }
@@ -135,8 +148,8 @@ ModelConfig ModelConfig::from_hf(const json& config, std::string_view name) {
   c.rms_norm_eps = r.positive("rms_norm_eps", 0.1, 1e-6);
   read_hf_rope(r, c);
   const std::string act = r.text("hidden_act", "silu");
-  check(act == "silu" || act == "swish", "{}: hidden_act \"{}\" is not supported, silu is", r.name(),
-        shown(act));
+  check(act == "silu" || act == "swish", "{}: hidden_act \"{}\" is not supported, silu is",
+        r.name(), shown(act));
   c.tie_word_embeddings = r.boolean("tie_word_embeddings", false);
   const bool bias = r.boolean("attention_bias", false);
   c.attention_bias = bias || f.always_qkv_bias;
@@ -146,7 +159,8 @@ ModelConfig ModelConfig::from_hf(const json& config, std::string_view name) {
   c.sliding_window = read_window(r, f, config);
   // LlamaConfig and MistralConfig have ids 1 and 2 when the file is silent, Qwen's have none.
   const bool ids = !f.always_qkv_bias && !f.qk_norm;
-  const auto bos = token_ids(r, "bos_token_id", ids ? std::optional<int64_t>(1) : std::nullopt, config);
+  const auto bos =
+      token_ids(r, "bos_token_id", ids ? std::optional<int64_t>(1) : std::nullopt, config);
   if (!bos.empty()) c.bos_token_id = bos.front();
   c.eos_token_ids =
       token_ids(r, "eos_token_id", ids ? std::optional<int64_t>(2) : std::nullopt, config);
@@ -163,12 +177,14 @@ ModelConfig ModelConfig::from_hf_file(const std::filesystem::path& config_json) 
 }
 
 int64_t ModelConfig::usable_context() const {
-  return sliding_window > 0 ? std::min(sliding_window, max_position_embeddings) : max_position_embeddings;
+  return sliding_window > 0 ? std::min(sliding_window, max_position_embeddings)
+                            : max_position_embeddings;
 }
 
 void ModelConfig::check_context(int64_t tokens) const {
   check(sliding_window == 0 || tokens <= sliding_window,
-        "context of {} tokens: this {} model looks back over a sliding window of {} only, which is not "
+        "context of {} tokens: this {} model looks back over a sliding window of {} only, which is "
+        "not "
         "implemented; choose a context of at most {}",
         tokens, model_type, sliding_window, sliding_window);
 }
@@ -179,7 +195,8 @@ json ModelConfig::to_hf_json() const {
                                [&](const Family& row) { return model_type == row.model_type; });
   check(f != std::end(kFamilies), "config: model_type \"{}\" cannot be written", model_type);
   check(rope_divisors.empty(),
-        "config: the model's rope_freqs follow no rule that config.json can name (none, linear, llama3)");
+        "config: the model's rope_freqs follow no rule that config.json can name (none, linear, "
+        "llama3)");
   json j = {{"architectures", json::array({f->architecture})},
             {"model_type", model_type},
             {"hidden_act", "silu"},

@@ -1,4 +1,5 @@
-// ModelConfig from the keys and tensors of a GGUF file (spec/interop-formats.md §5, "Keys for llama").
+// ModelConfig from the keys and tensors of a GGUF file (spec/interop-formats.md §5, "Keys for
+// llama").
 #include <algorithm>
 #include <cmath>
 
@@ -21,8 +22,8 @@ class ArchitectureKeys {
   int64_t integer(const char* key, int64_t lowest, int64_t highest) const {
     const auto v = find(key);
     check(v.has_value(), "the key {}{} is missing", prefix_, key);
-    check(*v >= lowest && *v <= highest, "key {}{} is {}, {} to {} is possible", prefix_, key, *v, lowest,
-          highest);
+    check(*v >= lowest && *v <= highest, "key {}{} is {}, {} to {} is possible", prefix_, key, *v,
+          lowest, highest);
     return *v;
   }
   int64_t integer(const char* key, int64_t lowest, int64_t highest, int64_t absent) const {
@@ -31,8 +32,8 @@ class ArchitectureKeys {
   double positive(const char* key, double highest, double absent) const {
     const auto v = file_.real(prefix_ + key);
     if (!v) return absent;
-    check(*v > 0 && *v <= highest, "key {}{} is {}, a number above 0 and at most {} is expected", prefix_,
-          key, *v, highest);
+    check(*v > 0 && *v <= highest, "key {}{} is {}, a number above 0 and at most {} is expected",
+          prefix_, key, *v, highest);
     return *v;
   }
   std::string text(const char* key, const char* absent) const {
@@ -44,26 +45,29 @@ class ArchitectureKeys {
   std::string prefix_;
 };
 
-// F32 keys such as 1e-5 arrive as 9.99999975e-06; the shortest decimal that gives the same F32 is what was meant.
+// F32 keys such as 1e-5 arrive as 9.99999975e-06; the shortest decimal that gives the same F32 is
+// what was meant.
 double as_written(double f32) {
   const std::string text = fmt::format("{}", static_cast<float>(f32));
   return std::stod(text);
 }
 
-// rope_freqs.weight holds divisors of the frequencies, [d/2]. The rule behind them is recovered where it is a known one,
-// since config.json can only name rules.
+// rope_freqs.weight holds divisors of the frequencies, [d/2]. The rule behind them is recovered
+// where it is a known one, since config.json can only name rules.
 void read_divisors(const GgufFile& file, ModelConfig& c) {
   using Type = nn::RopeScaling::Type;
   const Tensor t = file.get_f32("rope_freqs.weight");
   const Shape expected{c.head_dim / 2};
-  check(t.shape() == expected, "tensor rope_freqs.weight has shape {}, {} is expected", t.shape(), expected);
+  check(t.shape() == expected, "tensor rope_freqs.weight has shape {}, {} is expected", t.shape(),
+        expected);
   c.rope_divisors = t.to_vector<float>();
   for (const float d : c.rope_divisors) {
     check(d > 0 && std::isfinite(d), "tensor rope_freqs.weight: {} is not a divisor", d);
   }
   nn::RopeScaling s;
   s.factor = *std::max_element(c.rope_divisors.begin(), c.rope_divisors.end());
-  const std::vector<double> wanted = nn::rope_frequencies(c.head_dim, c.rope_theta, {}, c.rope_divisors);
+  const std::vector<double> wanted =
+      nn::rope_frequencies(c.head_dim, c.rope_theta, {}, c.rope_divisors);
   for (const Type type : {Type::None, Type::Linear, Type::Llama3}) {
     s.type = type;
     const std::vector<double> ruled = nn::rope_frequencies(c.head_dim, c.rope_theta, s);
@@ -80,8 +84,8 @@ void read_scaling(const GgufFile& file, const ArchitectureKeys& keys, ModelConfi
   if (file.find("rope_freqs.weight")) return read_divisors(file, c);
   const double old = keys.positive("rope.scale_linear", 1e6, 1.0);  // the key of earlier writers
   const std::string type = keys.text("rope.scaling.type", old == 1.0 ? "none" : "linear");
-  check(type == "none" || type == "linear", "rope scaling \"{}\" is not supported (none and linear are)",
-        shown(type));
+  check(type == "none" || type == "linear",
+        "rope scaling \"{}\" is not supported (none and linear are)", shown(type));
   const double factor = keys.positive("rope.scaling.factor", 1e6, old);
   if (type == "none" || factor == 1.0) return;
   c.rope_scaling.type = nn::RopeScaling::Type::Linear;
@@ -94,12 +98,15 @@ void read_sizes(const GgufFile& file, const ArchitectureKeys& keys, ModelConfig&
   c.num_layers = keys.integer("block_count", 1, 4096);
   c.num_heads = keys.integer("attention.head_count", 1, 1 << 14);
   c.num_kv_heads = keys.integer("attention.head_count_kv", 1, 1 << 14, c.num_heads);
-  check(c.num_heads % c.num_kv_heads == 0, "attention.head_count {} is not a multiple of head_count_kv {}",
-        c.num_heads, c.num_kv_heads);
+  check(c.num_heads % c.num_kv_heads == 0,
+        "attention.head_count {} is not a multiple of head_count_kv {}", c.num_heads,
+        c.num_kv_heads);
   check(keys.find("attention.key_length") || c.hidden_size % c.num_heads == 0,
-        "embedding_length {} is not a multiple of attention.head_count {}", c.hidden_size, c.num_heads);
+        "embedding_length {} is not a multiple of attention.head_count {}", c.hidden_size,
+        c.num_heads);
   c.head_dim = keys.integer("attention.key_length", 2, 8192, c.hidden_size / c.num_heads);
-  check(c.head_dim >= 2 && c.head_dim % 2 == 0, "a head size of {}: rotary embeddings need pairs", c.head_dim);
+  check(c.head_dim >= 2 && c.head_dim % 2 == 0, "a head size of {}: rotary embeddings need pairs",
+        c.head_dim);
   check(keys.integer("attention.value_length", 1, 8192, c.head_dim) == c.head_dim,
         "keys and values of different sizes are not supported");
   check(keys.integer("rope.dimension_count", 1, 8192, c.head_dim) == c.head_dim,
@@ -113,7 +120,8 @@ void read_sizes(const GgufFile& file, const ArchitectureKeys& keys, ModelConfig&
 }
 
 bool same_bytes(const GgufTensor& a, const GgufTensor& b) {
-  return a.type == b.type && a.shape == b.shape && std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin());
+  return a.type == b.type && a.shape == b.shape &&
+         std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin());
 }
 
 // A token id; writers put 0xFFFFFFFF where there is none.
@@ -128,8 +136,10 @@ ModelConfig ModelConfig::from_gguf(const GgufFile& file) {
   return with_context(fmt::format("reading {}", file.path().string()), [&] {
     const auto architecture = file.text("general.architecture");
     check(architecture.has_value(), "the key general.architecture is missing");
-    const bool known = *architecture == "llama" || *architecture == "qwen2" || *architecture == "qwen3";
-    check(known, "architecture \"{}\" is not supported (llama, qwen2 and qwen3 are)", shown(*architecture));
+    const bool known =
+        *architecture == "llama" || *architecture == "qwen2" || *architecture == "qwen3";
+    check(known, "architecture \"{}\" is not supported (llama, qwen2 and qwen3 are)",
+          shown(*architecture));
     check(file.integer("split.count").value_or(1) <= 1,
           "this is one part of a split model; join the parts first (llama-gguf-split --merge)");
     const ArchitectureKeys keys(file, *architecture);

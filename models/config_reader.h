@@ -1,4 +1,5 @@
-// Typed, range-checked access to the keys of a config.json; shared by config.cpp and config_rope.cpp only.
+// Typed, range-checked access to the keys of a config.json; shared by config.cpp and
+// config_rope.cpp only.
 //
 // A missing key is named, a value of the wrong kind or size is shown.
 #pragma once
@@ -15,7 +16,8 @@ namespace omq {
 
 class ConfigReader {
  public:
-  ConfigReader(const nlohmann::json& object, std::string name) : object_(object), name_(std::move(name)) {
+  ConfigReader(const nlohmann::json& object, std::string name)
+      : object_(object), name_(std::move(name)) {
     check(object_.is_object(), "{}: an object is expected, not {}", name_, object_.type_name());
   }
 
@@ -28,11 +30,12 @@ class ConfigReader {
   int64_t integer(const char* key, int64_t lowest, int64_t highest) const {
     const nlohmann::json* v = find(key);
     check(v != nullptr, "{}: the key {} is missing", name_, key);
-    check(v->is_number_integer(), "{}: {} is {}, a whole number is expected", name_, key, text_of(*v));
+    check(v->is_number_integer(), "{}: {} is {}, a whole number is expected", name_, key,
+          text_of(*v));
     const bool huge = v->is_number_unsigned() && v->get<uint64_t>() > uint64_t{INT64_MAX};
     const int64_t n = huge ? INT64_MAX : v->get<int64_t>();
-    check(n >= lowest && n <= highest, "{}: {} is {}, {} to {} is possible", name_, key, text_of(*v),
-          lowest, highest);
+    check(n >= lowest && n <= highest, "{}: {} is {}, {} to {} is possible", name_, key,
+          text_of(*v), lowest, highest);
     return n;
   }
   int64_t integer(const char* key, int64_t lowest, int64_t highest, int64_t absent) const {
@@ -44,8 +47,8 @@ class ConfigReader {
     check(v != nullptr, "{}: the key {} is missing", name_, key);
     check(v->is_number(), "{}: {} is {}, a number is expected", name_, key, text_of(*v));
     const double x = v->get<double>();
-    check(x > 0 && x <= highest, "{}: {} is {}, a number above 0 and at most {} is expected", name_, key,
-          text_of(*v), highest);
+    check(x > 0 && x <= highest, "{}: {} is {}, a number above 0 and at most {} is expected", name_,
+          key, text_of(*v), highest);
     return x;
   }
   double positive(const char* key, double highest, double absent) const {
@@ -72,7 +75,8 @@ class ConfigReader {
   std::string name_;
 };
 
-// Fills rope_theta and rope_scaling from rope_parameters (transformers 5) or rope_theta and rope_scaling.
+// Fills rope_theta and rope_scaling from rope_parameters (transformers 5) or rope_theta and
+// rope_scaling.
 void read_hf_rope(const ConfigReader& r, ModelConfig& c);
 // What to_hf_json writes under rope_scaling.
 nlohmann::json rope_scaling_json(const nn::RopeScaling& scaling);

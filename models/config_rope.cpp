@@ -1,5 +1,5 @@
-// Rotary embedding settings in their two spellings: transformers 5 puts theta and scaling into rope_parameters, earlier
-// versions have rope_theta and rope_scaling (spec/interop-formats.md §8).
+// Rotary embedding settings in their two spellings: transformers 5 puts theta and scaling into
+// rope_parameters, earlier versions have rope_theta and rope_scaling (spec/interop-formats.md §8).
 #include "models/config_reader.h"
 #include "tensor/error.h"
 
@@ -16,15 +16,17 @@ RopeScaling read_scaling(const ConfigReader& r) {
   const std::string type = r.text(r.find("rope_type") ? "rope_type" : "type", "default");
   if (type == "default") return s;
   check(type == "linear" || type == "llama3",
-        "{}: rope type \"{}\" is not supported (default, linear and llama3 are)", r.name(), shown(type));
+        "{}: rope type \"{}\" is not supported (default, linear and llama3 are)", r.name(),
+        shown(type));
   s.factor = r.positive("factor", 1e6);
   s.type = Type::Linear;
   if (type == "linear") return s;
   s.type = Type::Llama3;
   s.low_freq_factor = r.positive("low_freq_factor", 1e6);
   s.high_freq_factor = r.positive("high_freq_factor", 1e6);
-  check(s.high_freq_factor > s.low_freq_factor, "{}: high_freq_factor {} is not above low_freq_factor {}",
-        r.name(), s.high_freq_factor, s.low_freq_factor);
+  check(s.high_freq_factor > s.low_freq_factor,
+        "{}: high_freq_factor {} is not above low_freq_factor {}", r.name(), s.high_freq_factor,
+        s.low_freq_factor);
   s.original_max_positions =
       static_cast<double>(r.integer("original_max_position_embeddings", 1, int64_t{1} << 30));
   return s;

@@ -82,11 +82,10 @@ PerplexityResult evaluate_documents(const Model& model, const Tokenizer& tokeniz
   double sum = 0;
   for (int64_t i = 0; i < windows; ++i) {
     const int64_t number = options.skip + i + 1;
-    const std::vector<int32_t> ids = tokenizer.encode(all[static_cast<size_t>(number - 1)], {.add_bos = r.bos});
+    std::vector<int32_t> ids = tokenizer.encode(all[static_cast<size_t>(number - 1)], {.add_bos = r.bos});
+    r.cut += static_cast<int64_t>(ids.size()) > options.context ? 1 : 0;
+    ids.resize(std::min(ids.size(), static_cast<size_t>(options.context)));
     const auto length = static_cast<int64_t>(ids.size());
-    check(length <= model.context() && length <= options.context,
-          "perplexity: document {} has {} tokens, the context is {}; raise -c", number, length,
-          std::min(options.context, model.context()));
     r.tokens += length;
     ++r.windows;
     if (length < 2) continue;
@@ -188,8 +187,8 @@ PerplexityResult evaluate_windows(const Model& model, std::span<const int32_t> i
 
 PerplexityResult evaluate_perplexity(const Model& model, const Tokenizer& tokenizer, std::string_view text,
                                      const PerplexityOptions& options, const PerplexityProgress& progress) {
-  if (options.protocol == Protocol::Documents) return evaluate_documents(model, tokenizer, text, options, progress);
   check_window(model, options.context);
+  if (options.protocol == Protocol::Documents) return evaluate_documents(model, tokenizer, text, options, progress);
   const bool gptq = options.protocol == Protocol::Gptq;
   const std::vector<int32_t> ids = tokenizer.encode(gptq ? gptq_text(text) : std::string(text));
   const bool bos = tokenizer.adds_bos() && tokenizer.bos_id().has_value();

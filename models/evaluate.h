@@ -5,7 +5,8 @@
 //              dropped; all context − 1 predictions of a window count.
 //   llama.cpp  its llama-perplexity. The file as it is, tokenised once; windows of `context` whose first token is
 //              replaced by BOS where the tokenizer adds one; only predictions from the middle of a window on count.
-//   documents  texts divided by a separator, each with BOS in front, scored whole; all predictions count alike.
+//   documents  texts divided by a separator, each with BOS in front; of each the first `context` tokens are scored,
+//              all predictions count alike.
 //
 // exp of the mean loss in nats. Losses are added in double, in the order of the text. spec/command-line.md §3.10.
 #pragma once
@@ -27,7 +28,7 @@ std::string_view to_string(Protocol protocol);           // "gptq", "llama.cpp",
 Protocol protocol_from(std::string_view name);           // throws Error on another name
 
 struct PerplexityOptions {
-  int64_t context = 2048;  // tokens of a window; of the longest document
+  int64_t context = 2048;  // tokens of a window; of a document at most
   Protocol protocol = Protocol::Gptq;
   int64_t max_windows = 0;                    // windows or documents; 0: all
   std::string separator = "<|endoftext|>";    // documents: a line of its own
@@ -40,6 +41,7 @@ struct PerplexityResult {
   int64_t predicted = 0;                // predictions that counted
   int64_t windows = 0;                  // or documents
   int64_t available = 0;                // windows that the text has
+  int64_t cut = 0;                      // documents longer than the context
   int64_t context = 0;
   Protocol protocol = Protocol::Gptq;
   bool bos = false;  // a BOS token was put in front: of the text (gptq), of each window (llama.cpp) or document

@@ -113,7 +113,8 @@ Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t b
         context_);
   // The last token always goes through the model: its logits are wanted.
   const auto same = std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end() - 1).first;
-  Prefill result{.reused = same - cached_.begin()};
+  Prefill result;
+  result.reused = same - cached_.begin();
   truncate(static_cast<size_t>(result.reused));
   Tensor last;
   while (cached_.size() < prompt.size()) {

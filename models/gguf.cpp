@@ -1,4 +1,5 @@
-// The GGUF reader: a cursor that cannot leave the file, the container's structure on top of it, typed access at the end.
+// The GGUF reader: a cursor that cannot leave the file, the container's structure on top of it,
+// typed access at the end.
 #include "models/gguf.h"
 
 #include <algorithm>
@@ -29,13 +30,12 @@ class Cursor {
   explicit Cursor(std::span<const uint8_t> bytes) : bytes_(bytes) {}
 
   std::span<const uint8_t> take(uint64_t n, const char* what) {
-    check(n <= left(), "{} needs {} bytes at offset {}, the file has {} left: cut short?", what, n, at_,
-          left());
+    check(n <= left(), "{} needs {} bytes at offset {}, the file has {} left: cut short?", what, n,
+          at_, left());
     at_ += n;
     return bytes_.subspan(static_cast<size_t>(at_ - n), static_cast<size_t>(n));
   }
-  template <class T>
-  T number(const char* what) {
+  template <class T> T number(const char* what) {
     T v;
     std::memcpy(&v, take(sizeof(T), what).data(), sizeof(T));
     return v;
@@ -62,8 +62,9 @@ GgufKind read_kind(Cursor& c, std::string_view key) {
 // Passes over the elements; their contents are looked at when asked for.
 void skip_elements(Cursor& c, GgufValue& v, std::span<const uint8_t> file, std::string_view key) {
   const uint64_t start = c.at(), each = v.kind == GgufKind::String ? 8 : kind_bytes(v.kind);
-  check(v.count <= c.left() / each, "key {}: {} elements of kind {} do not fit in the {} bytes left",
-        shown(key), v.count, gguf_kind_name(v.kind), c.left());
+  check(v.count <= c.left() / each,
+        "key {}: {} elements of kind {} do not fit in the {} bytes left", shown(key), v.count,
+        gguf_kind_name(v.kind), c.left());
   if (v.kind == GgufKind::String) {
     for (uint64_t i = 0; i < v.count; ++i) c.string("a string");
   } else {
@@ -105,8 +106,9 @@ std::pair<GgufTensor, uint64_t> read_tensor(Cursor& c) {
   const auto type = c.number<uint32_t>("a tensor's type");
   t.type = find_ggml_type(type);
   check(t.type != nullptr, "tensor {}: unknown type number {}", label, type);
-  check(sizes[0] % t.type->values == 0, "tensor {}: rows of {} values are no whole blocks of {} ({})",
-        label, sizes[0], t.type->values, t.type->name);
+  check(sizes[0] % t.type->values == 0,
+        "tensor {}: rows of {} values are no whole blocks of {} ({})", label, sizes[0],
+        t.type->values, t.type->name);
   std::reverse(sizes.begin(), sizes.end());
   t.shape = Shape(std::span<const int64_t>(sizes));
   return {std::move(t), c.number<uint64_t>("a tensor's offset")};
@@ -121,13 +123,14 @@ void place_tensors(std::vector<GgufTensor>& tensors, const std::vector<uint64_t>
                    std::span<const uint8_t> data, uint64_t alignment) {
   std::vector<size_t> order(tensors.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return offsets[a] < offsets[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return offsets[a] < offsets[b]; });
   uint64_t end = 0;
   for (const size_t i : order) {
     GgufTensor& t = tensors[i];
     const uint64_t offset = offsets[i], bytes = stored_bytes(t);
-    check(offset % alignment == 0, "tensor {}: offset {} is not a multiple of {}", shown(t.name), offset,
-          alignment);
+    check(offset % alignment == 0, "tensor {}: offset {} is not a multiple of {}", shown(t.name),
+          offset, alignment);
     check(offset <= data.size() && bytes <= data.size() - offset,
           "tensor {}: {} bytes at offset {} are not inside the {} bytes of data (file cut short?)",
           shown(t.name), bytes, offset, data.size());
@@ -173,12 +176,14 @@ GgufFile::GgufFile(const std::filesystem::path& file) : path_(file) {
     std::vector<uint64_t> offsets;
     for (uint64_t i = 0; i < tensors; ++i) {
       auto [t, offset] = read_tensor(c);
-      check(index_.emplace(t.name, tensors_.size()).second, "tensor {} is given twice", shown(t.name));
+      check(index_.emplace(t.name, tensors_.size()).second, "tensor {} is given twice",
+            shown(t.name));
       tensors_.push_back(std::move(t));
       offsets.push_back(offset);
     }
     const int64_t alignment = integer("general.alignment").value_or(32);
-    check(alignment >= 1 && alignment <= (1 << 20) && std::has_single_bit(static_cast<uint64_t>(alignment)),
+    check(alignment >= 1 && alignment <= (1 << 20) &&
+              std::has_single_bit(static_cast<uint64_t>(alignment)),
           "general.alignment is {}, a power of two is expected", alignment);
     const auto a = static_cast<uint64_t>(alignment);
     const uint64_t start = std::min<uint64_t>((c.at() + a - 1) / a * a, size);
@@ -190,23 +195,32 @@ GgufFile::GgufFile(const std::filesystem::path& file) : path_(file) {
 
 namespace {
 
-template <class F>
-auto with_number(GgufKind kind, const uint8_t* p, F&& f) {
+template <class F> auto with_number(GgufKind kind, const uint8_t* p, F&& f) {
   const auto load = [&]<class T>(T v) {
     std::memcpy(&v, p, sizeof v);
     return f(v);
   };
   switch (kind) {
-    case GgufKind::U8: return load(uint8_t{});
-    case GgufKind::I8: return load(int8_t{});
-    case GgufKind::U16: return load(uint16_t{});
-    case GgufKind::I16: return load(int16_t{});
-    case GgufKind::U32: return load(uint32_t{});
-    case GgufKind::I32: return load(int32_t{});
-    case GgufKind::U64: return load(uint64_t{});
-    case GgufKind::I64: return load(int64_t{});
-    case GgufKind::F32: return load(float{});
-    default: return load(double{});
+    case GgufKind::U8:
+      return load(uint8_t{});
+    case GgufKind::I8:
+      return load(int8_t{});
+    case GgufKind::U16:
+      return load(uint16_t{});
+    case GgufKind::I16:
+      return load(int16_t{});
+    case GgufKind::U32:
+      return load(uint32_t{});
+    case GgufKind::I32:
+      return load(int32_t{});
+    case GgufKind::U64:
+      return load(uint64_t{});
+    case GgufKind::I64:
+      return load(int64_t{});
+    case GgufKind::F32:
+      return load(float{});
+    default:
+      return load(double{});
   }
 }
 
@@ -237,9 +251,10 @@ const GgufValue* GgufFile::value(std::string_view key, bool array) const {
 }
 
 namespace {
-void check_kind(bool ok, const std::filesystem::path& path, std::string_view key, const GgufValue& v,
-                const char* wanted) {
-  check(ok, "{}: key {} is of kind {}, {} is expected", path.string(), key, gguf_kind_name(v.kind), wanted);
+void check_kind(bool ok, const std::filesystem::path& path, std::string_view key,
+                const GgufValue& v, const char* wanted) {
+  check(ok, "{}: key {} is of kind {}, {} is expected", path.string(), key, gguf_kind_name(v.kind),
+        wanted);
 }
 }  // namespace
 
@@ -289,7 +304,8 @@ std::optional<std::vector<int64_t>> GgufFile::integers(std::string_view key) con
   std::vector<int64_t> out;
   out.reserve(static_cast<size_t>(v->count));
   const uint64_t each = kind_bytes(v->kind);
-  for (uint64_t i = 0; i < v->count; ++i) out.push_back(integer_at(v->kind, v->bytes.data() + i * each));
+  for (uint64_t i = 0; i < v->count; ++i)
+    out.push_back(integer_at(v->kind, v->bytes.data() + i * each));
   return out;
 }
 
@@ -316,9 +332,10 @@ const GgufTensor* GgufFile::find(std::string_view name) const {
 Tensor GgufFile::get_f32(std::string_view name) const {
   const GgufTensor* t = find(name);
   check(t != nullptr, "{}: no tensor {}", path_.string(), shown(name));
-  check(t->type->decode != nullptr, "{}: tensor {} is of type {}, which is not read", path_.string(),
-        shown(name), t->type->name);
-  const auto offset = static_cast<size_t>(t->bytes.data() - static_cast<const uint8_t*>(bytes_->data()));
+  check(t->type->decode != nullptr, "{}: tensor {} is of type {}, which is not read",
+        path_.string(), shown(name), t->type->name);
+  const auto offset =
+      static_cast<size_t>(t->bytes.data() - static_cast<const uint8_t*>(bytes_->data()));
   if (t->type->id == kGgmlF32 && offset % alignof(float) == 0) {
     return Tensor::view(bytes_, offset, t->shape, DType::F32);
   }

@@ -1,8 +1,9 @@
 // GGUF, versions 2 and 3: a mapped reader of keys and tensors.
 //
-// Nothing is allocated on the word of the file: every count and length is checked against the bytes that are there,
-// and strings and arrays stay in the mapping until somebody asks for them. Names and row order are the file's own;
-// checkpoint_gguf.cpp turns them into Hugging Face's. Reference: spec/interop-formats.md §5.
+// Nothing is allocated on the word of the file: every count and length is checked against the bytes
+// that are there, and strings and arrays stay in the mapping until somebody asks for them. Names
+// and row order are the file's own; checkpoint_gguf.cpp turns them into Hugging Face's. Reference:
+// spec/interop-formats.md §5.
 #pragma once
 
 #include <cstdint>
@@ -21,22 +22,34 @@
 namespace omq {
 
 enum class GgufKind : uint32_t {
-  U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64
+  U8,
+  I8,
+  U16,
+  I16,
+  U32,
+  I32,
+  F32,
+  Bool,
+  String,
+  Array,
+  U64,
+  I64,
+  F64
 };
 const char* gguf_kind_name(GgufKind kind);
 
 // A key's value, still in the file's bytes.
 struct GgufValue {
-  GgufKind kind = GgufKind::U8;     // of the value, or of an array's elements
+  GgufKind kind = GgufKind::U8;  // of the value, or of an array's elements
   bool array = false;
-  uint64_t count = 1;               // elements of an array
-  std::span<const uint8_t> bytes;   // of all elements; strings with their lengths
+  uint64_t count = 1;              // elements of an array
+  std::span<const uint8_t> bytes;  // of all elements; strings with their lengths
 };
 
 struct GgufTensor {
   std::string name;
   const GgmlType* type = nullptr;
-  Shape shape;                      // row-major: the file's sizes in reverse order
+  Shape shape;  // row-major: the file's sizes in reverse order
   std::span<const uint8_t> bytes;
 };
 
@@ -50,8 +63,9 @@ class GgufFile {
   const std::map<std::string, GgufValue, std::less<>>& values() const { return values_; }
   const std::vector<GgufTensor>& tensors() const { return tensors_; }  // in the file's order
 
-  // Typed access to a key: nothing when it is absent, Error (file, key, both kinds) when it is of another kind.
-  // Whole numbers of any width count as integer; integers do as real. An unsigned value above 2⁶³−1 is an Error.
+  // Typed access to a key: nothing when it is absent, Error (file, key, both kinds) when it is of
+  // another kind. Whole numbers of any width count as integer; integers do as real. An unsigned
+  // value above 2⁶³−1 is an Error.
   std::optional<int64_t> integer(std::string_view key) const;
   std::optional<double> real(std::string_view key) const;
   std::optional<bool> boolean(std::string_view key) const;
@@ -62,8 +76,8 @@ class GgufFile {
 
   // Null when there is no tensor of this name.
   const GgufTensor* find(std::string_view name) const;
-  // The tensor as F32: a view of the mapping when it is stored so and aligned, else decoded. Throws Error naming the
-  // tensor and its type when that is not one of those decoded here.
+  // The tensor as F32: a view of the mapping when it is stored so and aligned, else decoded. Throws
+  // Error naming the tensor and its type when that is not one of those decoded here.
   Tensor get_f32(std::string_view name) const;
 
  private:

@@ -1,4 +1,5 @@
-// One short decoder per GGUF block format; field order and element order follow spec/interop-formats.md §5.
+// One short decoder per GGUF block format; field order and element order follow
+// spec/interop-formats.md §5.
 #include "models/gguf_blocks.h"
 
 #include <algorithm>
@@ -83,7 +84,8 @@ void decode_q5_1(const uint8_t* from, float* to, int64_t blocks) {  // f16 d, m;
 
 // ---- 256 values a block, with small scales inside
 
-void decode_q2_k(const uint8_t* from, float* to, int64_t blocks) {  // scales[16]; qs[64]; f16 d, dmin
+void decode_q2_k(const uint8_t* from, float* to,
+                 int64_t blocks) {  // scales[16]; qs[64]; f16 d, dmin
   for (int64_t b = 0; b < blocks; ++b, from += 84) {
     const uint8_t *scales = from, *qs = from + 16;
     const float d = f16_at(from + 80), dmin = f16_at(from + 82);
@@ -99,13 +101,15 @@ void decode_q2_k(const uint8_t* from, float* to, int64_t blocks) {  // scales[16
   }
 }
 
-// Scale i of the sixteen 6-bit ones: low nibbles in 8 bytes, the top two bits in the 4 bytes after them.
+// Scale i of the sixteen 6-bit ones: low nibbles in 8 bytes, the top two bits in the 4 bytes after
+// them.
 int q3_scale(const uint8_t* s, int i) {
   const int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4;
   return (low | (s[8 + i % 4] >> (2 * (i / 4)) & 3) << 4) - 32;
 }
 
-void decode_q3_k(const uint8_t* from, float* to, int64_t blocks) {  // hmask[32]; qs[64]; scales[12]; f16 d
+void decode_q3_k(const uint8_t* from, float* to,
+                 int64_t blocks) {  // hmask[32]; qs[64]; scales[12]; f16 d
   for (int64_t b = 0; b < blocks; ++b, from += 110) {
     const uint8_t *mask = from, *qs = from + 32, *scales = from + 96;
     const float d = f16_at(from + 108);
@@ -131,19 +135,22 @@ ScaleMin scale_min(const uint8_t* s, int j) {
   return {(s[j + 4] & 15) | (s[j - 4] >> 6) << 4, (s[j + 4] >> 4) | (s[j] >> 6) << 4};
 }
 
-void decode_q4_k(const uint8_t* from, float* to, int64_t blocks) {  // f16 d, dmin; scales[12]; qs[128]
+void decode_q4_k(const uint8_t* from, float* to,
+                 int64_t blocks) {  // f16 d, dmin; scales[12]; qs[128]
   for (int64_t b = 0; b < blocks; ++b, from += 144) {
     const float d = f16_at(from), dmin = f16_at(from + 2);
     for (int j = 0; j < 8; ++j) {
       const ScaleMin sm = scale_min(from + 4, j);
       const float dl = d * static_cast<float>(sm.scale), ml = dmin * static_cast<float>(sm.min);
       const uint8_t* qs = from + 16 + 32 * (j / 2);
-      for (int l = 0; l < 32; ++l) *to++ = dl * static_cast<float>(qs[l] >> (4 * (j % 2)) & 15) - ml;
+      for (int l = 0; l < 32; ++l)
+        *to++ = dl * static_cast<float>(qs[l] >> (4 * (j % 2)) & 15) - ml;
     }
   }
 }
 
-void decode_q5_k(const uint8_t* from, float* to, int64_t blocks) {  // as Q4_K, with qh[32] before qs
+void decode_q5_k(const uint8_t* from, float* to,
+                 int64_t blocks) {  // as Q4_K, with qh[32] before qs
   for (int64_t b = 0; b < blocks; ++b, from += 176) {
     const float d = f16_at(from), dmin = f16_at(from + 2);
     const uint8_t* qh = from + 16;
@@ -159,7 +166,8 @@ void decode_q5_k(const uint8_t* from, float* to, int64_t blocks) {  // as Q4_K, 
   }
 }
 
-void decode_q6_k(const uint8_t* from, float* to, int64_t blocks) {  // ql[128]; qh[64]; i8 scales[16]; f16 d
+void decode_q6_k(const uint8_t* from, float* to,
+                 int64_t blocks) {  // ql[128]; qh[64]; i8 scales[16]; f16 d
   for (int64_t b = 0; b < blocks; ++b, from += 210) {
     const uint8_t *ql = from, *qh = from + 128, *scales = from + 192;
     const float d = f16_at(from + 208);

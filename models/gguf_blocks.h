@@ -1,8 +1,9 @@
 // The block formats of GGUF tensors and how each becomes F32.
 //
-// A row of a tensor is a whole number of blocks; a block holds a fixed number of values in a fixed number of bytes.
-// One table row per type: the reader needs the sizes of all of them to check a file, the decoder only of those that
-// occur in LLaMA-family files. Reference: spec/interop-formats.md §5, "Tensor types and blocks".
+// A row of a tensor is a whole number of blocks; a block holds a fixed number of values in a fixed
+// number of bytes. One table row per type: the reader needs the sizes of all of them to check a
+// file, the decoder only of those that occur in LLaMA-family files. Reference:
+// spec/interop-formats.md §5, "Tensor types and blocks".
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct GgmlType {
 // Null for an unknown number.
 const GgmlType* find_ggml_type(uint32_t id);
 
-// bytes: [rows, values of a row] in blocks → F32, in parallel. `values` must be whole blocks and type.decode not null.
+// bytes: [rows, values of a row] in blocks → F32, in parallel. `values` must be whole blocks and
+// type.decode not null.
 void ggml_to_f32(const GgmlType& type, std::span<const uint8_t> bytes, float* to, int64_t values);
 
 }  // namespace omq

@@ -74,7 +74,8 @@ std::string Sha256::hex() {
   const uint64_t bits = length_ * 8;
   std::vector<std::byte> tail(1 + (119 - length_ % 64) % 64 + 8);
   tail[0] = std::byte{0x80};
-  for (size_t i = 0; i < 8; ++i) tail[tail.size() - 1 - i] = static_cast<std::byte>(bits >> (8 * i));
+  for (size_t i = 0; i < 8; ++i)
+    tail[tail.size() - 1 - i] = static_cast<std::byte>(bits >> (8 * i));
   update(tail);
   std::string out;
   for (const uint32_t word : state_) out += fmt::format("{:08x}", word);

@@ -1,7 +1,7 @@
 // SHA-256, so that reports can say exactly which files they are about.
 //
-// Reports of omq-quant and omq-run name every input with its hash; nothing here guards against an attacker in need of
-// speed. Reference: FIPS 180-4, section 6.2.
+// Reports of omq-quant and omq-run name every input with its hash; nothing here guards against an
+// attacker in need of speed. Reference: FIPS 180-4, section 6.2.
 #pragma once
 
 #include <array>

@@ -23,8 +23,8 @@ std::string read_text_file(const fs::path& file, size_t max_bytes) {
   check(fs::is_regular_file(status), "{}: not a regular file", file.string());
   const uintmax_t size = fs::file_size(file, error);
   check(!error, "{}: cannot read: {}", file.string(), error.message());
-  check(size <= max_bytes, "{}: {} bytes are too many for this kind of file (at most {})", file.string(),
-        size, max_bytes);
+  check(size <= max_bytes, "{}: {} bytes are too many for this kind of file (at most {})",
+        file.string(), size, max_bytes);
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> f(std::fopen(file.c_str(), "rb"), &std::fclose);
   check(f != nullptr, "{}: cannot open: {}", file.string(), std::strerror(errno));
   std::string text(static_cast<size_t>(size), '\0');
@@ -53,16 +53,19 @@ json parse_json(std::string_view text, std::string_view name) {
   try {
     return json::parse(text, callback);
   } catch (const json::exception& e) {
-    // "[json.exception.parse_error.101] parse error at line 1, …": the tag in brackets says nothing to a reader.
+    // "[json.exception.parse_error.101] parse error at line 1, …": the tag in brackets says nothing
+    // to a reader.
     const std::string_view what = e.what();
     const size_t tag = what.find("] ");
-    fail("{}: not valid JSON: {}", name, shown(tag == what.npos ? what : what.substr(tag + 2), 200));
+    fail("{}: not valid JSON: {}", name,
+         shown(tag == what.npos ? what : what.substr(tag + 2), 200));
   }
 }
 
 json read_json_object(const fs::path& file) {
   json value = parse_json(read_text_file(file), file.string());
-  check(value.is_object(), "{}: a JSON object is expected, not {}", file.string(), value.type_name());
+  check(value.is_object(), "{}: a JSON object is expected, not {}", file.string(),
+        value.type_name());
   return value;
 }
 

@@ -98,11 +98,10 @@ void PackedModelWriter::add(const std::string& module, const nn::Weight& weight)
     weights_.add(module + ".weight", std::get<Tensor>(weight));
 }
 
-void PackedModelWriter::finish() {
+void PackedModelWriter::close() {
   weights_.finish();
   dir_.write("config.json", config_);
   for (const auto& [name, content] : side_files_) dir_.write(name, content);
-  dir_.commit();
 }
 
 }  // namespace omq

@@ -39,7 +39,7 @@ struct PackedConfig {
   static std::optional<PackedConfig> of(const ModelConfig& config);
 };
 
-// Writes such a folder block by block; it appears under its name only in finish().
+// Writes such a folder block by block; it appears under its name only in commit().
 class PackedModelWriter final : public nn::BlockSink {
  public:
   // source: the full-precision checkpoint, for config and tokenizer. Throws Error when `out` exists (unless force).
@@ -50,8 +50,10 @@ class PackedModelWriter final : public nn::BlockSink {
   void add_tensor(const std::string& name, const Tensor& t) { weights_.add(name, t); }
   // A further file of the folder.
   void add_file(const std::string& name, const std::string& content) { dir_.write(name, content); }
-  void finish();
-  const std::filesystem::path& folder() const { return dir_.target(); }
+  // Completes the files. They can be opened at unfinished(), to be checked, before commit() gives them their name.
+  void close();
+  const std::filesystem::path& unfinished() const { return dir_.path(); }
+  void commit() { dir_.commit(); }
 
  private:
   AtomicDir dir_;

@@ -22,11 +22,11 @@ struct DtypeRow {
   std::optional<DType> type;
 };
 constexpr DtypeRow kDtypes[] = {
-    {"F64", 8, DType::F64},    {"F32", 4, DType::F32},    {"F16", 2, DType::F16},
-    {"BF16", 2, DType::BF16},  {"I64", 8, std::nullopt},  {"I32", 4, DType::I32},
-    {"I16", 2, std::nullopt},  {"I8", 1, DType::I8},      {"U64", 8, std::nullopt},
-    {"U32", 4, std::nullopt},  {"U16", 2, std::nullopt},  {"U8", 1, DType::U8},
-    {"BOOL", 1, std::nullopt}, {"C64", 8, std::nullopt},  {"F8_E4M3", 1, std::nullopt},
+    {"F64", 8, DType::F64},       {"F32", 4, DType::F32},      {"F16", 2, DType::F16},
+    {"BF16", 2, DType::BF16},     {"I64", 8, std::nullopt},    {"I32", 4, DType::I32},
+    {"I16", 2, std::nullopt},     {"I8", 1, DType::I8},        {"U64", 8, std::nullopt},
+    {"U32", 4, std::nullopt},     {"U16", 2, std::nullopt},    {"U8", 1, DType::U8},
+    {"BOOL", 1, std::nullopt},    {"C64", 8, std::nullopt},    {"F8_E4M3", 1, std::nullopt},
     {"F8_E5M2", 1, std::nullopt}, {"F8_E8M0", 1, std::nullopt}};
 
 const DtypeRow* find_dtype(std::string_view name) {
@@ -118,10 +118,11 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) : path_(file
     const auto* base = static_cast<const unsigned char*>(bytes_->data());
     uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | base[i];
-    check(length <= kMaxHeader, "a header of {} bytes is refused (at most {}); is this safetensors?",
-          length, kMaxHeader);
+    check(length <= kMaxHeader,
+          "a header of {} bytes is refused (at most {}); is this safetensors?", length, kMaxHeader);
     check(length >= 2 && length <= size - 8,
-          "the header claims {} bytes, the file has {} after its length: cut short?", length, size - 8);
+          "the header claims {} bytes, the file has {} after its length: cut short?", length,
+          size - 8);
     data_offset_ = 8 + length;
     read_header({reinterpret_cast<const char*>(base) + 8, static_cast<size_t>(length)},
                 size - data_offset_);
@@ -144,12 +145,14 @@ void SafetensorsFile::read_header(std::string_view header, uint64_t data_bytes) 
   uint64_t covered = 0;
   for (size_t i = 0; i < entries_.size(); ++i) {
     const SafetensorsEntry& e = entries_[i];
-    check(e.begin == covered, "tensor {}: its bytes begin at {}, the tensor before it ends at {}: {}",
-          shown(e.name), e.begin, covered, e.begin < covered ? "they overlap" : "there is a gap");
+    check(e.begin == covered,
+          "tensor {}: its bytes begin at {}, the tensor before it ends at {}: {}", shown(e.name),
+          e.begin, covered, e.begin < covered ? "they overlap" : "there is a gap");
     covered = e.end;
     index_[e.name] = i;
   }
-  check(covered == data_bytes, "the tensors end at byte {} of {} bytes of data", covered, data_bytes);
+  check(covered == data_bytes, "the tensors end at byte {} of {} bytes of data", covered,
+        data_bytes);
 }
 
 const SafetensorsEntry* SafetensorsFile::find(std::string_view name) const {
@@ -160,8 +163,8 @@ const SafetensorsEntry* SafetensorsFile::find(std::string_view name) const {
 Tensor SafetensorsFile::get(std::string_view name) const {
   const SafetensorsEntry* e = find(name);
   check(e != nullptr, "{}: no tensor {}", path_.string(), shown(name));
-  check(e->type.has_value(), "{}: tensor {} has dtype {}, which cannot be read here", path_.string(),
-        shown(name), e->dtype);
+  check(e->type.has_value(), "{}: tensor {} has dtype {}, which cannot be read here",
+        path_.string(), shown(name), e->dtype);
   const uint64_t offset = data_offset_ + e->begin;
   if (offset % dtype_size(*e->type) == 0) return Tensor::view(bytes_, offset, e->shape, *e->type);
   Tensor copy = Tensor::empty(e->shape, *e->type);

@@ -1,5 +1,6 @@
-// The safetensors writer. The header's size is known only at the end, so room is left for it in front of the data; when
-// the guess is too small, or too generous for a small file, the data moves once.
+// The safetensors writer. The header's size is known only at the end, so room is left for it in
+// front of the data; when the guess is too small, or too generous for a small file, the data moves
+// once.
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
@@ -36,14 +37,19 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path file, Metadata metada
 void SafetensorsWriter::add(const std::string& name, std::string_view dtype, const Shape& shape,
                             std::span<const std::byte> bytes) {
   const std::string where = file_.path().string();
-  check(!name.empty() && name != "__metadata__", "{}: a tensor cannot be called \"{}\"", where, name);
+  check(!name.empty() && name != "__metadata__", "{}: a tensor cannot be called \"{}\"", where,
+        name);
   const bool fresh = index_.emplace(name, entries_.size()).second;
   check(fresh, "{}: tensor {} is given twice", where, name);
   const auto wanted = safetensors_bytes(dtype, shape);
-  check(wanted == bytes.size(), "{}: tensor {}: {} bytes given for {} {}", where, name, bytes.size(),
-        dtype, shape);
-  SafetensorsEntry e{.name = name, .dtype = std::string(dtype), .type = {}, .shape = shape,
-                     .begin = data_bytes_, .end = data_bytes_ + bytes.size()};
+  check(wanted == bytes.size(), "{}: tensor {}: {} bytes given for {} {}", where, name,
+        bytes.size(), dtype, shape);
+  SafetensorsEntry e{.name = name,
+                     .dtype = std::string(dtype),
+                     .type = {},
+                     .shape = shape,
+                     .begin = data_bytes_,
+                     .end = data_bytes_ + bytes.size()};
   file_.write_at(data_offset_ + data_bytes_, bytes);
   data_bytes_ = e.end;
   entries_.push_back(std::move(e));
@@ -51,7 +57,8 @@ void SafetensorsWriter::add(const std::string& name, std::string_view dtype, con
 
 void SafetensorsWriter::add(const std::string& name, const Tensor& tensor) {
   check(tensor.defined() && tensor.device() == Device{} && tensor.is_contiguous(),
-        "{}: tensor {} must be contiguous and on the CPU to be written", file_.path().string(), name);
+        "{}: tensor {} must be contiguous and on the CPU to be written", file_.path().string(),
+        name);
   const auto* p = tensor.numel() > 0 ? static_cast<const std::byte*>(tensor.raw()) : nullptr;
   add(name, dtype_name(tensor.dtype()), tensor.shape(), {p, tensor.nbytes()});
 }

@@ -26,6 +26,7 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
   q = rope(q, at.tables.cos, at.tables.sin, at.index);
   k = rope(k, at.tables.cos, at.tables.sin, at.index);
   if (cache) {
+    check(!needs_grad(k) && !needs_grad(v), "attention: no gradient goes through a KV cache; train without one");
     auto stored = cache->append(k, v);
     k = stored.k;
     v = stored.v;

@@ -10,6 +10,7 @@ KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head
 
 KVCache::View KVCache::append(const Tensor& k, const Tensor& v) {
   const int64_t tokens = k.dim(1);
+  check(k.shape() == v.shape(), "kv cache: keys {} and values {} differ", k.shape(), v.shape());
   check(k.dim(0) == k_.dim(0) && k.dim(2) == k_.dim(2) && k.dim(3) == k_.dim(3), "kv cache {}: cannot append {}",
         k_.shape(), k.shape());
   check(length_ + tokens <= capacity(), "context is full: {} tokens cached, {} more wanted, room for {}", length_,

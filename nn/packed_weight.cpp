@@ -26,7 +26,7 @@ Tensor PackedIntWeight::embedding(const Tensor& ids) const {
   Shape shape = ids.shape();
   shape.push_back(w_.cols);
   Tensor y = Tensor::empty({ids.numel(), w_.cols}, DType::F32, ids.device());
-  packed_on(ids).packed_embedding(y, w_, contiguous(ids));
+  packed_on(ids).packed_embedding(y, w_, reshape(ids, {-1}));
   return reshape(y, shape);
 }
 

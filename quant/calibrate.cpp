@@ -35,6 +35,17 @@ struct Streams {
 
 Tensor f16_rounded(const Tensor& scale) { return to(to(scale, DType::F16), DType::F32); }
 
+// How far the packed block's kernels are from the simulated block on one sample x, as a share of what the block adds to
+// its input. Rounding alone gives about 1e-6; anything large is a fault, and must not reach a file.
+double packed_error(const nn::Block& packed, const Tensor& x, const Tensor& y, const nn::Positions& at) {
+  const double difference = static_cast<double>(sum(square(packed.forward(x, at) - y)).item<float>());
+  const double update = static_cast<double>(sum(square(y - x)).item<float>());
+  const double error = std::sqrt(difference / std::max(update, 1e-30));
+  check(error < 1e-3, "the packed block differs from the simulated one by {:.2e}; this is a fault of a packed kernel "
+        "(try OMQ_ISA=scalar)", error);
+  return error;
+}
+
 double train_epoch(const BlockMethod& method, const nn::Block& fp, const Recipe& recipe, nn::AdamW& optimizer,
                    const Tensor& x, const Targets& targets, const nn::Positions& at) {
   double total = 0;
@@ -137,7 +148,9 @@ BlockReport quantize_block(const Recipe& recipe, nn::Block& fp, Streams* streams
   committed = method.commit(fp);                                                         // ⑤ fold and choose codes
   if (streams) {
     NoGrad off;
+    const Tensor input = batch_of(streams->quant, 0, 1);
     streams->quant = run(*committed.simulated, streams->quant, at);                      // ⑥ the next block's inputs
+    report.packed_error = packed_error(*committed.packed, input, batch_of(streams->quant, 0, 1), at);
     streams->fp = targets.of_fp;
     report.committed_loss = static_cast<double>(mse(streams->quant, streams->fp).item<float>());
     report.target_mean_square = static_cast<double>(mean(square(streams->fp)).item<float>());

@@ -43,6 +43,7 @@ struct BlockReport {
   std::vector<double> epoch_loss;  // mean objective of each epoch
   double committed_loss = 0;       // mean squared error of the committed block on the quantised stream
   double target_mean_square = 0;   // of the full-precision output, to read the loss against
+  double packed_error = 0;         // ‖packed − simulated‖ / ‖simulated − input‖ on the first sample
   double seconds = 0;
   size_t peak_bytes = 0;           // tensors alive at most during this block
 };

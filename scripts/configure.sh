@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# cmake --preset NAME, with Ninja where it is found and the build tree is new.   configure.sh PRESET [cmake options]
+# cmake --preset NAME, with Ninja where it is found and the build tree is new.
+#
+#   configure.sh PRESET [cmake options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=$1

@@ -239,7 +239,7 @@ void Progress::update(int64_t done, std::string_view note) {
   if (quiet_) return;
   const auto now = std::chrono::steady_clock::now();
   const double since = std::chrono::duration<double>(now - shown_).count();
-  if (since < (terminal_ ? 0.1 : 30.0)) return;
+  if (since < (terminal_ ? 0.1 : 30.0) || (!terminal_ && done == total_)) return;
   shown_ = now;
   std::string line = fmt::format("{} {}", stage_, done);
   if (total_ > 0) {

@@ -194,7 +194,7 @@ class Teller {
     } else {
       say({"{H} was not afraid and sat down beside it.",
            "\"Do not be afraid,\" {he} said to the {animal}."});
-      say({"The {look} {animal} let {him} touch its ear.",
+      say({"The {look} {animal} let {him} stroke its back.",
            "The {look} {animal} stayed near {him}."});
     }
   }

@@ -29,9 +29,12 @@ struct Family {
 };
 
 inline constexpr std::array kPeople = {
-    Person{"Anna", true}, Person{"Mia", true},  Person{"Lily", true}, Person{"Rosa", true},
-    Person{"Ella", true}, Person{"Nora", true}, Person{"Tom", false}, Person{"Ben", false},
-    Person{"Max", false}, Person{"Leo", false}, Person{"Sam", false}, Person{"Finn", false},
+    Person{"Anna", true},   Person{"Mia", true},   Person{"Lily", true},  Person{"Rosa", true},
+    Person{"Ella", true},   Person{"Nora", true},  Person{"Clara", true}, Person{"Ivy", true},
+    Person{"Ruth", true},   Person{"Zoe", true},   Person{"Emma", true},  Person{"Hanna", true},
+    Person{"Tom", false},   Person{"Ben", false},  Person{"Max", false},  Person{"Leo", false},
+    Person{"Sam", false},   Person{"Finn", false}, Person{"Jack", false}, Person{"Paul", false},
+    Person{"Oscar", false}, Person{"Hugo", false}, Person{"Adam", false}, Person{"Noah", false},
 };
 
 inline constexpr std::array kPlaces = {
@@ -70,6 +73,22 @@ inline constexpr std::array kPlaces = {
           "to the school",
           {{{"pencil", "pencils", false}, {"book", "books", false}, {"coin", "coins", false}}},
           {"on a shelf", "under the desk", "near the window"}},
+    Place{"at the castle",
+          "to the castle",
+          {{{"key", "keys", false}, {"ring", "rings", false}, {"bell", "bells", false}}},
+          {"on the stairs", "behind the tower", "in the yard"}},
+    Place{"by the river",
+          "to the river",
+          {{{"pebble", "pebbles", false}, {"plum", "plums", true}, {"reed", "reeds", false}}},
+          {"on the bank", "under the willow", "beside the ferry"}},
+    Place{"in the village",
+          "to the village",
+          {{{"ribbon", "ribbons", false}, {"bun", "buns", true}, {"button", "buttons", false}}},
+          {"near the fountain", "on a bench", "behind the inn"}},
+    Place{"at the harbor",
+          "to the harbor",
+          {{{"cork", "corks", false}, {"rope", "ropes", false}, {"lemon", "lemons", true}}},
+          {"on the pier", "behind a barrel", "in an empty net"}},
 };
 
 inline constexpr std::array kWeather = {
@@ -78,6 +97,8 @@ inline constexpr std::array kWeather = {
     Weather{"cold", "coat", "the air was like ice"},
     Weather{"windy", "scarf", "the wind was loud"},
     Weather{"foggy", "lamp", "the fog was thick"},
+    Weather{"snowy", "sled", "the snow was deep"},
+    Weather{"stormy", "cloak", "the storm was wild"},
 };
 
 inline constexpr std::array kFamily = {
@@ -86,6 +107,9 @@ inline constexpr std::array kFamily = {
     Family{"grandmother", "at the end of the road"},
     Family{"uncle", "in a village by the sea"},
     Family{"sister", "above a shop"},
+    Family{"brother", "next to the bakery"},
+    Family{"aunt", "behind the church"},
+    Family{"grandfather", "on a green island"},
 };
 
 inline constexpr std::array<std::string_view, 7> kDays = {
@@ -93,13 +117,15 @@ inline constexpr std::array<std::string_view, 7> kDays = {
 inline constexpr std::array<std::string_view, 13> kNumbers = {
     "no",    "one",   "two",  "three", "four",   "five",  "six",
     "seven", "eight", "nine", "ten",   "eleven", "twelve"};
-inline constexpr std::array<std::string_view, 6> kTraits = {"brave",  "kind",     "quiet",
-                                                            "clever", "cheerful", "shy"};
-inline constexpr std::array<std::string_view, 6> kColors = {"red",    "blue",  "green",
-                                                            "yellow", "white", "black"};
-inline constexpr std::array<std::string_view, 4> kBoxes = {"basket", "bag", "box", "bucket"};
-inline constexpr std::array<std::string_view, 6> kAnimals = {"dog",    "cat",  "fox",
-                                                             "rabbit", "duck", "goat"};
-inline constexpr std::array<std::string_view, 4> kLooks = {"little", "young", "thin", "funny"};
+inline constexpr std::array<std::string_view, 8> kTraits = {"brave",    "kind", "quiet",  "clever",
+                                                            "cheerful", "shy",  "gentle", "bold"};
+inline constexpr std::array<std::string_view, 10> kColors = {
+    "red", "blue", "green", "yellow", "white", "black", "brown", "gray", "pink", "purple"};
+inline constexpr std::array<std::string_view, 6> kBoxes = {"basket", "bag",  "box",
+                                                           "bucket", "sack", "pot"};
+inline constexpr std::array<std::string_view, 10> kAnimals = {
+    "dog", "cat", "fox", "rabbit", "duck", "goat", "hen", "lamb", "donkey", "squirrel"};
+inline constexpr std::array<std::string_view, 6> kLooks = {"little", "young", "thin",
+                                                           "funny",  "lame",  "sleepy"};
 
 }  // namespace omq::story

@@ -7,15 +7,14 @@
 // did not see, and a README.md with the command and what was reached. The files depend on the
 // options alone, not on the number of threads.
 
-#include <unistd.h>
-
-#include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 
 #include "models/atomic_dir.h"
 #include "tensor/parallel.h"
+#include "tools/cli.h"
 #include "tools/tiny_training.h"
 
 namespace omq {
@@ -34,7 +33,7 @@ class Progress {
  public:
   explicit Progress(int64_t steps)
       : steps_(steps),
-        terminal_(isatty(STDERR_FILENO) != 0),
+        terminal_(cli::is_terminal(stderr)),
         start_(std::chrono::steady_clock::now()) {}
 
   void step(const TinyStep& s) {
@@ -149,15 +148,15 @@ void run(const Arguments& a) {
   out.write("test.txt", test);
   out.write("README.md", readme(a, r));
   out.commit();
-  fmt::print(stderr, "{}: {} weights, held-out perplexity {:.4f}, {:.0f} s\n", a.out, r.parameters,
-             std::exp(r.test_loss), progress.seconds());
+  fmt::print(stderr, "{}: {} weights, held-out perplexity {:.4f}, {}\n", a.out, r.parameters,
+             std::exp(r.test_loss), cli::human_seconds(progress.seconds()));
   fmt::print("{}{}\n", r.prompt, r.sample);
 }
 
 void add_options(CLI::App& app, Arguments& a) {
   TinyOptions& o = a.train;
   const CLI::Range positive(int64_t{1}, int64_t{1} << 20);
-  app.add_option("-o,--out", a.out, "Folder to write")->required();
+  app.add_option("-o,--out", a.out, "Folder to write (required)");
   app.add_flag("--force", a.force, "Replace the folder if it is an older model");
   app.add_option("--steps", o.steps, "Optimiser steps")->check(positive)->capture_default_str();
   app.add_option("--seed", o.seed, "Weights, stories, order")->capture_default_str();
@@ -191,25 +190,26 @@ void add_options(CLI::App& app, Arguments& a) {
       ->capture_default_str();
 }
 
+int program(const cli::Args& args) {
+  Arguments a;
+  bool version = false;
+  CLI::App app("Trains a small LLaMA on generated stories and writes it as a Hugging Face folder.",
+               "train-tiny");
+  add_options(app, a);
+  app.add_flag("--version", version, "Say what this build is");
+  if (!cli::parse(app, args)) return 0;
+  if (version) {
+    fmt::print("{}", cli::version_text("train-tiny"));
+    return 0;
+  }
+  if (a.out.empty()) throw cli::UsageError("--out is required: the folder to write");
+  run(a);
+  return 0;
+}
+
 }  // namespace
 }  // namespace omq
 
 int main(int argc, char** argv) {
-  omq::Arguments arguments;
-  CLI::App app("Trains a small LLaMA on generated stories and writes it as a Hugging Face folder.",
-               "train-tiny");
-  omq::add_options(app, arguments);
-  app.set_version_flag("--version", OMQ_VERSION);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    omq::run(arguments);
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "train-tiny: {}\n", e.what());
-    return 1;
-  }
-  return 0;
+  return omq::cli::run_program("train-tiny", argc, argv, omq::program);
 }

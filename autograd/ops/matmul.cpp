@@ -43,11 +43,22 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
   check(w.ndim() == 2 && x.ndim() >= 1 && x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(),
         w.shape());
+  check(x.dtype() == w.dtype(), "linear: dtypes differ: {} and {}", dtype_name(x.dtype()), dtype_name(w.dtype()));
   Shape shape = x.shape();
   shape[x.ndim() - 1] = w.dim(0);
   const Tensor rows = reshape(x, {-1, x.dim(-1)});
-  const Tensor y = reshape(matmul(rows, transpose(w, 0, 1)), shape);
-  return bias.defined() ? add(y, bias) : y;
+  const bool need_x = needs_grad(rows), need_w = needs_grad(w);
+  // Not matmul(rows, wᵀ): its gradient in w would come out transposed and have to be copied back into rows.
+  const Tensor y = record("linear", product(rows, transposed(w)), {rows, w},
+                          [x = need_w ? rows.detach() : Tensor{}, w = need_x ? w.detach() : Tensor{}, need_x,
+                           need_w](const Tensor& dy) -> Grads {
+                            Grads g(2);
+                            if (need_x) g[0] = product(dy, w);              // dx = dy · W
+                            if (need_w) g[1] = product(transposed(dy), x);  // dW = dyᵀ · x
+                            return g;
+                          });
+  const Tensor out = reshape(y, shape);
+  return bias.defined() ? add(out, bias) : out;
 }
 
 }  // namespace omq

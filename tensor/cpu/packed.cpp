@@ -74,10 +74,9 @@ std::vector<const char*> packed_isas_here() {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;         // of x: up to here weights are read as they lie
-constexpr int64_t kPanelGrain = 4;      // panels a chunk of work: as many as gemv walks at once
-constexpr int64_t kPreparedRows = 512;  // of x at a time: bounds the scratch memory
-constexpr int64_t kDenseGrain = 32;     // rows of a dense w a chunk of work
+constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
+constexpr int64_t kPreparedRows = 512;       // of x at a time: bounds the scratch memory
+constexpr int64_t kDenseGrain = 32;          // rows of a dense w a chunk of work
 constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
@@ -102,7 +101,7 @@ template <Use> void* scratch(int64_t bytes) {
 
 // Panels a chunk of work: enough that each of gemv's streams (up to 4) has a run to read ahead in,
 // few enough that there are about 16 chunks for the threads to share.
-int64_t panel_grain(int64_t panels) { return std::clamp<int64_t>(panels / 64 * 4, 4, 16); }
+int64_t panel_grain(int64_t panels) { return std::clamp<int64_t>(panels / 32 * 4, 8, 16); }
 
 // Rows of w that become F32 together: a multiple of 16 that fits the cache, at least 8 tiles for
 // the threads to share where the matrix is not too small for that.

@@ -1,5 +1,5 @@
-// Every op of tests/support/cases.h on three rungs of the ladder: backward() in F64 against differences, F32 against
-// F64 on each device, and fused against composed.
+// Every op of tests/support/cases.h on three rungs of the ladder: backward() in F64 against
+// differences, F32 against F64 on each device, and fused against composed.
 #include <doctest/doctest.h>
 
 #include "autograd/backward.h"
@@ -22,7 +22,8 @@ Outcome outcome(const TensorFunction& f, const Inputs& exact, DType dtype, Devic
   Outcome out;
   out.y = f(leaves);
   Rng rng(11);
-  const Gradients g = backward(sum(out.y * converted(random_tensor(rng, out.y.shape()), dtype, device)));
+  const Gradients g =
+      backward(sum(out.y * converted(random_tensor(rng, out.y.shape()), dtype, device)));
   for (const Tensor& x : leaves) out.grads.push_back(g[x]);
   return out;
 }
@@ -42,7 +43,8 @@ TEST_CASE("F32 agrees with F64, op by op and device by device") {
       CAPTURE(d);
       CAPTURE(c.name);
       const Inputs inputs = case_inputs(c, 5);
-      const Outcome want = outcome(c.f, inputs, DType::F64, {}), got = outcome(c.f, inputs, DType::F32, d);
+      const Outcome want = outcome(c.f, inputs, DType::F64, {}),
+                    got = outcome(c.f, inputs, DType::F32, d);
       CHECK(close(got.y, want.y, c.nmse));
       for (size_t i = 0; i < inputs.size(); ++i) {
         CAPTURE(i);
@@ -56,7 +58,8 @@ TEST_CASE("fused ops equal their compositions, values and gradients") {
     if (!c.composed) continue;
     CAPTURE(c.name);
     const Inputs inputs = case_inputs(c, 6);
-    const Outcome fused = outcome(c.f, inputs, DType::F64, {}), plain = outcome(c.composed, inputs, DType::F64, {});
+    const Outcome fused = outcome(c.f, inputs, DType::F64, {}),
+                  plain = outcome(c.composed, inputs, DType::F64, {});
     CHECK(close(fused.y, plain.y, 1e-28));
     for (size_t i = 0; i < inputs.size(); ++i) {
       CAPTURE(i);

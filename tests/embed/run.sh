@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Installs the build tree to a scratch prefix and builds the project beside this file against it, once through its CMake
-# package and once through pkg-config.      run.sh BUILD_DIR COMPILER
+# Installs the build tree to a scratch prefix and builds the project beside this file against it,
+# once through its CMake package and once through pkg-config.
+#
+#   run.sh BUILD_DIR COMPILER
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 build=$1 compiler=${2:-c++}
@@ -11,7 +13,8 @@ cmake --install "$build" --prefix "$work/prefix" >"$work/log" || { cat "$work/lo
 
 echo "== CMake package"
 cmake -S "$here" -B "$work/build" -DCMAKE_BUILD_TYPE=Release \
-  -DCMAKE_PREFIX_PATH="$work/prefix" -DCMAKE_CXX_COMPILER="$compiler" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+  -DCMAKE_PREFIX_PATH="$work/prefix" -DCMAKE_CXX_COMPILER="$compiler" >"$work/log" 2>&1 ||
+  { cat "$work/log"; exit 1; }
 cmake --build "$work/build" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 "$work/build/embed"
 

@@ -1,5 +1,6 @@
-// What is done with hostile bytes: opened, and everything that opened is read to the end. Anything but success or an
-// omq::Error is a fault. Shared by the ordinary test (parsers_test.cpp) and the libFuzzer programs.
+// What is done with hostile bytes: opened, and everything that opened is read to the end. Anything
+// but success or an omq::Error is a fault. Shared by the ordinary test (parsers_test.cpp) and the
+// libFuzzer programs.
 #pragma once
 
 #include <sys/mman.h>
@@ -40,8 +41,7 @@ class MemoryFile {
   int fd_;
 };
 
-template <class F>
-bool accepts(F&& f) {
+template <class F> bool accepts(F&& f) {
   try {
     f();
     return true;

@@ -22,8 +22,13 @@ std::string open_message(const fs::path& p) {
 }
 
 json tiny_config() {
-  return {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 4},
-          {"intermediate_size", 8}, {"num_hidden_layers", 1}, {"num_attention_heads", 2}, {"vocab_size", 6}};
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"hidden_size", 4},
+          {"intermediate_size", 8},
+          {"num_hidden_layers", 1},
+          {"num_attention_heads", 2},
+          {"vocab_size", 6}};
 }
 
 // Two shards and an index; one tensor of each.
@@ -39,10 +44,12 @@ void write_shards(const fs::path& folder) {
     w.finish();
     map[name] = file;
   }
-  write_file(folder / "model.safetensors.index.json", json{{"metadata", {{"total_size", 16}}}, {"weight_map", map}}.dump());
+  write_file(folder / "model.safetensors.index.json",
+             json{{"metadata", {{"total_size", 16}}}, {"weight_map", map}}.dump());
 }
 
-constexpr const char* kTokenizer = R"({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+constexpr const char* kTokenizer =
+    R"({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
   "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}, "decoder": {"type": "ByteLevel"}, "added_tokens": []})";
 
 }  // namespace
@@ -62,7 +69,9 @@ TEST_CASE("checkpoint: sharded folder") {
   CHECK(c->unused({"model.norm.weight"}) == std::vector<std::string>{"model.embed_tokens.weight"});
   const std::string missing = message_of([&] { (void)c->get("model.norms.weight"); });
   CHECK(contains(missing, (dir / "m").string()));
-  CHECK(contains(missing, "no tensor model.norms.weight; the nearest of its 2 tensors are: model.norm.weight"));
+  CHECK(contains(
+      missing,
+      "no tensor model.norms.weight; the nearest of its 2 tensors are: model.norm.weight"));
   CHECK(contains(message_of([&] { (void)c->get("model.norm.weight", {4}); }),
                  "tensor model.norm.weight has shape [2], the configuration asks for [4]"));
 }
@@ -75,7 +84,8 @@ TEST_CASE("checkpoint: what can be wrong with a folder") {
   CHECK(contains(open_message(dir.path()), "only PyTorch (pickle) files"));
   CHECK(contains(open_message(dir / "pytorch_model.bin"), "a PyTorch (pickle) file"));
   write_file(dir / "text", "hello there");
-  CHECK(contains(open_message(dir / "text"), "neither GGUF nor safetensors; the file begins with \"hello th"));
+  CHECK(contains(open_message(dir / "text"),
+                 "neither GGUF nor safetensors; the file begins with \"hello th"));
   write_file(dir / "empty", "");
   CHECK(contains(open_message(dir / "empty"), "neither GGUF nor safetensors"));
 
@@ -93,14 +103,17 @@ TEST_CASE("checkpoint: what can be wrong with a folder") {
            {R"({"weight_map": {"a": 1}})", "a is in 1, a file name is expected"},
            {R"({"weight_map": {"a": "../secret"}})", "a file name is expected"},
            {R"({"weight_map": {"a": ".."}})", "a file name is expected"},
-           {R"({"weight_map": {"a": "none.safetensors"}})", "none.safetensors that its index names is missing"},
-           {R"({"weight_map": {"a": "model-00001-of-00002.safetensors"}})", "tensor a is not in model-00001"}}) {
+           {R"({"weight_map": {"a": "none.safetensors"}})",
+            "none.safetensors that its index names is missing"},
+           {R"({"weight_map": {"a": "model-00001-of-00002.safetensors"}})",
+            "tensor a is not in model-00001"}}) {
     write_file(index, text);
     CAPTURE(text);
     CHECK(contains(open_message(dir / "m"), message));
   }
   fs::remove(index);
-  CHECK(contains(open_message(dir / "m"), "2 safetensors files, but neither model.safetensors nor"));
+  CHECK(
+      contains(open_message(dir / "m"), "2 safetensors files, but neither model.safetensors nor"));
   write_file(index, good);
   write_file(dir / "m/model-00002-of-00002.safetensors", "short");
   CHECK(contains(open_message(dir / "m"), "model-00002-of-00002.safetensors: 5 bytes are too few"));
@@ -119,7 +132,8 @@ TEST_CASE("checkpoint: values that are not finite") {
   w.add("codes", Tensor::from<uint8_t>({255, 255}, {2}));
   w.finish();
   const auto c = open_checkpoint(dir / "m");  // model.safetensors goes before an index
-  CHECK(contains(message_of([&] { (void)c->get("a", {200'000}); }), "tensor a: value 150000 of 200000 is nan"));
+  CHECK(contains(message_of([&] { (void)c->get("a", {200'000}); }),
+                 "tensor a: value 150000 of 200000 is nan"));
   CHECK(contains(message_of([&] { (void)c->get("h", {2}); }), "tensor h: value 1 of 2 is inf"));
   CHECK(contains(message_of([&] { (void)c->get("b", {2}); }), "tensor b: value 1 of 2 is -inf"));
   CHECK(c->get("codes", {2}).numel() == 2);
@@ -133,8 +147,11 @@ TEST_CASE("checkpoint: one safetensors file that carries everything") {
     w.finish();
     return dir / name;
   };
-  const Metadata whole = {{"omq_format", "1"}, {"config.json", tiny_config().dump()}, {"tokenizer.json", kTokenizer},
-                          {"tokenizer_config.json", R"({"bos_token": null})"}, {"generation_config.json", R"({"eos_token_id": 1})"}};
+  const Metadata whole = {{"omq_format", "1"},
+                          {"config.json", tiny_config().dump()},
+                          {"tokenizer.json", kTokenizer},
+                          {"tokenizer_config.json", R"({"bos_token": null})"},
+                          {"generation_config.json", R"({"eos_token_id": 1})"}};
   const auto c = open_checkpoint(write(whole, "m.bin"));  // by content, not by extension
   CHECK(c->container() == "safetensors (one file)");
   CHECK(c->config().hidden_size == 4);
@@ -148,7 +165,8 @@ TEST_CASE("checkpoint: one safetensors file that carries everything") {
 
   Metadata later = whole;
   later["omq_format"] = "2";
-  CHECK(contains(open_message(write(later, "later")), "omq_format is \"2\", this program reads \"1\""));
+  CHECK(contains(open_message(write(later, "later")),
+                 "omq_format is \"2\", this program reads \"1\""));
   CHECK(contains(open_message(write({}, "bare")), "without configuration; pass the folder"));
   Metadata half = whole;
   half.erase("config.json");
@@ -156,7 +174,8 @@ TEST_CASE("checkpoint: one safetensors file that carries everything") {
   half = whole;
   half.erase("tokenizer.json");
   const auto mute = open_checkpoint(write(half, "mute"));
-  CHECK(contains(message_of([&] { (void)mute->tokenizer(); }), "its metadata has no tokenizer.json"));
+  CHECK(
+      contains(message_of([&] { (void)mute->tokenizer(); }), "its metadata has no tokenizer.json"));
   // The same file as a part of a Hugging Face folder, given by its own name.
   write_file(dir / "config.json", tiny_config().dump());
   CHECK(open_checkpoint(write({}, "model.safetensors"))->container() == "safetensors");
@@ -174,7 +193,8 @@ TEST_CASE("checkpoint: GGUF under Hugging Face's names, rotary pairs apart again
   CHECK(c->container() == "GGUF v3");
   CHECK(c->names().size() == 11);
   CHECK(c->config().tie_word_embeddings);
-  // Rows of two heads of two: 29 is the first value of attn_q; a head of two has one pair, so nothing moves.
+  // Rows of two heads of two: 29 is the first value of attn_q; a head of two has one pair, so
+  // nothing moves.
   CHECK(value(*c, "model.layers.0.self_attn.q_proj.weight").front() == 29);
   CHECK(value(*c, "model.layers.0.mlp.down_proj.weight").size() == 32);
   CHECK(c->meta("model.layers.0.mlp.down_proj.weight").shape == Shape{4, 8});
@@ -194,9 +214,12 @@ TEST_CASE("checkpoint: the row order of q and k, for each architecture") {
     const std::string p = std::string(arch) + ".";
     GgufBuilder b;
     b.text("general.architecture", arch).u32(p + "block_count", 1).u32(p + "context_length", 8);
-    b.u32(p + "embedding_length", 16).u32(p + "feed_forward_length", 8).u32(p + "attention.head_count", 2);
+    b.u32(p + "embedding_length", 16)
+        .u32(p + "feed_forward_length", 8)
+        .u32(p + "attention.head_count", 2);
     b.u32(p + "attention.head_count_kv", 1);
-    b.f32_tensor("token_embd.weight", {16, 1}, rows).f32_tensor("blk.0.attn_q.weight", {1, 16}, rows);
+    b.f32_tensor("token_embd.weight", {16, 1}, rows)
+        .f32_tensor("blk.0.attn_q.weight", {1, 16}, rows);
     b.f32_tensor("blk.0.attn_q.bias", {16}, rows).f32_tensor("blk.0.attn_v.weight", {1, 16}, rows);
     rows.resize(8);
     b.f32_tensor("blk.0.attn_k.weight", {1, 8}, rows);
@@ -221,8 +244,9 @@ TEST_CASE("checkpoint: GGUF tensor names") {
   CHECK(hf_tensor_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight");
   CHECK(hf_tensor_name("blk.3.attn_q_norm.weight") == "model.layers.3.self_attn.q_norm.weight");
   CHECK(hf_tensor_name("blk.3.attn_q.bias") == "model.layers.3.self_attn.q_proj.bias");
-  for (const char* other : {"blk.", "blk.x.attn_q.weight", "blk.1", "blk.1.", "blk.1.attn_q.scale", "blk.-1.attn_q.weight",
-                            "blk.99999999999.attn_q.weight", "v.patch.weight"}) {
+  for (const char* other :
+       {"blk.", "blk.x.attn_q.weight", "blk.1", "blk.1.", "blk.1.attn_q.scale",
+        "blk.-1.attn_q.weight", "blk.99999999999.attn_q.weight", "v.patch.weight"}) {
     CHECK(hf_tensor_name(other) == other);
   }
 }
@@ -235,19 +259,24 @@ TEST_CASE("checkpoint: a GGUF's tokenizer, and as files of an output folder") {
   CHECK(t.vocab_size() == 6);
   CHECK(t.bos_id() == 1);
   const auto side = c->side_files();
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}) CHECK(side.contains(name));
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"})
+    CHECK(side.contains(name));
   fs::create_directory(dir / "out");
   for (const auto& [name, content] : side) write_file(dir / "out" / name, content);
   write_file(dir / "out/config.json", c->config().to_hf_json().dump());
   CHECK(Tokenizer::from_folder(dir / "out").encode("a a") == t.encode("a a"));
   GgufBuilder none = tiny_gguf();
   write_file(dir / "bad.gguf", none.u32("tokenizer.ggml.add_bos_token", 1).build());
-  CHECK(contains(message_of([&] { (void)open_checkpoint(dir / "bad.gguf")->tokenizer(); }), "a truth value is expected"));
+  CHECK(contains(message_of([&] { (void)open_checkpoint(dir / "bad.gguf")->tokenizer(); }),
+                 "a truth value is expected"));
 }
 
 TEST_CASE("checkpoint: reference folders of four families") {
-  for (const auto& [name, bias, norm] : std::vector<std::tuple<const char*, bool, bool>>{
-           {"llama3-sharded", false, false}, {"mistral", false, false}, {"qwen2", true, false}, {"qwen3", false, true}}) {
+  for (const auto& [name, bias, norm] :
+       std::vector<std::tuple<const char*, bool, bool>>{{"llama3-sharded", false, false},
+                                                        {"mistral", false, false},
+                                                        {"qwen2", true, false},
+                                                        {"qwen3", false, true}}) {
     CAPTURE(name);
     const auto c = open_checkpoint(source_path("tests/golden") / name);
     const ModelConfig& m = c->config();
@@ -256,8 +285,10 @@ TEST_CASE("checkpoint: reference folders of four families") {
     CHECK(c->has("lm_head.weight") != m.tie_word_embeddings);
     CHECK(c->has("model.layers.1.self_attn.k_proj.bias") == bias);
     CHECK(c->has("model.layers.1.self_attn.q_norm.weight") == norm);
-    CHECK_NOTHROW((void)c->get("model.layers.0.self_attn.q_proj.weight", {m.q_size(), m.hidden_size}));
-    CHECK_NOTHROW((void)c->get("model.layers.1.self_attn.v_proj.weight", {m.kv_size(), m.hidden_size}));
+    CHECK_NOTHROW(
+        (void)c->get("model.layers.0.self_attn.q_proj.weight", {m.q_size(), m.hidden_size}));
+    CHECK_NOTHROW(
+        (void)c->get("model.layers.1.self_attn.v_proj.weight", {m.kv_size(), m.hidden_size}));
     CHECK_NOTHROW((void)c->get("model.embed_tokens.weight", {m.vocab_size, m.hidden_size}));
   }
 }
@@ -302,7 +333,8 @@ TEST_CASE("checkpoint: SmolLM2 as GGUF and as its Hugging Face twin") {
   CHECK(h->names() == c->names());
   CHECK(h->config().rms_norm_eps == doctest::Approx(m.rms_norm_eps));
   for (const std::string& name : c->names()) {
-    const std::vector<float> a = c->get(name).to_vector<float>(), b = h->get(name).to_vector<float>();
+    const std::vector<float> a = c->get(name).to_vector<float>(),
+                             b = h->get(name).to_vector<float>();
     REQUIRE(a.size() == b.size());
     float worst = 0, largest = 0;
     for (size_t i = 0; i < a.size(); ++i) {

@@ -14,7 +14,8 @@ using nlohmann::json;
 using Scaling = nn::RopeScaling::Type;
 
 json llama() {
-  return json::parse(R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+  return json::parse(
+      R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4,
     "vocab_size": 512, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
     "eos_token_id": 2})");
@@ -38,13 +39,15 @@ TEST_CASE("config: llama and its defaults") {
   CHECK(c.kv_size() == 32);
   CHECK(c.rope_theta == 10000.0);
   CHECK(c.rope_scaling.type == Scaling::None);
-  CHECK_FALSE((c.tie_word_embeddings || c.attention_bias || c.attention_out_bias || c.mlp_bias || c.qk_norm));
+  CHECK_FALSE((c.tie_word_embeddings || c.attention_bias || c.attention_out_bias || c.mlp_bias ||
+               c.qk_norm));
   CHECK(c.sliding_window == 0);
   CHECK(c.usable_context() == 2048);
   CHECK(c.quantization.is_null());
   CHECK(c.to_hf_json() == llama());
   json j = llama();
-  for (const char* key : {"num_key_value_heads", "bos_token_id", "eos_token_id", "rms_norm_eps"}) j.erase(key);
+  for (const char* key : {"num_key_value_heads", "bos_token_id", "eos_token_id", "rms_norm_eps"})
+    j.erase(key);
   const ModelConfig d = ModelConfig::from_hf(j);
   CHECK(d.num_kv_heads == 8);
   CHECK(d.bos_token_id == 1);
@@ -69,10 +72,14 @@ TEST_CASE("config: biases, tied head, several end tokens, quantization kept as i
 }
 
 TEST_CASE("config: rope scaling in its spellings") {
-  const json llama3 = {{"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+  const json llama3 = {{"factor", 8.0},
+                       {"low_freq_factor", 1.0},
+                       {"high_freq_factor", 4.0},
                        {"original_max_position_embeddings", 4096}};
-  const json old = with(llama(), {{"rope_theta", 5e5}, {"rope_scaling", with(llama3, {{"rope_type", "llama3"}})}});
-  const json v5 = with(llama(), {{"rope_parameters", with(llama3, {{"rope_type", "llama3"}, {"rope_theta", 5e5}})}});
+  const json old = with(
+      llama(), {{"rope_theta", 5e5}, {"rope_scaling", with(llama3, {{"rope_type", "llama3"}})}});
+  const json v5 = with(
+      llama(), {{"rope_parameters", with(llama3, {{"rope_type", "llama3"}, {"rope_theta", 5e5}})}});
   for (const json& j : {old, v5}) {
     const ModelConfig c = ModelConfig::from_hf(j);
     CHECK(c.rope_theta == 5e5);
@@ -81,22 +88,29 @@ TEST_CASE("config: rope scaling in its spellings") {
     CHECK(c.rope_scaling.high_freq_factor == 4.0);
     CHECK(c.rope_scaling.original_max_positions == 4096);
   }
-  const ModelConfig linear = ModelConfig::from_hf(with(llama(), {{"rope_scaling", {{"type", "linear"}, {"factor", 2}}}}));
+  const ModelConfig linear =
+      ModelConfig::from_hf(with(llama(), {{"rope_scaling", {{"type", "linear"}, {"factor", 2}}}}));
   CHECK(linear.rope_scaling.type == Scaling::Linear);
   CHECK(linear.rope_scaling.factor == 2.0);
-  CHECK(ModelConfig::from_hf(with(llama(), {{"rope_scaling", nullptr}})).rope_scaling.type == Scaling::None);
-  CHECK(contains(refused({{"rope_scaling", {{"type", "yarn"}, {"factor", 2}}}}), "rope type \"yarn\" is not supported"));
-  CHECK(contains(refused({{"rope_scaling", {{"type", "linear"}}}}), "rope_scaling: the key factor is missing"));
+  CHECK(ModelConfig::from_hf(with(llama(), {{"rope_scaling", nullptr}})).rope_scaling.type ==
+        Scaling::None);
+  CHECK(contains(refused({{"rope_scaling", {{"type", "yarn"}, {"factor", 2}}}}),
+                 "rope type \"yarn\" is not supported"));
+  CHECK(contains(refused({{"rope_scaling", {{"type", "linear"}}}}),
+                 "rope_scaling: the key factor is missing"));
   CHECK(contains(refused({{"rope_scaling", "linear"}}), "rope_scaling: an object is expected"));
-  CHECK(contains(refused({{"rope_scaling", with(llama3, {{"rope_type", "llama3"}, {"high_freq_factor", 1}})}}),
-                 "high_freq_factor 1 is not above low_freq_factor 1"));
-  CHECK(contains(refused({{"rope_parameters", {{"full_attention", json::object()}}}}), "per layer type"));
+  CHECK(contains(
+      refused({{"rope_scaling", with(llama3, {{"rope_type", "llama3"}, {"high_freq_factor", 1}})}}),
+      "high_freq_factor 1 is not above low_freq_factor 1"));
+  CHECK(contains(refused({{"rope_parameters", {{"full_attention", json::object()}}}}),
+                 "per layer type"));
   CHECK(contains(refused({{"partial_rotary_factor", 0.5}}), "partial_rotary_factor 0.5"));
   CHECK(contains(refused({{"rope_theta", 0}}), "rope_theta is 0, a number above 0"));
 }
 
 TEST_CASE("config: mistral, qwen2, qwen3") {
-  json mistral = with(llama(), {{"model_type", "mistral"}, {"architectures", {"MistralForCausalLM"}}});
+  json mistral =
+      with(llama(), {{"model_type", "mistral"}, {"architectures", {"MistralForCausalLM"}}});
   CHECK(ModelConfig::from_hf(mistral).sliding_window == 4096);  // the family's default
   mistral["sliding_window"] = nullptr;
   CHECK(ModelConfig::from_hf(mistral).sliding_window == 0);
@@ -106,9 +120,11 @@ TEST_CASE("config: mistral, qwen2, qwen3") {
   windowed.check_context(1024);
   CHECK(contains(message_of([&] { windowed.check_context(1025); }), "sliding window of 1024"));
   mistral.erase("num_key_value_heads");
-  CHECK(contains(refused({}, mistral), "the key num_key_value_heads is missing"));
+  CHECK(contains(refused(json::object(), mistral), "the key num_key_value_heads is missing"));
 
-  json qwen2 = with(llama(), {{"model_type", "qwen2"}, {"architectures", {"Qwen2ForCausalLM"}}, {"sliding_window", 128}});
+  json qwen2 = with(
+      llama(),
+      {{"model_type", "qwen2"}, {"architectures", {"Qwen2ForCausalLM"}}, {"sliding_window", 128}});
   qwen2.erase("bos_token_id");
   const ModelConfig q2 = ModelConfig::from_hf(qwen2);
   CHECK(q2.attention_bias);
@@ -120,9 +136,12 @@ TEST_CASE("config: mistral, qwen2, qwen3") {
   qwen2["layer_types"] = json::array({"full_attention", "full_attention"});
   CHECK(ModelConfig::from_hf(qwen2).sliding_window == 0);
   qwen2["layer_types"] = json::array({"linear_attention"});
-  CHECK(contains(refused({}, qwen2), "layer type \"linear_attention\" is not supported"));
+  CHECK(
+      contains(refused(json::object(), qwen2), "layer type \"linear_attention\" is not supported"));
 
-  json qwen3 = with(llama(), {{"model_type", "qwen3"}, {"architectures", {"Qwen3ForCausalLM"}}, {"head_dim", 32}});
+  json qwen3 =
+      with(llama(),
+           {{"model_type", "qwen3"}, {"architectures", {"Qwen3ForCausalLM"}}, {"head_dim", 32}});
   const ModelConfig q3 = ModelConfig::from_hf(qwen3);
   CHECK((q3.qk_norm && !q3.attention_bias));
   CHECK(q3.head_dim == 32);
@@ -133,30 +152,37 @@ TEST_CASE("config: mistral, qwen2, qwen3") {
 TEST_CASE("config: unknown models say what they are and what is supported") {
   const std::string unknown =
       refused({{"model_type", "gpt2"}, {"architectures", {"GPT2LMHeadModel"}}});
-  CHECK(contains(unknown, "x/config.json: unknown model: architectures GPT2LMHeadModel, model_type gpt2"));
+  CHECK(contains(unknown,
+                 "x/config.json: unknown model: architectures GPT2LMHeadModel, model_type gpt2"));
   CHECK(contains(unknown, "llama, mistral, qwen2, qwen3"));
-  CHECK(contains(refused({{"architectures", {"LlamaForSequenceClassification"}}}),
-                 "architecture LlamaForSequenceClassification (model_type llama) is not supported"));
+  CHECK(
+      contains(refused({{"architectures", {"LlamaForSequenceClassification"}}}),
+               "architecture LlamaForSequenceClassification (model_type llama) is not supported"));
   CHECK(contains(refused({{"architectures", 3}}), "a list of names is expected"));
+  CHECK(refused({{"architectures", {"LLaMAForCausalLM"}}}) == "");
   json bare = llama();
   bare.erase("model_type");
   CHECK(ModelConfig::from_hf(bare).model_type == "llama");  // the architecture says enough
   bare.erase("architectures");
-  CHECK(contains(refused({}, bare), "architectures (none), model_type (none)"));
-  CHECK(contains(message_of([] { (void)ModelConfig::from_hf(json::array(), "c"); }), "c: an object is expected"));
+  CHECK(contains(refused(json::object(), bare), "architectures (none), model_type (none)"));
+  CHECK(contains(message_of([] { (void)ModelConfig::from_hf(json::array(), "c"); }),
+                 "c: an object is expected"));
 }
 
 TEST_CASE("config: keys that are missing, of the wrong kind, or out of range") {
-  for (const char* key : {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}) {
+  for (const char* key : {"hidden_size", "intermediate_size", "num_hidden_layers",
+                          "num_attention_heads", "vocab_size"}) {
     json j = llama();
     j.erase(key);
-    CHECK(refused({}, j) == fmt::format("x/config.json: the key {} is missing", key));
+    CHECK(refused(json::object(), j) == fmt::format("x/config.json: the key {} is missing", key));
     for (const json& bad : {json(0), json(-1), json(1e9), json("64"), json(std::vector<int>{1}),
                             json(uint64_t{1} << 63), json(int64_t{1} << 40)}) {
-      CHECK(contains(refused({{key, bad}}), fmt::format("x/config.json: {} is {}", key, bad.dump())));
+      CHECK(
+          contains(refused({{key, bad}}), fmt::format("x/config.json: {} is {}", key, bad.dump())));
     }
   }
-  CHECK(contains(refused({{"num_key_value_heads", 3}}), "num_attention_heads 8 is not a multiple of num_key_value_heads 3"));
+  CHECK(contains(refused({{"num_key_value_heads", 3}}),
+                 "num_attention_heads 8 is not a multiple of num_key_value_heads 3"));
   CHECK(contains(refused({{"hidden_size", 65}}), "hidden_size 65 is not a multiple"));
   CHECK(contains(refused({{"head_dim", 7}}), "head_dim 7 is odd"));
   CHECK(contains(refused({{"rms_norm_eps", 0}}), "rms_norm_eps is 0"));
@@ -198,8 +224,10 @@ TEST_CASE("config: from GGUF keys, and out again as config.json") {
     CAPTURE(arch);
     GgufBuilder builder = tiny_gguf(arch);
     builder.u32("tokenizer.ggml.eot_token_id", 5);
-    if (std::string_view(arch) == "qwen2") builder.f32_tensor("blk.0.attn_q.bias", {4}, {1, 2, 3, 4});
-    if (std::string_view(arch) == "qwen3") builder.f32_tensor("blk.0.attn_q_norm.weight", {2}, {1, 2});
+    if (std::string_view(arch) == "qwen2")
+      builder.f32_tensor("blk.0.attn_q.bias", {4}, {1, 2, 3, 4});
+    if (std::string_view(arch) == "qwen3")
+      builder.f32_tensor("blk.0.attn_q_norm.weight", {2}, {1, 2});
     const ModelConfig c = of_gguf(dir, builder);
     CHECK(c.model_type == arch);
     CHECK(c.hidden_size == 4);
@@ -234,13 +262,16 @@ TEST_CASE("config: GGUF rope scaling, by key and by divisors") {
   CHECK(of_gguf(dir, linear).rope_scaling.factor == 4.0);
   GgufBuilder yarn = tiny_gguf();
   yarn.text("llama.rope.scaling.type", "yarn");
-  CHECK(contains(message_of([&] { of_gguf(dir, yarn); }), "rope scaling \"yarn\" is not supported"));
+  CHECK(
+      contains(message_of([&] { of_gguf(dir, yarn); }), "rope scaling \"yarn\" is not supported"));
 
   // Heads of 64 have wavelengths on both sides of both borders.
   const nn::RopeScaling rule{.type = Scaling::Llama3, .factor = 8.0};
-  const auto plain = nn::rope_frequencies(64, 5e5, {}), scaled = nn::rope_frequencies(64, 5e5, rule);
+  const auto plain = nn::rope_frequencies(64, 5e5, {}),
+             scaled = nn::rope_frequencies(64, 5e5, rule);
   std::vector<float> divisors, odd;
-  for (size_t i = 0; i < plain.size(); ++i) divisors.push_back(static_cast<float>(plain[i] / scaled[i]));
+  for (size_t i = 0; i < plain.size(); ++i)
+    divisors.push_back(static_cast<float>(plain[i] / scaled[i]));
   CHECK(divisors.front() == 1.0f);
   CHECK(divisors.back() == 8.0f);
   GgufBuilder b = tiny_gguf();
@@ -261,17 +292,22 @@ TEST_CASE("config: GGUF rope scaling, by key and by divisors") {
 
 TEST_CASE("config: GGUF models that are refused") {
   TempDir dir;
-  const auto refused_gguf = [&](const GgufBuilder& b) { return message_of([&] { of_gguf(dir, b); }); };
+  const auto refused_gguf = [&](const GgufBuilder& b) {
+    return message_of([&] { of_gguf(dir, b); });
+  };
   CHECK(contains(refused_gguf(GgufBuilder()), "general.architecture is missing"));
   CHECK(contains(refused_gguf(GgufBuilder().text("general.architecture", "gpt2")),
                  "architecture \"gpt2\" is not supported (llama, qwen2 and qwen3 are)"));
   CHECK(contains(refused_gguf(GgufBuilder().text("general.architecture", "llama")),
                  "the key llama.embedding_length is missing"));
   CHECK(contains(refused_gguf(tiny_gguf().u32("llama.expert_count", 8)), "mixtures of experts"));
-  CHECK(contains(refused_gguf(tiny_gguf().u32("llama.rope.dimension_count", 1)), "part of the head"));
-  CHECK(contains(refused_gguf(tiny_gguf().u32("llama.attention.value_length", 4)), "of different sizes"));
+  CHECK(
+      contains(refused_gguf(tiny_gguf().u32("llama.rope.dimension_count", 1)), "part of the head"));
+  CHECK(contains(refused_gguf(tiny_gguf().u32("llama.attention.value_length", 4)),
+                 "of different sizes"));
   CHECK(contains(refused_gguf(tiny_gguf().u32("split.count", 3)), "one part of a split model"));
-  CHECK(contains(refused_gguf(tiny_gguf().text("llama.attention.key_length", "x")), "is of kind string"));
+  CHECK(contains(refused_gguf(tiny_gguf().text("llama.attention.key_length", "x")),
+                 "is of kind string"));
 }
 
 }  // namespace omq

@@ -1,5 +1,5 @@
-// Small files for the tests of models/: a folder that goes away, messages of errors, and builders that can write
-// wrong files as easily as right ones.
+// Small files for the tests of models/: a folder that goes away, messages of errors, and builders
+// that can write wrong files as easily as right ones.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -25,7 +25,8 @@ class TempDir {
  public:
   TempDir() {
     static std::atomic<int> count{0};
-    path_ = std::filesystem::temp_directory_path() / fmt::format("omq-test-{}-{}", ::getpid(), count++);
+    path_ =
+        std::filesystem::temp_directory_path() / fmt::format("omq-test-{}-{}", ::getpid(), count++);
     std::filesystem::create_directories(path_);
   }
   ~TempDir() {
@@ -44,7 +45,8 @@ class TempDir {
   std::filesystem::path path_;
 };
 
-inline std::filesystem::path write_file(const std::filesystem::path& file, std::string_view content) {
+inline std::filesystem::path write_file(const std::filesystem::path& file,
+                                        std::string_view content) {
   std::ofstream out(file, std::ios::binary);
   out.write(content.data(), static_cast<std::streamsize>(content.size()));
   REQUIRE(out.good());
@@ -58,8 +60,7 @@ inline std::string read_file(const std::filesystem::path& file) {
 }
 
 // The message of the Error that f throws; "" when it throws none.
-template <class F>
-std::string message_of(F&& f) {
+template <class F> std::string message_of(F&& f) {
   try {
     std::forward<F>(f)();
   } catch (const Error& e) {
@@ -68,16 +69,16 @@ std::string message_of(F&& f) {
   return "";
 }
 
-inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != text.npos; }
+inline bool contains(std::string_view text, std::string_view part) {
+  return text.find(part) != text.npos;
+}
 
-template <class T>
-std::string bytes_of(T v) {
+template <class T> std::string bytes_of(T v) {
   std::string s(sizeof v, '\0');
   std::memcpy(s.data(), &v, sizeof v);
   return s;
 }
-template <class T>
-std::string bytes_of(const std::vector<T>& v) {
+template <class T> std::string bytes_of(const std::vector<T>& v) {
   std::string s(v.size() * sizeof(T), '\0');
   if (!v.empty()) std::memcpy(s.data(), v.data(), s.size());
   return s;
@@ -91,7 +92,9 @@ inline std::string safetensors_bytes_of(std::string_view header, std::string_vie
 // Writes GGUF v3 bit by bit; tensors are laid out in the order given, at multiples of 32.
 class GgufBuilder {
  public:
-  static std::string string(std::string_view s) { return bytes_of(uint64_t{s.size()}) + std::string(s); }
+  static std::string string(std::string_view s) {
+    return bytes_of(uint64_t{s.size()}) + std::string(s);
+  }
 
   GgufBuilder& raw(std::string_view key, uint32_t kind, const std::string& value) {
     keys_ += string(key) + bytes_of(kind) + value;
@@ -146,17 +149,22 @@ class GgufBuilder {
   uint64_t key_count_ = 0, tensor_count_ = 0;
 };
 
-// A whole GGUF model: hidden 4, 2 heads of 2, 1 key/value head, ffn 8, vocabulary 6, 1 layer; values are multiples of
-// 1/64 that differ everywhere, so that a wrong order shows.
+// A whole GGUF model: hidden 4, 2 heads of 2, 1 key/value head, ffn 8, vocabulary 6, 1 layer;
+// values are multiples of 1/64 that differ everywhere, so that a wrong order shows.
 inline GgufBuilder tiny_gguf(std::string_view arch = "llama", bool tied = true) {
   const std::string p = std::string(arch) + ".";
   GgufBuilder b;
   b.text("general.architecture", arch).u32(p + "block_count", 1).u32(p + "context_length", 32);
-  b.u32(p + "embedding_length", 4).u32(p + "feed_forward_length", 8).u32(p + "attention.head_count", 2);
+  b.u32(p + "embedding_length", 4)
+      .u32(p + "feed_forward_length", 8)
+      .u32(p + "attention.head_count", 2);
   b.u32(p + "attention.head_count_kv", 1).f32(p + "attention.layer_norm_rms_epsilon", 1e-5f);
   b.f32(p + "rope.freq_base", 5e5f).text("tokenizer.ggml.model", "llama");
-  b.texts("tokenizer.ggml.tokens", {"<unk>", "<s>", "</s>", "\xE2\x96\x81", "a", "\xE2\x96\x81" "a"});
-  b.floats("tokenizer.ggml.scores", {0, 0, 0, -1, -2, 0}).ints("tokenizer.ggml.token_type", {2, 3, 3, 1, 1, 1});
+  b.texts("tokenizer.ggml.tokens", {"<unk>", "<s>", "</s>", "\xE2\x96\x81", "a",
+                                    "\xE2\x96\x81"
+                                    "a"});
+  b.floats("tokenizer.ggml.scores", {0, 0, 0, -1, -2, 0})
+      .ints("tokenizer.ggml.token_type", {2, 3, 3, 1, 1, 1});
   b.u32("tokenizer.ggml.bos_token_id", 1).u32("tokenizer.ggml.eos_token_id", 2);
   b.u32("tokenizer.ggml.padding_token_id", 0xFFFFFFFFu);
   float next = 0;

@@ -41,7 +41,9 @@ uint32_t type_id(std::string_view name) {
   return 64;
 }
 
-GgufFile open(const TempDir& dir, std::string_view bytes) { return GgufFile(write_file(dir / "m.gguf", bytes)); }
+GgufFile open(const TempDir& dir, std::string_view bytes) {
+  return GgufFile(write_file(dir / "m.gguf", bytes));
+}
 
 std::string refused(const TempDir& dir, const std::string& bytes) {
   return message_of([&] { (void)open(dir, bytes); });
@@ -56,7 +58,8 @@ TEST_CASE("gguf: every block format decodes as the reference does") {
     CAPTURE(v.type);
     const std::string bytes = from_hex(v.bytes);
     const std::vector<float> want = floats_of(from_hex(v.values));
-    // The block several hundred times over, so that the parallel path and its chunk borders are used.
+    // The block several hundred times over, so that the parallel path and its chunk borders are
+    // used.
     const size_t repeats = 1 + 100'000 / want.size();
     std::string many;
     for (size_t i = 0; i < repeats; ++i) many += bytes;
@@ -66,8 +69,8 @@ TEST_CASE("gguf: every block format decodes as the reference does") {
     CHECK(t.shape() == Shape{static_cast<int64_t>(repeats), static_cast<int64_t>(want.size())});
     const std::vector<float> got = t.to_vector<float>();
     // d·q + m may be fused into one rounding here: a last digit of the largest term.
-    const float largest = *std::max_element(want.begin(), want.end(),
-                                            [](float a, float c) { return std::abs(a) < std::abs(c); });
+    const float largest = *std::max_element(
+        want.begin(), want.end(), [](float a, float c) { return std::abs(a) < std::abs(c); });
     size_t wrong = 0;
     for (size_t i = 0; i < got.size(); ++i) {
       wrong += !(std::abs(got[i] - want[i % want.size()]) <= 2e-7f * std::abs(largest));
@@ -81,11 +84,20 @@ TEST_CASE("gguf: every block format decodes as the reference does") {
 TEST_CASE("gguf: keys of every kind") {
   TempDir dir;
   GgufBuilder b;
-  b.raw("u8", 0, bytes_of(uint8_t{200})).raw("i8", 1, bytes_of(int8_t{-3})).raw("u16", 2, bytes_of(uint16_t{60000}));
-  b.raw("i16", 3, bytes_of(int16_t{-300})).u32("u32", 4000000000u).raw("i32", 5, bytes_of(int32_t{-7}));
-  b.f32("f32", 0.5f).boolean("yes", true).text("text", "wörld").raw("u64", 10, bytes_of(uint64_t{1} << 40));
+  b.raw("u8", 0, bytes_of(uint8_t{200}))
+      .raw("i8", 1, bytes_of(int8_t{-3}))
+      .raw("u16", 2, bytes_of(uint16_t{60000}));
+  b.raw("i16", 3, bytes_of(int16_t{-300}))
+      .u32("u32", 4000000000u)
+      .raw("i32", 5, bytes_of(int32_t{-7}));
+  b.f32("f32", 0.5f)
+      .boolean("yes", true)
+      .text("text", "wörld")
+      .raw("u64", 10, bytes_of(uint64_t{1} << 40));
   b.raw("i64", 11, bytes_of(int64_t{-1} << 40)).raw("f64", 12, bytes_of(0.1));
-  b.raw("huge", 10, bytes_of(uint64_t{1} << 63)).texts("texts", {"a", "", "bc"}).ints("ints", {1, -2});
+  b.raw("huge", 10, bytes_of(uint64_t{1} << 63))
+      .texts("texts", {"a", "", "bc"})
+      .ints("ints", {1, -2});
   b.floats("floats", {1.5f, -2.0f}).array("empty", 8, 0, "");
   const GgufFile f = open(dir, b.build());
   CHECK(f.integer("u8") == 200);
@@ -107,12 +119,15 @@ TEST_CASE("gguf: keys of every kind") {
   CHECK(f.texts("empty")->empty());
   CHECK_FALSE(f.integer("none").has_value());
   CHECK_FALSE(f.texts("none").has_value());
-  CHECK(contains(message_of([&] { (void)f.integer("f32"); }), "key f32 is of kind f32, a whole number is expected"));
-  CHECK(contains(message_of([&] { (void)f.text("u8"); }), "key u8 is of kind u8, a string is expected"));
+  CHECK(contains(message_of([&] { (void)f.integer("f32"); }),
+                 "key f32 is of kind f32, a whole number is expected"));
+  CHECK(contains(message_of([&] { (void)f.text("u8"); }),
+                 "key u8 is of kind u8, a string is expected"));
   CHECK(contains(message_of([&] { (void)f.boolean("u8"); }), "a truth value is expected"));
   CHECK(contains(message_of([&] { (void)f.texts("text"); }), "key text is a single value"));
   CHECK(contains(message_of([&] { (void)f.text("texts"); }), "key texts is an array"));
-  CHECK(contains(message_of([&] { (void)f.reals("ints"); }), "an array of real numbers is expected"));
+  CHECK(
+      contains(message_of([&] { (void)f.reals("ints"); }), "an array of real numbers is expected"));
   CHECK(contains(message_of([&] { (void)f.integer("huge"); }), "too large"));
 }
 
@@ -124,7 +139,8 @@ TEST_CASE("gguf: version 2, alignment, views and types that are not decoded") {
   CHECK(f.version() == 2);
   CHECK(f.get_f32("a").shape() == Shape{3, 2});  // sizes turned round: row-major
   CHECK_FALSE(f.get_f32("a").storage()->writable());
-  CHECK(contains(message_of([&] { (void)f.get_f32("iq"); }), "tensor iq is of type IQ4_NL, which is not read"));
+  CHECK(contains(message_of([&] { (void)f.get_f32("iq"); }),
+                 "tensor iq is of type IQ4_NL, which is not read"));
   CHECK(contains(message_of([&] { (void)f.get_f32("b"); }), "no tensor b"));
   for (const uint32_t alignment : {0u, 3u, 1u << 24}) {
     CHECK(contains(refused(dir, GgufBuilder().u32("general.alignment", alignment).build()),
@@ -142,7 +158,8 @@ TEST_CASE("gguf: version 2, alignment, views and types that are not decoded") {
 
 TEST_CASE("gguf: hostile containers") {
   TempDir dir;
-  const auto tensor = [](std::vector<uint64_t> sizes, uint32_t type, uint64_t offset, size_t data = 64) {
+  const auto tensor = [](std::vector<uint64_t> sizes, uint32_t type, uint64_t offset,
+                         size_t data = 64) {
     return GgufBuilder().tensor_at("t", sizes, type, offset, std::string(data, '\0')).build();
   };
   const uint64_t huge = std::numeric_limits<uint64_t>::max(), half = uint64_t{1} << 63;
@@ -160,12 +177,16 @@ TEST_CASE("gguf: hostile containers") {
       {head + bytes_of(huge) + bytes_of(uint64_t{0}), "it claims 0 keys"},
       {head + bytes_of(uint64_t{0}) + bytes_of(half), "it claims 9223372036854775808 keys"},
       {GgufBuilder().raw("k", 99, std::string(32, 'x')).build(), "key k: unknown kind of value 99"},
-      {GgufBuilder().raw("k", 8, bytes_of(huge)).build(), "a string needs 18446744073709551615 bytes"},
-      {GgufBuilder().array("k", 5, half, "").build(), "9223372036854775808 elements of kind i32 do not fit"},
-      {GgufBuilder().array("k", 8, uint64_t{1} << 40, "").build(), "elements of kind string do not fit"},
+      {GgufBuilder().raw("k", 8, bytes_of(huge)).build(),
+       "a string needs 18446744073709551615 bytes"},
+      {GgufBuilder().array("k", 5, half, "").build(),
+       "9223372036854775808 elements of kind i32 do not fit"},
+      {GgufBuilder().array("k", 8, uint64_t{1} << 40, "").build(),
+       "elements of kind string do not fit"},
       {GgufBuilder().array("k", 9, 1, std::string(16, '\0')).build(), "arrays of arrays"},
       {GgufBuilder().u32("k", 1).u32("k", 2).build(), "key k is given twice"},
-      {GgufBuilder().f32_tensor("t", {1}, {1}).f32_tensor("t", {1}, {1}).build(), "tensor t is given twice"},
+      {GgufBuilder().f32_tensor("t", {1}, {1}).f32_tensor("t", {1}, {1}).build(),
+       "tensor t is given twice"},
       {GgufBuilder().f32_tensor("", {1}, {1}).build(), "a name of 0 bytes"},
       {tensor({}, 0, 0), "tensor t: 0 dims"},
       {tensor({1, 1, 1, 1, 1}, 0, 0), "tensor t: 5 dims"},
@@ -178,7 +199,10 @@ TEST_CASE("gguf: hostile containers") {
       {tensor({16}, 0, 64), "64 bytes at offset 64 are not inside the 64 bytes of data"},
       {tensor({16}, 0, huge - 31), "are not inside"},
       {tensor({17}, 0, 0), "are not inside"},
-      {GgufBuilder().f32_tensor("a", {16}, std::vector<float>(16)).tensor_at("b", {16}, 0, 32).build(),
+      {GgufBuilder()
+           .f32_tensor("a", {16}, std::vector<float>(16))
+           .tensor_at("b", {8}, 0, 32)
+           .build(),
        "overlap"},
   };
   for (const Case& c : cases) {

@@ -94,7 +94,9 @@ TEST_CASE("safetensors: the writer refuses wrong tensors and leaves nothing behi
   {
     SafetensorsWriter w(dir / "m");
     w.add("a", Tensor::from<float>({1, 2}, {2}));
-    CHECK(contains(message_of([&] { w.add("a", Tensor::from<float>({1, 2}, {2})); }),
+    CHECK(contains(message_of([&] {
+                     w.add("a", Tensor::from<float>({1, 2}, {2}));
+                   }),
                    "tensor a is given twice"));
     CHECK(contains(message_of([&] { w.add("b", "F32", {3}, as_span("12345678")); }),
                    "tensor b: 8 bytes given for F32 [3]"));
@@ -113,11 +115,13 @@ TEST_CASE("safetensors: missing folder and names that are no UTF-8") {
   CHECK(contains(message_of([&] { w.finish(); }), "not valid UTF-8"));
 }
 
-TEST_CASE("safetensors: a write that fails is an error that names the file, and the partial goes away") {
+TEST_CASE(
+    "safetensors: a write that fails is an error that names the file, and the partial goes away") {
   TempDir dir;
   rlimit old{};
   REQUIRE(getrlimit(RLIMIT_FSIZE, &old) == 0);
-  const auto old_handler = std::signal(SIGXFSZ, SIG_IGN);  // the write fails instead, as on a full disk
+  const auto old_handler =
+      std::signal(SIGXFSZ, SIG_IGN);  // the write fails instead, as on a full disk
   const rlimit small{.rlim_cur = 256 << 10, .rlim_max = old.rlim_max};
   REQUIRE(setrlimit(RLIMIT_FSIZE, &small) == 0);
   const std::string message = message_of([&] {
@@ -146,7 +150,8 @@ TEST_CASE("safetensors: every fault of a header has its message") {
     std::string header, data, message;
   };
   const auto entry = [](std::string dtype, std::string shape, std::string offsets) {
-    return fmt::format(R"({{"a":{{"dtype":{},"shape":{},"data_offsets":{}}}}})", dtype, shape, offsets);
+    return fmt::format(R"({{"a":{{"dtype":{},"shape":{},"data_offsets":{}}}}})", dtype, shape,
+                       offsets);
   };
   const std::string f = "\"F32\"", ok = "\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":";
   const std::string far = "18446744073709551615", half = "4611686018427387904";
@@ -222,7 +227,8 @@ TEST_CASE("safetensors: dtypes that Tensor lacks are listed but not given") {
 }
 
 TEST_CASE("safetensors: files that PyTorch wrote") {
-  for (const char* name : {"tests/golden/mistral/model.safetensors", "tests/golden/ops.safetensors"}) {
+  for (const char* name :
+       {"tests/golden/mistral/model.safetensors", "tests/golden/ops.safetensors"}) {
     const SafetensorsFile f(source_path(name));
     CAPTURE(name);
     CHECK(f.entries().size() > 3);

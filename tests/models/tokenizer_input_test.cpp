@@ -103,7 +103,7 @@ TEST_CASE("long texts without a word end merge in reasonable time") {
 
 TEST_CASE("byte-level rules on a small vocabulary") {
   const Tokenizer t = Tokenizer::from_json(small_json().dump(), R"({"eos_token": {"content": "<e>"},
-      "chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]})",
+      "chat_template": [{"name": "x", "template": "X"}, {"name": "default", "template": "D"}]})",
                                            R"({"eos_token_id": [6, 5, 4711]})");
   CHECK(t.encode("ab ab") == Ids{3, 4});
   CHECK(t.encode("azb") == Ids{3});  // no token for z, and no unknown token: it vanishes
@@ -310,7 +310,8 @@ TEST_CASE("GGUF keys that lie") {
 }
 
 TEST_CASE("a folder: template file, lists of ends, files written back") {
-  const auto folder = std::filesystem::temp_directory_path() / "omq-tokenizer-test";
+  const auto folder = std::filesystem::temp_directory_path() /
+                      fmt::format("omq-tokenizer-test-{}", std::random_device{}());
   std::filesystem::create_directories(folder);
   check_error("neither tokenizer.json nor tokenizer.model",
               [&] { Tokenizer::from_folder(folder); });

@@ -1,7 +1,8 @@
-// One line per differentiable op: which shapes, which inputs, which function. The gradient check (F64 against
-// differences), the precision check (F32 against F64, on every device) and fused-against-composed all walk this list,
-// so a new op is covered by adding a line here. Scalar functions come from the lists of tensor/elementwise.h instead;
-// straight-through ops, which differences cannot check, from tests/autograd/ste_test.cpp.
+// One line per differentiable op: which shapes, which inputs, which function. The gradient check
+// (F64 against differences), the precision check (F32 against F64, on every device) and
+// fused-against-composed all walk this list, so a new op is covered by adding a line here. Scalar
+// functions come from the lists of tensor/elementwise.h instead; straight-through ops, which
+// differences cannot check, from tests/autograd/ste_test.cpp.
 #pragma once
 
 #include <functional>
@@ -17,17 +18,18 @@ using Inputs = std::vector<Tensor>;
 
 struct OpCase {
   std::string name;
-  std::vector<Shape> shapes;                     // of the inputs that are differentiated
+  std::vector<Shape> shapes;  // of the inputs that are differentiated
   std::function<Tensor(const Inputs&)> f;
-  std::function<Tensor(const Inputs&)> composed; // the definition of a fused op, or empty
-  double nmse = 1e-12;                           // of y and of the gradients: F32 against F64
+  std::function<Tensor(const Inputs&)> composed;  // the definition of a fused op, or empty
+  double nmse = 1e-12;                            // of y and of the gradients: F32 against F64
 };
 
 // Inputs of a case in F64, uniform in [−1.5, 1.5].
 inline Inputs case_inputs(const OpCase& c, uint64_t seed = 3) {
   Rng rng(seed);
   Inputs inputs;
-  for (const Shape& shape : c.shapes) inputs.push_back(random_tensor(rng, shape, DType::F64, -1.5, 1.5));
+  for (const Shape& shape : c.shapes)
+    inputs.push_back(random_tensor(rng, shape, DType::F64, -1.5, 1.5));
   return inputs;
 }
 
@@ -42,8 +44,8 @@ inline Tensor rope_table(int64_t positions, int64_t half, bool cosine) {
   Tensor t = Tensor::empty({positions, half}, DType::F64);
   for (int64_t p = 0; p < positions; ++p)
     for (int64_t i = 0; i < half; ++i) {
-      const double angle =
-          static_cast<double>(p) * std::pow(10000.0, -static_cast<double>(i) / static_cast<double>(half));
+      const double angle = static_cast<double>(p) *
+                           std::pow(10000.0, -static_cast<double>(i) / static_cast<double>(half));
       t.data<double>()[p * half + i] = cosine ? std::cos(angle) : std::sin(angle);
     }
   return t;
@@ -57,19 +59,53 @@ inline Tensor rope_at(const Tensor& x, const std::vector<int32_t>& at) {
 
 inline std::vector<OpCase> view_cases() {
   return {
-      {"reshape", {{2, 6}}, [](const Inputs& in) { return reshape(in[0], {3, -1}); }, {}},
+      {"reshape",
+       {{2, 6}},
+       [](const Inputs& in) {
+         return reshape(in[0], {3, -1});
+       },
+       {}},
       {"transpose", {{2, 3, 4}}, [](const Inputs& in) { return transpose(in[0], 0, 2); }, {}},
-      {"slice of a middle dim", {{2, 5, 3}}, [](const Inputs& in) { return slice(in[0], 1, 1, 4); }, {}},
-      {"slice of the last dim", {{4, 5}}, [](const Inputs& in) { return slice(in[0], -1, 2, 3); }, {}},
-      {"overlapping slices", {{6}}, [](const Inputs& in) { return slice(in[0], 0, 0, 4) * slice(in[0], 0, 2, 6); }, {}},
-      {"expand", {{2, 1, 3, 1}}, [](const Inputs& in) { return expand(in[0], {2, 4, 3, 2}); }, {}},
-      {"contiguous", {{3, 4}}, [](const Inputs& in) { return contiguous(transpose(in[0], 0, 1)); }, {}},
-      {"reshape of a transposed slice", {{4, 3, 5}},
-       [](const Inputs& in) { return reshape(transpose(slice(in[0], 2, 1, 4), 0, 1), {9, 4}); }, {}},
-      {"slice of an expanded view", {{3, 1}},
-       [](const Inputs& in) { return square(slice(expand(in[0], {3, 6}), 1, 2, 5)); }, {}},
-      {"transpose of an expanded view", {{1, 4}},
-       [](const Inputs& in) { return square(transpose(expand(in[0], {3, 4}), 0, 1)); }, {}},
+      {"slice of a middle dim",
+       {{2, 5, 3}},
+       [](const Inputs& in) { return slice(in[0], 1, 1, 4); },
+       {}},
+      {"slice of the last dim",
+       {{4, 5}},
+       [](const Inputs& in) { return slice(in[0], -1, 2, 3); },
+       {}},
+      {"overlapping slices",
+       {{6}},
+       [](const Inputs& in) { return slice(in[0], 0, 0, 4) * slice(in[0], 0, 2, 6); },
+       {}},
+      {"expand",
+       {{2, 1, 3, 1}},
+       [](const Inputs& in) {
+         return expand(in[0], {2, 4, 3, 2});
+       },
+       {}},
+      {"contiguous",
+       {{3, 4}},
+       [](const Inputs& in) { return contiguous(transpose(in[0], 0, 1)); },
+       {}},
+      {"reshape of a transposed slice",
+       {{4, 3, 5}},
+       [](const Inputs& in) {
+         return reshape(transpose(slice(in[0], 2, 1, 4), 0, 1), {9, 4});
+       },
+       {}},
+      {"slice of an expanded view",
+       {{3, 1}},
+       [](const Inputs& in) {
+         return square(slice(expand(in[0], {3, 6}), 1, 2, 5));
+       },
+       {}},
+      {"transpose of an expanded view",
+       {{1, 4}},
+       [](const Inputs& in) {
+         return square(transpose(expand(in[0], {3, 4}), 0, 1));
+       },
+       {}},
   };
 }
 
@@ -78,68 +114,148 @@ inline std::vector<OpCase> reduction_cases() {
   return {
       {"sum", {{3, 4}}, [](const Inputs& in) { return sum(in[0]); }, {}},
       {"mean", {{2, 3, 2}}, [](const Inputs& in) { return mean(in[0]); }, {}},
-      {"sum_to rows", {{3, 4}}, [](const Inputs& in) { return sum_to(in[0], {3, 1}); }, {}},
-      {"sum_to columns", {{3, 4}}, [](const Inputs& in) { return sum_to(in[0], {1, 4}); }, {}},
-      {"sum_to the middle", {{2, 3, 4, 2}}, [](const Inputs& in) { return sum_to(in[0], {2, 1, 4, 1}); }, {}},
-      {"sum_to itself", {{2, 3}}, [](const Inputs& in) { return sum_to(in[0], {2, 3}); }, {}},
-      {"mse", {{3, 4}, {3, 4}}, [](const Inputs& in) { return mse(in[0], in[1]); },
+      {"sum_to rows",
+       {{3, 4}},
+       [](const Inputs& in) {
+         return sum_to(in[0], {3, 1});
+       },
+       {}},
+      {"sum_to columns",
+       {{3, 4}},
+       [](const Inputs& in) {
+         return sum_to(in[0], {1, 4});
+       },
+       {}},
+      {"sum_to the middle",
+       {{2, 3, 4, 2}},
+       [](const Inputs& in) {
+         return sum_to(in[0], {2, 1, 4, 1});
+       },
+       {}},
+      {"sum_to itself",
+       {{2, 3}},
+       [](const Inputs& in) {
+         return sum_to(in[0], {2, 3});
+       },
+       {}},
+      {"mse",
+       {{3, 4}, {3, 4}},
+       [](const Inputs& in) { return mse(in[0], in[1]); },
        [](const Inputs& in) { return mean(square(in[0] - in[1])); }},
       // 10 columns by groups of 4: the last group is short
-      {"group_range above", {{3, 10}}, [=](const Inputs& in) { return group_range(in[0], by_four).hi; }, {}},
-      {"group_range below", {{3, 10}}, [=](const Inputs& in) { return group_range(in[0], by_four).lo; }, {}},
-      {"group_range of a row", {{3, 10}},
+      {"group_range above",
+       {{3, 10}},
+       [=](const Inputs& in) { return group_range(in[0], by_four).hi; },
+       {}},
+      {"group_range below",
+       {{3, 10}},
+       [=](const Inputs& in) { return group_range(in[0], by_four).lo; },
+       {}},
+      {"group_range of a row",
+       {{3, 10}},
        [](const Inputs& in) {
          const Range r = group_range(in[0], GroupSpec{});
          return r.hi * 2.0 - r.lo * r.hi;
-       }, {}},
-      {"group_range without zero", {{3, 10}},
+       },
+       {}},
+      {"group_range without zero",
+       {{3, 10}},
        [=](const Inputs& in) {
          const Range r = group_range(square(in[0]) + 0.5, official);
          return r.hi - r.lo;
-       }, {}},
+       },
+       {}},
   };
 }
 
 inline std::vector<OpCase> product_cases() {
   return {
       {"matmul", {{3, 4}, {4, 5}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
-      {"matmul in batches", {{2, 3, 2, 4}, {2, 3, 4, 3}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
-      {"matmul of transposed", {{4, 3}, {5, 4}},
-       [](const Inputs& in) { return matmul(transpose(in[0], 0, 1), transpose(in[1], 0, 1)); }, {}},
-      {"matmul of transposed batches", {{2, 4, 3}, {2, 5, 4}},
-       [](const Inputs& in) { return matmul(transpose(in[0], 1, 2), transpose(in[1], 1, 2)); }, {}},
-      {"matmul of a row", {{1, 4}, {4, 3}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
-      {"matmul of a column", {{3, 4}, {4, 1}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
-      {"matmul with one inner", {{3, 1}, {1, 4}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
-      {"matmul of expanded", {{1, 4}, {4, 1}},
-       [](const Inputs& in) { return matmul(expand(in[0], {3, 4}), expand(in[1], {4, 2})); }, {}},
-      {"matmul with itself", {{3, 3}}, [](const Inputs& in) { return matmul(in[0], transpose(in[0], 0, 1)); }, {}},
-      {"linear", {{2, 3, 4}, {5, 4}}, [](const Inputs& in) { return linear(in[0], in[1]); },
-       [](const Inputs& in) { return reshape(matmul(reshape(in[0], {6, 4}), transpose(in[1], 0, 1)), {2, 3, 5}); }},
-      {"linear with bias", {{2, 3, 4}, {5, 4}, {5}}, [](const Inputs& in) { return linear(in[0], in[1], in[2]); }, {}},
-      {"linear of a vector", {{4}, {5, 4}, {5}}, [](const Inputs& in) { return linear(in[0], in[1], in[2]); }, {}},
+      {"matmul in batches",
+       {{2, 3, 2, 4}, {2, 3, 4, 3}},
+       [](const Inputs& in) { return matmul(in[0], in[1]); },
+       {}},
+      {"matmul of transposed",
+       {{4, 3}, {5, 4}},
+       [](const Inputs& in) { return matmul(transpose(in[0], 0, 1), transpose(in[1], 0, 1)); },
+       {}},
+      {"matmul of transposed batches",
+       {{2, 4, 3}, {2, 5, 4}},
+       [](const Inputs& in) { return matmul(transpose(in[0], 1, 2), transpose(in[1], 1, 2)); },
+       {}},
+      {"matmul of a row",
+       {{1, 4}, {4, 3}},
+       [](const Inputs& in) { return matmul(in[0], in[1]); },
+       {}},
+      {"matmul of a column",
+       {{3, 4}, {4, 1}},
+       [](const Inputs& in) { return matmul(in[0], in[1]); },
+       {}},
+      {"matmul with one inner",
+       {{3, 1}, {1, 4}},
+       [](const Inputs& in) { return matmul(in[0], in[1]); },
+       {}},
+      {"matmul of expanded",
+       {{1, 4}, {4, 1}},
+       [](const Inputs& in) {
+         return matmul(expand(in[0], {3, 4}), expand(in[1], {4, 2}));
+       },
+       {}},
+      {"matmul with itself",
+       {{3, 3}},
+       [](const Inputs& in) { return matmul(in[0], transpose(in[0], 0, 1)); },
+       {}},
+      {"linear",
+       {{2, 3, 4}, {5, 4}},
+       [](const Inputs& in) { return linear(in[0], in[1]); },
+       [](const Inputs& in) {
+         return reshape(matmul(reshape(in[0], {6, 4}), transpose(in[1], 0, 1)), {2, 3, 5});
+       }},
+      {"linear with bias",
+       {{2, 3, 4}, {5, 4}, {5}},
+       [](const Inputs& in) { return linear(in[0], in[1], in[2]); },
+       {}},
+      {"linear of a vector",
+       {{4}, {5, 4}, {5}},
+       [](const Inputs& in) { return linear(in[0], in[1], in[2]); },
+       {}},
   };
 }
 
 inline std::vector<OpCase> layer_cases() {
   return {
-      {"softmax", {{3, 2, 5}}, [](const Inputs& in) { return softmax(in[0] * 3.0); },
+      {"softmax",
+       {{3, 2, 5}},
+       [](const Inputs& in) { return softmax(in[0] * 3.0); },
        [](const Inputs& in) {
          const Tensor e = exp(in[0] * 3.0);
          return e / sum_to(e, {3, 2, 1});
        }},
-      {"rms_norm, bare", {{2, 3, 6}}, [](const Inputs& in) { return rms_norm(in[0], {}, {}, 1e-5); },
+      {"rms_norm, bare",
+       {{2, 3, 6}},
+       [](const Inputs& in) { return rms_norm(in[0], {}, {}, 1e-5); },
        [](const Inputs& in) { return rms_norm_composed(in[0], {}, {}, 1e-5); }},
-      {"rms_norm", {{2, 3, 6}, {6}}, [](const Inputs& in) { return rms_norm(in[0], in[1], {}, 1e-5); },
+      {"rms_norm",
+       {{2, 3, 6}, {6}},
+       [](const Inputs& in) { return rms_norm(in[0], in[1], {}, 1e-5); },
        [](const Inputs& in) { return rms_norm_composed(in[0], in[1], {}, 1e-5); }},
-      {"rms_norm with a bias", {{4, 6}, {6}, {6}}, [](const Inputs& in) { return rms_norm(in[0], in[1], in[2], 1e-2); },
+      {"rms_norm with a bias",
+       {{4, 6}, {6}, {6}},
+       [](const Inputs& in) { return rms_norm(in[0], in[1], in[2], 1e-2); },
        [](const Inputs& in) { return rms_norm_composed(in[0], in[1], in[2], 1e-2); }},
-      {"rms_norm with an expanded weight", {{4, 6}, {1}},
+      {"rms_norm with an expanded weight",
+       {{4, 6}, {1}},
        [](const Inputs& in) { return rms_norm(in[0], expand(in[1], {6}), {}, 1e-5); },
        [](const Inputs& in) { return rms_norm_composed(in[0], expand(in[1], {6}), {}, 1e-5); }},
-      {"silu_mul", {{3, 5}, {3, 5}}, [](const Inputs& in) { return silu_mul(in[0] * 3.0, in[1]); },
+      {"silu_mul",
+       {{3, 5}, {3, 5}},
+       [](const Inputs& in) { return silu_mul(in[0] * 3.0, in[1]); },
        [](const Inputs& in) { return silu(in[0] * 3.0) * in[1]; }},
-      {"rope", {{2, 3, 2, 6}}, [](const Inputs& in) { return rope_at(in[0], {5, 0, 11}); },
+      {"rope",
+       {{2, 3, 2, 6}},
+       [](const Inputs& in) {
+         return rope_at(in[0], {5, 0, 11});
+       },
        [](const Inputs& in) {  // two halves, turned by hand
          const Tensor& x = in[0];
          const Tensor a = slice(x, 3, 0, 3), b = slice(x, 3, 3, 6);
@@ -147,11 +263,13 @@ inline std::vector<OpCase> layer_cases() {
            const Tensor t = rope_table(16, 3, cosine);
            Tensor rows = Tensor::empty({1, 3, 1, 3}, DType::F64);
            const int64_t at[] = {5, 0, 11};
-           for (int64_t i = 0; i < 9; ++i) rows.data<double>()[i] = t.data<double>()[at[i / 3] * 3 + i % 3];
+           for (int64_t i = 0; i < 9; ++i)
+             rows.data<double>()[i] = t.data<double>()[at[i / 3] * 3 + i % 3];
            return like(rows, x);
          };
          const Tensor c = table(true), s = table(false);
-         Tensor whole = Tensor::zeros({6, 6}, DType::F64), other = Tensor::zeros({6, 6}, DType::F64);
+         Tensor whole = Tensor::zeros({6, 6}, DType::F64),
+                other = Tensor::zeros({6, 6}, DType::F64);
          for (int64_t i = 0; i < 3; ++i) {
            whole.data<double>()[i * 6 + i] = 1;
            other.data<double>()[i * 6 + 3 + i] = 1;
@@ -161,9 +279,14 @@ inline std::vector<OpCase> layer_cases() {
          };
          return place(a * c - b * s, whole) + place(b * c + a * s, other);
        }},
-      {"embedding", {{5, 3}},
-       [](const Inputs& in) { return embedding(in[0], like(Tensor::from<int32_t>({4, 0, 4, 2, 0, 4}, {2, 3}), in[0])); }, {}},
-      {"cross_entropy", {{4, 6}},
+      {"embedding",
+       {{5, 3}},
+       [](const Inputs& in) {
+         return embedding(in[0], like(Tensor::from<int32_t>({4, 0, 4, 2, 0, 4}, {2, 3}), in[0]));
+       },
+       {}},
+      {"cross_entropy",
+       {{4, 6}},
        [](const Inputs& in) {
          return cross_entropy(in[0] * 2.0, like(Tensor::from<int32_t>({5, -1, 0, 2}, {4}), in[0]));
        },
@@ -172,17 +295,21 @@ inline std::vector<OpCase> layer_cases() {
          pick.data<double>()[5] = pick.data<double>()[12] = pick.data<double>()[20] = -1;
          return reshape(sum_to(log(softmax(in[0] * 2.0)) * like(pick, in[0]), {4, 1}), {4});
        }},
-      {"a gated half-block", {{2, 3, 4}, {4}, {6, 4}, {6, 4}, {4, 6}},
+      {"a gated half-block",
+       {{2, 3, 4}, {4}, {6, 4}, {6, 4}, {4, 6}},
        [](const Inputs& in) {
          const Tensor h = rms_norm(in[0], in[1], {}, 1e-5);
          return in[0] + linear(silu_mul(linear(h, in[2]), linear(h, in[3])), in[4]);
-       }, {}},
+       },
+       {}},
   };
 }
 
 inline OpCase attention_case(const std::string& name, Shape q, Shape k, bool causal) {
   const AttentionSpec spec{.scale = 0.7, .causal = causal};
-  return {name, {q, k, k}, [spec](const Inputs& in) { return attention(in[0], in[1], in[2], spec); },
+  return {name,
+          {q, k, k},
+          [spec](const Inputs& in) { return attention(in[0], in[1], in[2], spec); },
           [spec](const Inputs& in) { return attention_composed(in[0], in[1], in[2], spec); }};
 }
 
@@ -199,7 +326,8 @@ inline std::vector<OpCase> attention_cases() {
 
 inline std::vector<OpCase> op_cases() {
   std::vector<OpCase> all;
-  for (auto list : {view_cases(), reduction_cases(), product_cases(), layer_cases(), attention_cases()})
+  for (auto list :
+       {view_cases(), reduction_cases(), product_cases(), layer_cases(), attention_cases()})
     all.insert(all.end(), list.begin(), list.end());
   return all;
 }

@@ -1,7 +1,8 @@
 // close(): two tensors agree up to rounding. bit_equal(): to the last bit.
 //
-// The measure is NMSE = Σ (got − want)² / Σ want², which does not care how large the values are; a bound of 1e-12 means
-// about six good digits. A failing CHECK(close(…)) prints the NMSE, the worst element and both its values.
+// The measure is NMSE = Σ (got − want)² / Σ want², which does not care how large the values are; a
+// bound of 1e-12 means about six good digits. A failing CHECK(close(…)) prints the NMSE, the worst
+// element and both its values.
 //
 //   CHECK(close(attention(q, k, v, s), reference, 1e-12));
 #pragma once
@@ -65,7 +66,8 @@ inline Closeness close(const Tensor& got, const Tensor& want, double max_nmse) {
   size_t at = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     double d = std::abs(a[i] - b[i]);
-    if (std::isnan(d)) d = std::isnan(a[i]) && std::isnan(b[i]) ? 0 : std::numeric_limits<double>::infinity();
+    if (std::isnan(d))
+      d = std::isnan(a[i]) && std::isnan(b[i]) ? 0 : std::numeric_limits<double>::infinity();
     if (a[i] == b[i]) d = 0;  // infinities
     error += d * d;
     if (std::isfinite(b[i])) power += b[i] * b[i];
@@ -73,9 +75,10 @@ inline Closeness close(const Tensor& got, const Tensor& want, double max_nmse) {
   }
   if (a.empty()) return {true, "empty"};
   const double nmse = error == 0 ? 0 : error / std::max(power, std::numeric_limits<double>::min());
-  return {nmse <= max_nmse, fmt::format("NMSE {:.3g} (bound {:.3g}), worst at {} of {}: {:.9g} instead of {:.9g}",
-                                        nmse, max_nmse, index_text(static_cast<int64_t>(at), got.shape()),
-                                        got.shape(), a[at], b[at])};
+  return {nmse <= max_nmse,
+          fmt::format("NMSE {:.3g} (bound {:.3g}), worst at {} of {}: {:.9g} instead of {:.9g}",
+                      nmse, max_nmse, index_text(static_cast<int64_t>(at), got.shape()),
+                      got.shape(), a[at], b[at])};
 }
 
 // Every element within `tolerance` of the other.
@@ -86,7 +89,8 @@ inline Closeness within(const Tensor& got, const Tensor& want, double tolerance)
   for (size_t i = 0; i < a.size(); ++i)
     if (!(std::abs(a[i] - b[i]) <= tolerance))
       return {false, fmt::format("at {} of {}: {:.9g} instead of {:.9g} (tolerance {:.3g})",
-                                 index_text(static_cast<int64_t>(i), got.shape()), got.shape(), a[i], b[i], tolerance)};
+                                 index_text(static_cast<int64_t>(i), got.shape()), got.shape(),
+                                 a[i], b[i], tolerance)};
   return {true, "within tolerance"};
 }
 
@@ -99,7 +103,9 @@ inline Closeness bit_equal(const Tensor& got, const Tensor& want) {
   const size_t size = dtype_size(a.dtype());
   for (int64_t i = 0; i < a.numel(); ++i) {
     const size_t offset = static_cast<size_t>(i) * size;
-    if (std::memcmp(static_cast<char*>(a.raw()) + offset, static_cast<char*>(b.raw()) + offset, size) == 0) continue;
+    if (std::memcmp(static_cast<char*>(a.raw()) + offset, static_cast<char*>(b.raw()) + offset,
+                    size) == 0)
+      continue;
     const auto at = static_cast<size_t>(i);
     return {false, fmt::format("bits differ first at {} of {}: {:.17g} instead of {:.17g}",
                                index_text(i, a.shape()), a.shape(), values(a)[at], values(b)[at])};

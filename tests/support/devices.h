@@ -1,4 +1,5 @@
-// The devices that a test body runs on: the CPU, and the GPU when this build has a back end and the machine a GPU.
+// The devices that a test body runs on: the CPU, and the GPU when this build has a back end and the
+// machine a GPU.
 //
 //   for (Device d : test_devices()) { CAPTURE(d); … }
 #pragma once
@@ -30,11 +31,9 @@ inline const std::vector<Device>& test_devices() {
 
 }  // namespace omq
 
-template <>
-struct doctest::StringMaker<omq::Device> {
+template <> struct doctest::StringMaker<omq::Device> {
   static String convert(const omq::Device& d) { return omq::to_string(d).c_str(); }
 };
-template <>
-struct doctest::StringMaker<omq::Dims> {
+template <> struct doctest::StringMaker<omq::Dims> {
   static String convert(const omq::Dims& d) { return omq::to_string(d).c_str(); }
 };

@@ -1,5 +1,5 @@
-// Tensors of tests/golden/*.safetensors for tests of layers that may not link models/: the files are our own, so this
-// reads them and no others.
+// Tensors of tests/golden/*.safetensors for tests of layers that may not link models/: the files
+// are our own, so this reads them and no others.
 //
 //   const auto golden = load_golden("ops");
 //   if (!golden) { MESSAGE("skipped: no tests/golden/ops.safetensors"); return; }
@@ -36,7 +36,8 @@ inline std::optional<Golden> load_golden(const std::string& name) {
     Shape shape;
     for (int64_t n : entry.at("shape")) shape.push_back(n);
     const size_t begin = entry.at("data_offsets").at(0);
-    golden[key] = Tensor::view(storage, 8 + header_bytes + begin, shape, dtype == "F32" ? DType::F32 : DType::I32);
+    golden[key] = Tensor::view(storage, 8 + header_bytes + begin, shape,
+                               dtype == "F32" ? DType::F32 : DType::I32);
   }
   return golden;
 }

@@ -1,8 +1,10 @@
-// gradcheck(): what backward() says against central differences in F64, for every element of every input.
+// gradcheck(): what backward() says against central differences in F64, for every element of every
+// input.
 //
-// The op f is reduced to the number L = Σ v ⊙ f(inputs) with a fixed random v, so dL/dx = Jᵀv, and an error anywhere in
-// the Jacobian shows. The same differences are compared with backward() in several arrangements that must not matter:
-// inputs as they are or as strided views, v handed down row-major or strided, and every input alone being a parameter.
+// The op f is reduced to the number L = Σ v ⊙ f(inputs) with a fixed random v, so dL/dx = Jᵀv, and
+// an error anywhere in the Jacobian shows. The same differences are compared with backward() in
+// several arrangements that must not matter: inputs as they are or as strided views, v handed down
+// row-major or strided, and every input alone being a parameter.
 //
 //   CHECK(gradcheck([](const auto& in) { return softmax(in[0]); }, {x}));
 #pragma once
@@ -21,7 +23,8 @@ namespace omq {
 using TensorFunction = std::function<Tensor(const std::vector<Tensor>&)>;
 
 struct GradcheckOptions {
-  double step = 1e-5, tolerance = 2e-7;  // tolerance: of the largest element of the gradient, at least of 1
+  double step = 1e-5,
+         tolerance = 2e-7;  // tolerance: of the largest element of the gradient, at least of 1
   uint64_t seed = 7;
 };
 
@@ -43,14 +46,15 @@ struct Arrangement {
   bool strided_inputs = false, strided_cotangent = false;
   int only = -1;  // this input alone is a parameter
   std::string text() const {
-    return fmt::format("{}{}{}", strided_inputs ? " strided inputs" : "", strided_cotangent ? " strided cotangent" : "",
+    return fmt::format("{}{}{}", strided_inputs ? " strided inputs" : "",
+                       strided_cotangent ? " strided cotangent" : "",
                        only >= 0 ? fmt::format(" input {} alone", only) : "");
   }
 };
 
 // Gradients of L; undefined where an input is not a parameter or L does not depend on it.
-inline std::vector<Tensor> backward_of(const TensorFunction& f, const std::vector<Tensor>& inputs, const Tensor& v,
-                                       const Arrangement& how) {
+inline std::vector<Tensor> backward_of(const TensorFunction& f, const std::vector<Tensor>& inputs,
+                                       const Tensor& v, const Arrangement& how) {
   std::vector<Tensor> leaves, seen;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const bool flip = how.strided_inputs && inputs[i].ndim() >= 2;
@@ -74,7 +78,8 @@ inline std::vector<Tensor> backward_of(const TensorFunction& f, const std::vecto
 }  // namespace detail
 
 // inputs: F64. Inputs that f does not depend on must have a gradient of zero by differences too.
-inline Closeness gradcheck(const TensorFunction& f, std::vector<Tensor> inputs, GradcheckOptions options = {}) {
+inline Closeness gradcheck(const TensorFunction& f, std::vector<Tensor> inputs,
+                           GradcheckOptions options = {}) {
   for (Tensor& x : inputs) x = converted(x, DType::F64);
   Rng rng(options.seed);
   Tensor v;
@@ -98,7 +103,8 @@ inline Closeness gradcheck(const TensorFunction& f, std::vector<Tensor> inputs, 
     }
     numeric.push_back(d);
   }
-  std::vector<detail::Arrangement> ways{{false, false, -1}, {false, true, -1}, {true, false, -1}, {true, true, -1}};
+  std::vector<detail::Arrangement> ways{
+      {false, false, -1}, {false, true, -1}, {true, false, -1}, {true, true, -1}};
   if (inputs.size() > 1)
     for (size_t i = 0; i < inputs.size(); ++i) ways.push_back({false, false, static_cast<int>(i)});
   for (const detail::Arrangement& how : ways) {
@@ -109,7 +115,8 @@ inline Closeness gradcheck(const TensorFunction& f, std::vector<Tensor> inputs, 
       double largest = 1;
       for (double x : values(numeric[i])) largest = std::max(largest, std::abs(x));
       const Closeness same = within(g, numeric[i], options.tolerance * largest);
-      if (!same) return {false, fmt::format("gradient of input {}{}: {}", i, how.text(), same.what)};
+      if (!same)
+        return {false, fmt::format("gradient of input {}{}: {}", i, how.text(), same.what)};
     }
   }
   return {true, "gradients agree"};

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Fails when an object compiled for one instruction set (packed_avx2.cpp, …) defines a weak function: the linker merges
-# those across files, so another part of the program could end up running it.     isa_symbols.sh OBJECT...
+# Fails when an object compiled for one instruction set (packed_avx2.cpp, …) defines a weak
+# function: the linker merges those across files, so another part of the program could end up
+# running it.
+#
+#   isa_symbols.sh OBJECT...
 set -euo pipefail
 bad=0 seen=0
 for object in "$@"; do

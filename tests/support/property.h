@@ -1,6 +1,8 @@
-// Random inputs from a seed, and for_all(), which runs a property on many of them and names the seed that breaks it.
+// Random inputs from a seed, and for_all(), which runs a property on many of them and names the
+// seed that breaks it.
 //
-//   for_all(50, [](Rng& r) { return random_tensor(r, {r.between(1, 9), 4}); }, [](const Tensor& x) { CHECK(…); });
+//   for_all(50, [](Rng& r) { return random_tensor(r, {r.between(1, 9), 4}); }, [](const Tensor& x)
+//   { CHECK(…); });
 //
 // OMQ_SEED=n in the environment runs case n alone.
 #pragma once
@@ -18,8 +20,8 @@
 
 namespace omq {
 
-// The standard's distributions differ between libraries, its generators do not: the same seed gives the same numbers
-// everywhere.
+// The standard's distributions differ between libraries, its generators do not: the same seed gives
+// the same numbers everywhere.
 class Rng {
  public:
   explicit Rng(uint64_t seed) : bits_(seed * 0x9e3779b97f4a7c15u + 1) {}
@@ -31,7 +33,8 @@ class Rng {
     return lo + (hi - lo) * static_cast<double>(bits_() >> 11) * 0x1p-53;
   }
   double normal() {
-    return std::sqrt(-2 * std::log(uniform(1e-12, 1))) * std::cos(2 * std::numbers::pi * uniform(0, 1));
+    return std::sqrt(-2 * std::log(uniform(1e-12, 1))) *
+           std::cos(2 * std::numbers::pi * uniform(0, 1));
   }
   bool coin() { return bits_() & 1; }
 
@@ -39,7 +42,8 @@ class Rng {
   std::mt19937_64 bits_;
 };
 
-inline Tensor random_tensor(Rng& rng, Shape shape, DType dtype = DType::F64, double lo = -1, double hi = 1) {
+inline Tensor random_tensor(Rng& rng, Shape shape, DType dtype = DType::F64, double lo = -1,
+                            double hi = 1) {
   std::vector<double> v(static_cast<size_t>(shape.product()));
   for (double& x : v) x = rng.uniform(lo, hi);
   return converted(Tensor::from<double>(v, shape), dtype);
@@ -58,8 +62,7 @@ inline Tensor random_ids(Rng& rng, Shape shape, int64_t count, Device device = {
 }
 
 // property: void (with CHECKs inside), or anything that CHECK takes.
-template <class Gen, class Property>
-void for_all(int n, Gen&& gen, Property&& property) {
+template <class Gen, class Property> void for_all(int n, Gen&& gen, Property&& property) {
   const char* only = std::getenv("OMQ_SEED");
   for (int i = 0; i < n; ++i) {
     const uint64_t seed = only ? std::strtoull(only, nullptr, 10) : static_cast<uint64_t>(i);

@@ -1,0 +1,215 @@
+// Generation on the bundled model: the cache changes nothing, text leaves whole, and every way to end.
+#include "models/generator.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "models/checkpoint.h"
+#include "models/safetensors.h"
+#include "tensor/error.h"
+#include "tests/support/shared.h"
+
+namespace omq {
+namespace {
+
+using Ids = std::vector<int32_t>;
+
+struct Loaded {
+  std::unique_ptr<CheckpointReader> reader;
+  Tokenizer tokenizer;
+  Model model;
+};
+Loaded& tiny() {
+  static Loaded loaded = [] {
+    auto reader = open_checkpoint(source_path("tests/fixtures/tiny-llama"));
+    Tokenizer tokenizer = reader->tokenizer();
+    Model model = Model::load(*reader);
+    return Loaded{std::move(reader), std::move(tokenizer), std::move(model)};
+  }();
+  return loaded;
+}
+
+GenerateOptions greedy(int64_t n) {
+  GenerateOptions o;
+  o.sampling.temperature = 0;
+  o.max_tokens = n;
+  return o;
+}
+
+Ids prompt() { return tiny().tokenizer.encode("Ella was a cheerful girl."); }
+
+std::string error_of(Generator& g, const Ids& ids, const GenerateOptions& o) {
+  try {
+    g.generate(ids, o);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST_CASE("stop strings: held back while they may still come") {
+  StopFilter f({"END", "E\n"});
+  CHECK(f.push("The E") == "The ");
+  CHECK(f.push("N") == "");
+  CHECK(f.push("glish") == "ENglish");
+  CHECK(f.push(" E") == " ");
+  CHECK(f.push("E") == "E");
+  CHECK(f.push("ND and more") == "");
+  CHECK(f.met());
+  CHECK(f.found() == "END");
+  CHECK(f.push("nothing") == "");
+  CHECK(f.flush() == "");
+
+  StopFilter earliest({"b", "ab"});
+  CHECK(earliest.push("xab") == "x");
+  CHECK(earliest.found() == "ab");
+
+  StopFilter never({"END"});
+  CHECK(never.push("the EN") == "the ");
+  CHECK(never.flush() == "EN");
+  CHECK_FALSE(never.met());
+  CHECK(StopFilter({""}).push("text") == "text");
+}
+
+TEST_CASE("the greedy continuation of transformers, with cache and without") {
+  for (const char* name : {"llama3-sharded", "mistral", "qwen2", "qwen3"}) {
+    CAPTURE(name);
+    const auto folder = source_path("tests/golden") / name;
+    const auto reader = open_checkpoint(folder);
+    const Model model = Model::load(*reader);
+    const auto golden = SafetensorsFile(folder / "expected.safetensors");
+    const auto input = golden.get("input_ids").to_vector<int32_t>();
+    const auto wanted = golden.get("greedy_ids").to_vector<int32_t>();
+    Generator generator(model, tiny().tokenizer);
+    Ids ids(input.begin(), input.begin() + 8), made;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const std::vector<float> logits = generator.next_logits(ids);
+      ids.push_back(static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
+      made.push_back(ids.back());
+    }
+    CHECK(made == wanted);
+    generator.reset();
+    ids.pop_back();
+    const std::vector<float> whole = generator.next_logits(ids);
+    CHECK(std::max_element(whole.begin(), whole.end()) - whole.begin() == wanted.back());
+  }
+}
+
+TEST_CASE("batch size and reused prefix do not change the text") {
+  Generator g(tiny().model, tiny().tokenizer);
+  GenerateOptions o = greedy(40);
+  const GenerateResult first = g.generate(prompt(), o);
+  CHECK(first.tokens.size() == 40);
+  CHECK(first.finish == FinishReason::MaxTokens);
+  CHECK(first.stats.prompt_tokens == static_cast<int64_t>(prompt().size()));
+  CHECK(first.stats.reused_tokens == 0);
+  CHECK(first.stats.generated_tokens == 40);
+  CHECK(first.stats.decode_steps == 39);
+  for (const int64_t batch : {1, 3, 512}) {
+    Generator fresh(tiny().model, tiny().tokenizer);
+    o.batch = batch;
+    CHECK(fresh.generate(prompt(), o).tokens == first.tokens);
+  }
+  // The same again: all of the prompt but its last token is there.
+  const GenerateResult again = g.generate(prompt(), o);
+  CHECK(again.tokens == first.tokens);
+  CHECK(again.stats.reused_tokens == static_cast<int64_t>(prompt().size()) - 1);
+  // The conversation goes on behind the answer.
+  Ids longer = prompt();
+  longer.insert(longer.end(), first.tokens.begin(), first.tokens.begin() + 20);
+  const GenerateResult rest = g.generate(longer, greedy(20));
+  CHECK(rest.stats.reused_tokens == static_cast<int64_t>(longer.size()) - 1);
+  CHECK(std::equal(rest.tokens.begin(), rest.tokens.end(), first.tokens.begin() + 20));
+}
+
+TEST_CASE("streamed pieces are the text, and stop strings end it") {
+  Generator g(tiny().model, tiny().tokenizer);
+  GenerateOptions o = greedy(40);
+  std::string streamed;
+  o.on_text = [&](std::string_view piece) {
+    CHECK_FALSE(piece.empty());
+    streamed += piece;
+  };
+  const GenerateResult whole = g.generate(prompt(), o);
+  CHECK(streamed == whole.text);
+  CHECK(whole.text == tiny().tokenizer.decode(whole.tokens, {.start_of_text = false}));
+
+  const size_t at = whole.text.find(". ");
+  REQUIRE(at != std::string::npos);
+  o.stop = {". ", "never to be seen"};
+  streamed.clear();
+  const GenerateResult cut = g.generate(prompt(), o);
+  CHECK(cut.finish == FinishReason::StopString);
+  CHECK(cut.stop == ". ");
+  CHECK(cut.text == whole.text.substr(0, at));
+  CHECK(streamed == cut.text);
+}
+
+TEST_CASE("the model ends the text, unless told to ignore that") {
+  Generator g(tiny().model, tiny().tokenizer);
+  const GenerateResult r = g.generate(prompt(), greedy(-1));
+  CHECK(r.finish == FinishReason::EndOfText);
+  CHECK(g.ends_text(r.tokens.back()));
+  CHECK(r.text.find("<|") == std::string::npos);
+  GenerateOptions o = greedy(static_cast<int64_t>(r.tokens.size()) + 5);
+  o.ignore_eos = true;
+  const GenerateResult on = g.generate(prompt(), o);
+  CHECK(on.finish == FinishReason::MaxTokens);
+  CHECK(std::none_of(on.tokens.begin(), on.tokens.end(), [&](int32_t id) { return g.ends_text(id); }));
+}
+
+TEST_CASE("a full context ends the text and is said; a prompt that does not fit is refused") {
+  Generator g(tiny().model, tiny().tokenizer, 16);
+  GenerateOptions o = greedy(-1);
+  o.ignore_eos = true;
+  const Ids ids = prompt();
+  REQUIRE(ids.size() < 16);
+  const GenerateResult r = g.generate(ids, o);
+  CHECK(r.finish == FinishReason::ContextFull);
+  CHECK(ids.size() + r.tokens.size() == 17);  // the last one needs no place in the cache
+  const Ids too_long(17, 5);
+  CHECK(error_of(g, too_long, o) ==
+        "generate: the prompt has 17 tokens, the context holds 16; raise -c or shorten the prompt");
+  CHECK(error_of(g, {}, o) == "generate: the prompt is empty");
+  CHECK(error_of(g, {512}, o) == "generate: token 512 is outside the model's vocabulary of 512");
+  o.sampling.top_k = -1;
+  CHECK(error_of(g, ids, o) == "--top-k -1 is negative; 0 keeps all tokens");
+  // None of this harmed the cache.
+  CHECK(g.generate(ids, greedy(5)).tokens == Generator(tiny().model, tiny().tokenizer).generate(ids, greedy(5)).tokens);
+  CHECK_THROWS_AS(Generator(tiny().model, tiny().tokenizer, 257), Error);
+}
+
+TEST_CASE("cancelling ends at the next token and leaves the generator usable") {
+  Generator g(tiny().model, tiny().tokenizer);
+  std::atomic<bool> stop{false};
+  GenerateOptions o = greedy(50);
+  o.cancel = &stop;
+  int pieces = 0;
+  o.on_text = [&](std::string_view) { stop = ++pieces == 3; };
+  const GenerateResult r = g.generate(prompt(), o);
+  CHECK(r.finish == FinishReason::Cancelled);
+  CHECK(r.tokens.size() < 10);
+  stop = true;
+  g.reset();
+  CHECK(g.generate(prompt(), o).tokens.empty());
+  stop = false;
+  o.on_text = nullptr;
+  CHECK(g.generate(prompt(), o).tokens == Generator(tiny().model, tiny().tokenizer).generate(prompt(), greedy(50)).tokens);
+}
+
+TEST_CASE("one seed gives one text") {
+  Generator g(tiny().model, tiny().tokenizer);
+  GenerateOptions o;
+  o.max_tokens = 30;
+  o.sampling.temperature = 1.5;
+  o.sampling.seed = 11;
+  const Ids first = g.generate(prompt(), o).tokens;
+  CHECK(g.generate(prompt(), o).tokens == first);
+  o.sampling.seed = 12;
+  CHECK(g.generate(prompt(), o).tokens != first);
+}
+
+}  // namespace
+}  // namespace omq

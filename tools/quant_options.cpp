@@ -1,0 +1,180 @@
+// Parsing of omq-quant's options. Presets give defaults, flags given win; names of the official project are accepted,
+// those that ask for something else than we do are refused with the reason.
+#include "tools/quant_options.h"
+
+#include <optional>
+
+namespace omq {
+namespace {
+
+using cli::UsageError;
+using quant::QuantSpec;
+
+const std::vector<std::string> kKeepable = {"lm_head", "embed_tokens"};
+
+KeepSpec parse_keep(std::string_view text) {
+  if (text == "f16" || text == "fp16") return {.f16 = true};
+  std::string full(text);
+  const size_t g = full.find('g');
+  full.insert(g == std::string::npos ? full.size() : g, "a16");
+  if (g == std::string::npos) full += "g128";
+  try {
+    return {.f16 = false, .spec = QuantSpec::parse(full)};
+  } catch (const Error&) {
+    throw UsageError(fmt::format("--keep: \"{}\" is not f16 or wN or wNgM", text));
+  }
+}
+
+struct Raw {
+  std::string preset, calib_dataset;
+  std::optional<int> wbits, abits;
+  std::optional<int64_t> group_size;
+  bool symmetric = false, lwc = false, let = false, aug = false, no_aug = false, list = false, version = false;
+  bool unused = false;
+  std::string unused_text;
+  std::vector<std::string> keep;
+};
+
+void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
+  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file")->type_name("PATH");
+  app.add_option("-o,--output,--save-dir", o.out, "folder to create for the packed model")->type_name("DIR");
+  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")->type_name("NAME");
+  app.add_option("--preset", raw.preset, "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64 …")
+      ->type_name("NAME");
+  app.add_option("--wbits", raw.wbits, "bits of a weight, 2 to 8 (default 4)")->type_name("N");
+  app.add_option("--abits", raw.abits, "bits of an activation: 16")->type_name("N");
+  app.add_option("--group-size", raw.group_size, "weights that share a scale; 0 or -1: a whole row (default)")
+      ->type_name("G");
+  app.add_flag("--symmetric", raw.symmetric, "no zero points: the range is centred on 0");
+  app.add_option("--keep", raw.keep,
+                 "matrices outside the blocks: lm_head=f16|w8|w4, embed_tokens=… (default w8 in groups of 128)")
+      ->type_name("NAME=FORM");
+  app.add_flag("--force", o.force, "replace an existing output folder");
+}
+
+void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
+  const char* group = "Calibration";
+  app.add_option("--calib", o.calib, "text files to calibrate on")->type_name("TEXT…")->group(group);
+  app.add_option("--calib-ids", o.calib_ids, "token ids instead: a JSON array a line, one window each")
+      ->type_name("JSONL")->group(group);
+  app.add_option("--nsamples", o.nsamples, "windows (default 128; with --calib-ids all)")->type_name("N")->group(group);
+  app.add_option("--seqlen", o.seqlen, "tokens of a window (default 2048, at most the model's context)")
+      ->type_name("N")->group(group);
+  app.add_option("--seed", o.seed, "which windows are taken (default 2)")->type_name("N")->group(group);
+  app.add_option("--epochs", o.recipe.epochs, "passes over the windows per block (default 20, at 2 bits 40)")
+      ->type_name("N")->group(group);
+  app.add_option("--batch-size", o.recipe.batch_size, "windows a step (default 1)")->type_name("N")->group(group);
+  app.add_option("--lwc-lr", o.recipe.lwc_lr, "learning rate of the clipping factors (default 0.01)")
+      ->type_name("X")->group(group);
+  app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")->type_name("X")->group(group);
+  app.add_flag("--aug-loss", raw.aug, "add the loss against the block on its quantised inputs (default at 2 bits)")
+      ->group(group);
+  app.add_flag("--no-aug-loss", raw.no_aug, "leave it out")->group(group);
+}
+
+void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
+  app.add_option("--eval", o.eval, "ppl:FILE perplexity of the written model (gptq protocol); sim:FILE of the "
+                 "fake-quantised model")->type_name("WHAT:FILE");
+  app.add_option("--eval-context", o.eval_context, "tokens of an evaluation window (default 2048)")->type_name("N");
+  app.add_option("--eval-chunks", o.eval_chunks, "only the first N evaluation windows")->type_name("N");
+  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")->type_name("N");
+  app.add_flag("-q,--quiet", o.quiet, "no progress");
+  app.add_flag("--list-methods", raw.list, "print the methods and stop");
+  app.add_flag("--version", raw.version, "print the version and stop");
+}
+
+// The reference's own flags (spec omniquant §13), so that its users' commands work or say why not.
+void add_official_options(CLI::App& app, Raw& raw) {
+  const char* group = "Names of the official project";
+  app.add_flag("--lwc", raw.lwc, "learnable weight clipping: what --method omniquant does")->group(group);
+  app.add_flag("--let", raw.let, "learnable equivalent transformation: refused, not available yet")->group(group);
+  app.add_option("--calib-dataset", raw.calib_dataset, "refused: give the text itself with --calib")->group(group);
+  for (const char* name : {"--real-quant", "--deactive-amp"})
+    app.add_flag(name, raw.unused, "accepted: always so here")->group(group);
+  for (const char* name : {"--net", "--cache-dir"})
+    app.add_option(name, raw.unused_text, "accepted: not needed here")->group(group);
+}
+
+void settle_spec(const Raw& raw, QuantOptions& o) {
+  QuantSpec spec = raw.preset.empty() ? QuantSpec{} : QuantSpec::parse(raw.preset);
+  if (raw.wbits) spec.wbits = *raw.wbits;
+  if (raw.abits) spec.abits = *raw.abits;
+  if (raw.group_size) spec.group_size = *raw.group_size == -1 ? 0 : *raw.group_size;
+  if (raw.symmetric) spec.symmetric = true;
+  validate(spec);
+  o.recipe.spec = spec;
+}
+
+void check_numbers(const QuantOptions& o) {
+  auto wanted = [](bool ok, const char* what) {
+    if (!ok) throw UsageError(what);
+  };
+  wanted(o.nsamples >= 1, "--nsamples: at least 1");
+  wanted(o.seqlen >= 2, "--seqlen: at least 2");
+  wanted(o.recipe.epochs >= -1, "--epochs: 0 or more");
+  wanted(o.recipe.batch_size >= 1, "--batch-size: at least 1");
+  wanted(o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
+  wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
+  wanted(o.threads >= 0, "--threads: 0 or more");
+  wanted(o.eval_context >= 2 && o.eval_chunks >= 0, "--eval-context: at least 2; --eval-chunks: 0 or more");
+}
+
+void settle(const Raw& raw, QuantOptions& o) {
+  if (o.model.empty()) throw UsageError("-m MODEL is missing");
+  if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
+  if (raw.let) throw UsageError("--let: the equivalent transformation is not available yet; --lwc is");
+  if (!raw.calib_dataset.empty())
+    throw UsageError(fmt::format("--calib-dataset {}: nothing is downloaded here; give the text with --calib FILE",
+                                 raw.calib_dataset));
+  if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
+  if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
+  if (!o.calib.empty() && !o.calib_ids.empty()) throw UsageError("--calib and --calib-ids exclude each other");
+  try {
+    settle_spec(raw, o);
+  } catch (const UsageError&) {
+    throw;
+  } catch (const Error& e) {
+    throw UsageError(e.what());
+  }
+  for (const std::string& item : raw.keep) {
+    const size_t at = item.find('=');
+    const std::string name = item.substr(0, at);
+    if (at == std::string::npos || std::find(kKeepable.begin(), kKeepable.end(), name) == kKeepable.end())
+      throw UsageError(fmt::format("--keep {}: lm_head=FORM or embed_tokens=FORM wanted", item));
+    o.keep[name] = parse_keep(std::string_view(item).substr(at + 1));
+  }
+  for (const std::string& item : o.eval)
+    if (!item.starts_with("ppl:") && !item.starts_with("sim:"))
+      throw UsageError(fmt::format("--eval {}: ppl:FILE or sim:FILE wanted", item));
+  check_numbers(o);
+}
+
+}  // namespace
+
+std::string KeepSpec::to_string() const {
+  return f16 ? "f16" : fmt::format("w{}g{}{}", spec.wbits, spec.group_size, spec.symmetric ? "sym" : "");
+}
+
+bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
+  CLI::App app("Quantises a LLaMA-family checkpoint to 2-8 bits.", "omq-quant");
+  Raw raw;
+  add_main_options(app, o, raw);
+  add_calibration_options(app, o, raw);
+  add_other_options(app, o, raw);
+  add_official_options(app, raw);
+  if (!cli::parse(app, args)) return false;
+  if (raw.version) {
+    fmt::print("{}\n", cli::version_text("omq-quant"));
+    return false;
+  }
+  if (raw.list) {
+    for (const auto& m : quant::methods()) fmt::print("{:<12} {}\n", m.name, m.summary);
+    return false;
+  }
+  o.nsamples_given = app.get_option("--nsamples")->count() > 0;
+  o.seqlen_given = app.get_option("--seqlen")->count() > 0;
+  settle(raw, o);
+  return true;
+}
+
+}  // namespace omq

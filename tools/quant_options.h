@@ -1,0 +1,39 @@
+// omq-quant's command line: our names, and the official project's.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "quant/recipe.h"
+#include "tools/cli.h"
+
+namespace omq {
+
+// How a matrix outside the blocks is kept: as f16, or quantised to nearest.
+struct KeepSpec {
+  bool f16 = false;
+  quant::QuantSpec spec{.wbits = 8, .abits = 16, .group_size = 128, .symmetric = false};
+  std::string to_string() const;  // "f16", "w8g128"
+};
+
+struct QuantOptions {
+  std::filesystem::path model, out, calib_ids;
+  std::vector<std::filesystem::path> calib;
+  std::string method = "omniquant";
+  quant::Options recipe;
+  int64_t nsamples = 128, seqlen = 2048;
+  bool nsamples_given = false, seqlen_given = false;
+  uint32_t seed = 2;
+  int threads = 0;
+  bool force = false, quiet = false;
+  std::vector<std::string> eval;  // "ppl:FILE" or "sim:FILE"
+  int64_t eval_context = 2048, eval_chunks = 0;
+  std::map<std::string, KeepSpec> keep;  // "lm_head", "embed_tokens"
+};
+
+// False when there is nothing left to do (help, version, list of methods were printed). Throws cli::UsageError.
+bool parse_quant_options(const cli::Args& args, QuantOptions& options);
+
+}  // namespace omq

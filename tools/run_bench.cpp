@@ -1,0 +1,266 @@
+// omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one), its fields, and beside them
+// GB/s and the share of the machine's read bandwidth, which bounds the decoding of one sequence.
+//
+// Bandwidth is measured in turn with the test, once a repetition, because shared machines drift; the share is the
+// median of one over the median of the other.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <ctime>
+#include <numeric>
+
+#include "autograd/node.h"
+#include "tensor/bandwidth.h"
+#include "tensor/isa.h"
+#include "tensor/parallel.h"
+#include "tools/run_common.h"
+
+namespace omq::run {
+namespace {
+
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+struct Options {
+  ModelOptions model;
+  std::string prompt = "512", gen = "128", threads, output = "md";
+  int repetitions = 5;
+  int64_t batch = 512;
+  bool no_warmup = false, no_bandwidth = false;
+};
+
+bool parse(const cli::Args& args, Options& o) {
+  CLI::App app("Speed of a model. Lists such as -t 1,2 multiply out.", "omq-run bench");
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("-m,--model,model", o.model.model, "model; several with commas between them")
+      ->required()
+      ->type_name("MODEL");
+  app.add_option("-p,--n-prompt", o.prompt, "prompt lengths (default 512); 0: no such test")->type_name("N,…");
+  app.add_option("-n,--n-gen", o.gen, "numbers of tokens to generate (default 128); 0: no such test")
+      ->type_name("N,…");
+  app.add_option("-t,--threads", o.threads, "numbers of threads (default: the CPUs this process may use)")
+      ->type_name("N,…");
+  app.add_option("-r,--repetitions", o.repetitions, "of each test (default 5)")->type_name("N");
+  app.add_option("-o,--output", o.output, "md (default), json, jsonl or csv")->type_name("FORM");
+  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")->type_name("N");
+  app.add_option("--device", o.model.device, "cpu or auto (default)")->type_name("DEVICE");
+  app.add_option("--gpu-layers", o.model.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do");
+  app.add_option("--isa", o.model.isa, "instruction set of the packed kernels: avx512, avx2, scalar");
+  app.add_flag("--no-warmup", o.no_warmup, "do not run each test once before measuring");
+  app.add_flag("--no-bandwidth", o.no_bandwidth, "do not measure the read bandwidth");
+  app.add_flag("-q,--quiet", o.model.quiet, "nothing on stderr");
+  if (!cli::parse(app, args, kAliases)) return false;
+  const auto& f = o.output;
+  if (f != "md" && f != "json" && f != "jsonl" && f != "csv")
+    throw cli::UsageError(fmt::format("--output {}: there are md, json, jsonl and csv", f));
+  if (o.repetitions < 1 || o.batch < 1) throw cli::UsageError("--repetitions and --batch-size are at least 1");
+  return true;
+}
+
+struct Test {
+  int64_t prompt = 0, gen = 0;
+  int threads = 1;
+  std::string name() const { return prompt > 0 ? fmt::format("pp{}", prompt) : fmt::format("tg{}", gen); }
+  int64_t tokens() const { return prompt + gen; }
+};
+
+struct Samples {
+  std::vector<double> seconds, bandwidth;  // per repetition; bytes/s
+};
+
+double mean(const std::vector<double>& v) {
+  return std::accumulate(v.begin(), v.end(), 0.0) / static_cast<double>(v.size());
+}
+double deviation(const std::vector<double>& v) {  // of the sample, as llama-bench
+  if (v.size() < 2) return 0;
+  const double m = mean(v);
+  double sum = 0;
+  for (const double x : v) sum += (x - m) * (x - m);
+  return std::sqrt(sum / static_cast<double>(v.size() - 1));
+}
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
+}
+
+// Token ids that have no meaning but are the same in every run.
+class Tokens {
+ public:
+  explicit Tokens(int64_t vocab) : vocab_(static_cast<uint64_t>(vocab)), random_(1) {}
+  Tensor next(int64_t n) {
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < n; ++i) ids.push_back(static_cast<int32_t>(random_.next() % vocab_));
+    return Tensor::from<int32_t>(ids, {1, n});
+  }
+
+ private:
+  uint64_t vocab_;
+  Xoshiro256 random_;
+};
+
+double run_once(const Model& model, const Test& test, int64_t batch) {
+  const NoGrad off;
+  Tokens tokens(model.config().vocab_size);
+  auto caches = model.new_caches(1, test.tokens());
+  const auto start = Clock::now();
+  const int64_t step = test.prompt > 0 ? batch : 1;
+  for (int64_t at = 0; at < test.tokens(); at += step) {
+    const int64_t n = std::min(step, test.tokens() - at);
+    const Tensor hidden = model.forward(tokens.next(n), at, &caches);
+    // A prompt's logits are wanted after its last token only.
+    if (test.prompt == 0 || at + n == test.tokens())
+      model.logits(hidden.alias({1, hidden.dim(2)}, {hidden.stride(1), 1}, (n - 1) * hidden.stride(1)));
+  }
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+Samples measure(const Model& model, const Test& test, const Options& o, ReadBandwidth* bandwidth) {
+  Samples s;
+  set_num_threads(test.threads);
+  if (!o.no_warmup) {
+    run_once(model, {.prompt = test.prompt, .gen = std::min<int64_t>(test.gen, 4), .threads = test.threads}, o.batch);
+    if (bandwidth) bandwidth->pass();
+  }
+  for (int i = 0; i < o.repetitions; ++i) {
+    s.seconds.push_back(run_once(model, test, o.batch));
+    if (bandwidth) s.bandwidth.push_back(bandwidth->pass());
+  }
+  return s;
+}
+
+json row(const OpenModel& m, const Options& o, const Test& test, const Samples& s, const std::string& time) {
+  std::vector<double> rates, ns;
+  for (const double seconds : s.seconds) {
+    rates.push_back(static_cast<double>(test.tokens()) / seconds);
+    ns.push_back(seconds * 1e9);
+  }
+  json j = {{"build_version", OMQ_VERSION},
+            {"cpu_info", cli::cpu_name()},
+            {"backends", "CPU"},
+            {"kernels", packed_isa_name()},
+            {"model_filename", m.reader->path().string()},
+            {"model_type", model_name(m)},
+            {"model_size", m.size.bytes},
+            {"model_n_params", parameter_count(m)},
+            {"bits_per_weight", m.size.bits_per_weight()},
+            {"n_batch", o.batch},
+            {"n_threads", test.threads},
+            {"type_k", "f32"},
+            {"type_v", "f32"},
+            {"n_gpu_layers", 0},
+            {"n_prompt", test.prompt},
+            {"n_gen", test.gen},
+            {"test_time", time},
+            {"avg_ns", std::llround(mean(ns))},
+            {"stddev_ns", std::llround(deviation(ns))},
+            {"avg_ts", mean(rates)},
+            {"stddev_ts", deviation(rates)},
+            {"samples_ts", rates}};
+  if (test.gen > 0) {
+    const double gbs = median(rates) * static_cast<double>(m.size.token_bytes) / 1e9;
+    j["bytes_per_token"] = m.size.token_bytes;
+    j["gigabytes_per_second"] = gbs;
+    if (!s.bandwidth.empty()) {
+      j["read_bandwidth_gigabytes_per_second"] = median(s.bandwidth) / 1e9;
+      j["bandwidth_share"] = gbs / (median(s.bandwidth) / 1e9);
+    }
+  }
+  return j;
+}
+
+void print_md(const json& j, const std::string& name, bool first) {
+  if (first) {
+    fmt::print("| {:20} | {:>10} | {:>8} | {:>5} | {:>7} | {:>7} | {:>18} | {:>7} | {:>13} |\n", "model", "size", "params",
+               "bits", "threads", "test", "t/s", "GB/s", "of read peak");
+    fmt::print("| -------------------- | ---------: | -------: | ----: | ------: | ------: | -----------------: | ------: "
+               "| ------------: |\n");
+  }
+  std::string gbs, share;
+  if (j.contains("gigabytes_per_second")) gbs = fmt::format("{:.2f}", j["gigabytes_per_second"].get<double>());
+  if (j.contains("bandwidth_share"))
+    share = fmt::format("{:.0f}% of {:.1f}", 100 * j["bandwidth_share"].get<double>(),
+                        j["read_bandwidth_gigabytes_per_second"].get<double>());
+  fmt::print("| {:20} | {:>10} | {:>8} | {:5.2f} | {:7} | {:>7} | {:9.2f} ± {:6.2f} | {:>7} | {:>13} |\n",
+             j["model_type"].get<std::string>(), cli::human_bytes(j["model_size"].get<double>()),
+             human_count(j["model_n_params"].get<int64_t>()), j["bits_per_weight"].get<double>(), j["n_threads"].get<int>(),
+             name, j["avg_ts"].get<double>(), j["stddev_ts"].get<double>(), gbs, share);
+}
+
+void print_csv(const json& j, bool first) {
+  static const std::vector<std::string> kColumns = {
+      "build_version", "cpu_info", "kernels", "model_filename", "model_type", "model_size", "model_n_params",
+      "bits_per_weight", "n_batch", "n_threads", "type_k", "type_v", "n_prompt", "n_gen", "test_time", "avg_ns",
+      "stddev_ns", "avg_ts", "stddev_ts", "gigabytes_per_second", "bandwidth_share"};
+  std::string names, values;
+  for (const std::string& column : kColumns) {
+    const std::string comma = names.empty() ? "" : ",";
+    names += comma + column;
+    values += comma + (j.contains(column) ? j[column].dump() : "");
+  }
+  if (first) fmt::print("{}\n", names);
+  fmt::print("{}\n", values);
+}
+
+void show(const json& j, const std::string& name, const std::string& form, bool first) {
+  if (form == "md") print_md(j, name, first);
+  if (form == "csv") print_csv(j, first);
+  if (form == "jsonl") fmt::print("{}\n", j.dump());
+  if (form == "json") {
+    std::string text = "  " + j.dump(2);
+    for (size_t at = 0; (at = text.find('\n', at)) != text.npos; at += 3) text.replace(at, 1, "\n  ");
+    fmt::print("{}{}", first ? "[\n" : ",\n", text);
+  }
+  check(std::fflush(stdout) == 0, "cannot write to standard output");
+}
+
+std::vector<Test> tests_of(const Options& o) {
+  std::vector<int64_t> threads = {num_threads()};
+  if (!o.threads.empty()) threads = cli::parse_int_list(o.threads, "--threads", 1);
+  std::vector<Test> tests;
+  for (const int64_t t : threads) {
+    for (const int64_t n : cli::parse_int_list(o.prompt, "--n-prompt", 0))
+      if (n > 0) tests.push_back({.prompt = n, .gen = 0, .threads = static_cast<int>(t)});
+    for (const int64_t n : cli::parse_int_list(o.gen, "--n-gen", 0))
+      if (n > 0) tests.push_back({.prompt = 0, .gen = n, .threads = static_cast<int>(t)});
+  }
+  if (tests.empty()) throw cli::UsageError("-p 0 -n 0 leave nothing to measure");
+  return tests;
+}
+
+std::string utc_now() {
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  gmtime_r(&now, &utc);
+  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", utc.tm_year + 1900, utc.tm_mon + 1, utc.tm_mday,
+                     utc.tm_hour, utc.tm_min, utc.tm_sec);
+}
+
+}  // namespace
+
+int bench(const cli::Args& args) {
+  Options o;
+  if (!parse(args, o)) return 0;
+  apply(o.model);
+  const std::vector<Test> tests = tests_of(o);
+  int64_t context = 0;
+  for (const Test& t : tests) context = std::max(context, t.tokens());
+  std::unique_ptr<ReadBandwidth> bandwidth;
+  if (!o.no_bandwidth) bandwidth = std::make_unique<ReadBandwidth>();
+  bool first = true;
+  const std::string models = o.model.model + ",";
+  for (size_t at = 0, comma; (comma = models.find(',', at)) != models.npos; at = comma + 1) {
+    o.model.model = models.substr(at, comma - at);
+    if (o.model.model.empty()) continue;
+    const OpenModel m = open_model(o.model, context);
+    for (const Test& test : tests) {
+      const std::string time = utc_now();
+      const Samples samples = measure(*m.model, test, o, test.gen > 0 ? bandwidth.get() : nullptr);
+      show(row(m, o, test, samples, time), test.name(), o.output, first);
+      first = false;
+    }
+  }
+  if (o.output == "json") fmt::print("\n]\n");
+  return 0;
+}
+
+}  // namespace omq::run

@@ -1,0 +1,262 @@
+// Opening a model and checking the options that all subcommands share.
+#include "tools/run_common.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <csignal>
+#include <iostream>
+#include <iterator>
+#include <limits>
+#include <random>
+
+#include "models/json_file.h"
+#include "tensor/isa.h"
+#include "tensor/parallel.h"
+
+namespace omq::run {
+
+const cli::Aliases kAliases = {{"-sys", "--system"},        {"-ngl", "--gpu-layers"},   {"-dev", "--device"},
+                               {"-ctk", "--cache-type-k"},  {"-ctv", "--cache-type-v"}, {"-ub", "--batch-size"},
+                               {"-ubatch", "--batch-size"}, {"-st", "--single-turn"}};
+
+// ---- the model ----
+
+void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("-m,--model,model", o.model, "model: a folder, a .gguf, or a model.safetensors of omq-quant")
+      ->required()
+      ->type_name("MODEL");
+  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")->type_name("N");
+  app.add_option("--device", o.device, "cpu or auto (default)")->type_name("DEVICE");
+  app.add_option("--gpu-layers", o.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do")->type_name("N");
+  app.add_option("--isa", o.isa, "instruction set of the packed kernels: avx512, avx2, scalar")->type_name("NAME");
+  app.add_flag("-q,--quiet", o.quiet, "no notes about the model on stderr");
+  if (!with_context) return;
+  app.add_option("-c,--ctx-size", o.context, "context in tokens (default 0: the model's own)")->type_name("N");
+  app.add_option("--cache-type-k", o.cache_k, "-ctk: type of the key cache; f32")->type_name("TYPE");
+  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache; f32")->type_name("TYPE");
+}
+
+void apply(const ModelOptions& o) {
+  using cli::UsageError;
+  const bool gpu = o.device.starts_with("cuda") || (!o.gpu_layers.empty() && o.gpu_layers != "0");
+  if (gpu && !cuda_packed_kernels())
+    throw UsageError("--device cuda: this build runs models on the CPU only; use --device cpu");
+  if (!gpu && o.device != "cpu" && o.device != "auto")
+    throw UsageError(fmt::format("--device {}: there are cpu and auto", o.device));
+  for (const std::string& type : {o.cache_k, o.cache_v})
+    if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
+  if (o.threads < 0 || o.threads > 1024) throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
+  if (o.context < 0) throw UsageError(fmt::format("--ctx-size {} is negative", o.context));
+  if (o.threads > 0) set_num_threads(o.threads);
+  if (!o.isa.empty() && !force_packed_isa(o.isa)) {
+    std::string here;
+    for (const char* name : packed_isas_here()) here += fmt::format("{}{}", here.empty() ? "" : ", ", name);
+    throw UsageError(fmt::format("--isa {}: this machine runs {}", o.isa, here));
+  }
+}
+
+namespace {
+
+// The context to prepare for when the user named none.
+int64_t default_context(const ModelConfig& c, bool quiet) {
+  const int64_t own = c.usable_context();
+  int64_t context = std::min<int64_t>(own, 8192);
+  const int64_t token_bytes = c.num_layers * c.kv_size() * 2 * 4;
+  const auto half_free = static_cast<int64_t>(cli::available_memory_bytes() / 2);
+  if (half_free > 0) context = std::min(context, std::max<int64_t>(512, half_free / token_bytes));
+  context = std::min(context, own);
+  if (context < own && !quiet)
+    fmt::print(stderr, "note: context of {} tokens; the model has {} (-c {} for all of it, {} of cache)\n", context,
+               own, own, cli::human_bytes(static_cast<double>(own * token_bytes)));
+  return context;
+}
+
+}  // namespace
+
+OpenModel open_model(const ModelOptions& options, int64_t context) {
+  const auto start = std::chrono::steady_clock::now();
+  OpenModel m;
+  m.reader = open_checkpoint(options.model);
+  m.tokenizer = std::make_unique<Tokenizer>(m.reader->tokenizer());
+  const ModelConfig& c = m.reader->config();
+  if (context == 0) context = default_context(c, options.quiet);
+  check(context <= c.usable_context(), "{}: a context of {} tokens is wanted, the model was made for {}; lower -c",
+        options.model, context, c.usable_context());
+  m.model = std::make_unique<Model>(Model::load(*m.reader, context));
+  m.size = model_size(*m.model);
+  m.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (!options.quiet)
+    fmt::print(stderr, "{}: {}, {}, {:.2f} bits a weight, context {}, {} threads, kernels {}, loaded in {:.2f} s\n",
+               options.model, model_name(m), cli::human_bytes(static_cast<double>(m.size.bytes)),
+               m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(), m.seconds);
+  return m;
+}
+
+int64_t parameter_count(const OpenModel& m) {
+  const ModelConfig& c = m.model->config();
+  int64_t n = m.size.weights + c.hidden_size;  // the final norm
+  for (const auto& block : m.model->blocks)
+    block->visit([&](std::string_view name, Tensor& t) {
+      if (name.ends_with("norm.weight") || name.ends_with(".bias")) n += t.numel();
+    });
+  return n;
+}
+
+std::string human_count(int64_t n) {
+  const auto x = static_cast<double>(n);
+  if (n >= 1'000'000'000) return fmt::format("{:.2f}B", x / 1e9);
+  if (n >= 10'000'000) return fmt::format("{:.0f}M", x / 1e6);
+  if (n >= 1'000'000) return fmt::format("{:.2f}M", x / 1e6);
+  return fmt::format("{:.0f}K", x / 1e3);
+}
+
+std::string model_name(const OpenModel& m) {
+  return fmt::format("{} {}", m.model->config().model_type, human_count(parameter_count(m)));
+}
+
+// ---- sampling and prompts ----
+
+void add_sampling_options(CLI::App& app, SamplingOptions& o) {
+  SamplerOptions& s = o.sampler;
+  app.add_option("-n,--n-predict,--predict,--max-tokens", o.max_tokens,
+                 "tokens to make; -1 (default): until the model ends the text")
+      ->type_name("N");
+  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")->type_name("N");
+  app.add_option("--temp,--temperature", s.temperature, "0: greedy, exactly (default 0.8)");
+  app.add_option("--top-k", s.top_k, "keep the k most probable; 0: all (default 40)");
+  app.add_option("--top-p", s.top_p, "keep this share of the probability; 1: all (default 0.95)");
+  app.add_option("--min-p", s.min_p, "keep tokens at least this share as probable as the first (default 0.05)");
+  app.add_option("--repeat-penalty", s.repeat_penalty, "1: none (default)");
+  app.add_option("--repeat-last-n", s.repeat_last_n, "tokens that penalties look back; -1: all (default 64)");
+  app.add_option("--presence-penalty", s.presence_penalty, "0: none (default)");
+  app.add_option("--frequency-penalty", s.frequency_penalty, "0: none (default)");
+  app.add_option("-l,--logit-bias", o.bias, "ID+BIAS, ID-BIAS or ID=-inf; may be repeated")
+      ->take_all()
+      ->allow_extra_args(false)
+      ->type_name("ID±BIAS");
+  app.add_option("-s,--seed", o.seed, "-1 (default): a new one each time")->type_name("N");
+  app.add_option("--stop,-r,--reverse-prompt", o.stop, "end the text before this string; may be repeated")
+      ->take_all()
+      ->allow_extra_args(false)
+      ->type_name("TEXT");
+  app.add_flag("--ignore-eos", o.ignore_eos, "never let the model end the text");
+}
+
+namespace {
+
+std::pair<int32_t, double> parse_bias(const std::string& text) {
+  int32_t id = 0;
+  double bias = 0;
+  const char* end = text.data() + text.size();
+  const auto [at, id_error] = std::from_chars(text.data(), end, id);
+  bool ok = id_error == std::errc{} && at != end;
+  if (ok) {
+    const char* value = *at == '-' ? at : at + 1;  // "+1.5", "=-inf"; from_chars reads no plus
+    const auto [stop, error] = std::from_chars(value, end, bias);
+    ok = (*at == '+' || *at == '-' || *at == '=') && error == std::errc{} && stop == end;
+  }
+  if (!ok) throw cli::UsageError(fmt::format("--logit-bias {}: a token id and a bias are wanted, as 15+1.5", text));
+  return {id, bias};
+}
+
+}  // namespace
+
+GenerateOptions generate_options(const SamplingOptions& o, int64_t vocab_size) {
+  GenerateOptions g;
+  g.sampling = o.sampler;
+  for (const std::string& text : o.bias) g.sampling.logit_bias.push_back(parse_bias(text));
+  std::random_device fresh;
+  g.sampling.seed = o.seed >= 0 ? static_cast<uint64_t>(o.seed) : fresh();
+  g.max_tokens = o.max_tokens;
+  g.stop = o.stop;
+  g.ignore_eos = o.ignore_eos;
+  g.batch = o.batch;
+  if (o.batch < 1) throw cli::UsageError(fmt::format("--batch-size {}: at least 1", o.batch));
+  if (o.max_tokens < -1) throw cli::UsageError(fmt::format("--n-predict {}: -1 or more", o.max_tokens));
+  try {
+    g.sampling.validate(vocab_size);
+  } catch (const Error& e) {
+    throw cli::UsageError(e.what());
+  }
+  return g;
+}
+
+std::string read_input(const std::string& file) {
+  if (file != "-") return read_text_file(file);
+  std::string text((std::istreambuf_iterator<char>(std::cin)), {});
+  check(!std::cin.bad(), "cannot read standard input");
+  return text;
+}
+
+// ---- figures ----
+
+namespace {
+
+double decode_gbs(const GenerateResult& r, const OpenModel& m) {
+  return r.stats.decode_rate() * static_cast<double>(m.size.token_bytes) / 1e9;
+}
+
+}  // namespace
+
+nlohmann::json stats_json(const GenerateResult& r, const OpenModel& m, uint64_t seed) {
+  const GenerateStats& s = r.stats;
+  return {{"prompt_tokens", s.prompt_tokens},
+          {"reused_tokens", s.reused_tokens},
+          {"prompt_tokens_per_second", s.prompt_rate()},
+          {"generated_tokens", s.generated_tokens},
+          {"generated_tokens_per_second", s.decode_rate()},
+          {"time_to_first_token_seconds", s.first_token_seconds},
+          {"gigabytes_per_second", decode_gbs(r, m)},
+          {"peak_memory_bytes", cli::peak_memory_bytes()},
+          {"load_seconds", m.seconds},
+          {"finish_reason", to_string(r.finish)},
+          {"truncated", false},
+          {"seed", seed},
+          {"threads", num_threads()},
+          {"kernels", packed_isa_name()}};
+}
+
+void print_stats(const GenerateResult& r, const OpenModel& m, uint64_t seed) {
+  const GenerateStats& s = r.stats;
+  fmt::print(stderr, "\nprompt     {:6} tokens  {:8.2f} t/s{}\n", s.prompt_tokens, s.prompt_rate(),
+             s.reused_tokens > 0 ? fmt::format("   ({} of them from the cache)", s.reused_tokens) : "");
+  fmt::print(stderr, "generated  {:6} tokens  {:8.2f} t/s   {:.2f} GB/s of weights read\n", s.generated_tokens,
+             s.decode_rate(), decode_gbs(r, m));
+  fmt::print(stderr, "first token after {:.3f} s, peak memory {}, ended by: {}, seed {}\n", s.first_token_seconds,
+             cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())), to_string(r.finish), seed);
+}
+
+// ---- Ctrl-C ----
+
+namespace {
+
+std::atomic<bool> g_interrupted{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "used in a signal handler");
+
+void on_interrupt(int) {
+  if (g_interrupted.exchange(true)) {
+    [[maybe_unused]] const auto written = write(STDERR_FILENO, "\n", 1);
+    _exit(130);
+  }
+}
+
+}  // namespace
+
+Interrupt::Interrupt() {
+  struct sigaction action {};
+  action.sa_handler = on_interrupt;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGINT, &action, nullptr);
+}
+Interrupt::~Interrupt() {
+  std::signal(SIGINT, SIG_DFL);
+  g_interrupted = false;
+}
+const std::atomic<bool>* Interrupt::flag() const { return &g_interrupted; }
+void Interrupt::release() { g_interrupted = false; }
+
+}  // namespace omq::run

@@ -1,0 +1,96 @@
+// What the subcommands of omq-run share: opening a model, its options, and Ctrl-C.
+//
+// Each subcommand is a function over its own arguments, in a file of its own (run_generate.cpp …); omq-run.cpp picks.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "models/checkpoint.h"
+#include "models/generator.h"
+#include "models/model.h"
+#include "models/tokenizer.h"
+#include "tools/cli.h"
+
+namespace omq::run {
+
+int generate(const cli::Args& args);
+int chat(const cli::Args& args);
+int ppl(const cli::Args& args);
+int bench(const cli::Args& args);
+int info(const cli::Args& args);
+
+// Single-dash names of several letters, as llama.cpp has them.
+extern const cli::Aliases kAliases;
+
+// ---- the model ----
+
+struct ModelOptions {
+  std::string model, device = "auto", isa;
+  int64_t context = 0;  // 0: the model's own, as far as memory allows
+  int threads = 0;      // 0: the CPUs that this process may use
+  std::string gpu_layers, cache_k = "f32", cache_v = "f32";
+  bool quiet = false;
+};
+// Adds -m, -t, --device, --isa, -q and, with_context, -c and -ctk/-ctv.
+void add_model_options(CLI::App& app, ModelOptions& options, bool with_context = true);
+// Checks them and applies threads and instruction set. Throws UsageError.
+void apply(const ModelOptions& options);
+
+struct OpenModel {
+  std::unique_ptr<CheckpointReader> reader;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Model> model;
+  ModelSize size;
+  double seconds = 0;  // taken by loading
+};
+// context 0: the model's own, cut (and said so) where its key/value cache would not fit into free memory.
+OpenModel open_model(const ModelOptions& options, int64_t context);
+
+// "llama 135M": the type and the number of weights, embedding and norms counted.
+std::string model_name(const OpenModel& m);
+int64_t parameter_count(const OpenModel& m);
+// "135M", "1.24B".
+std::string human_count(int64_t n);
+
+// ---- sampling and prompts ----
+
+struct SamplingOptions {
+  SamplerOptions sampler;
+  std::vector<std::string> bias;  // "ID+1.5", "ID-1.5", "ID=-inf"
+  std::vector<std::string> stop;
+  int64_t seed = -1;  // −1: a new one each time, printed with the figures
+  int64_t max_tokens = -1, batch = 512;
+  bool ignore_eos = false;
+};
+void add_sampling_options(CLI::App& app, SamplingOptions& options);
+// Throws UsageError for values out of range.
+GenerateOptions generate_options(const SamplingOptions& options, int64_t vocab_size);
+
+// A whole file, or standard input for "-".
+std::string read_input(const std::string& file);
+
+// ---- figures ----
+
+nlohmann::json stats_json(const GenerateResult& result, const OpenModel& m, uint64_t seed);
+// The block that ends a run, on stderr.
+void print_stats(const GenerateResult& result, const OpenModel& m, uint64_t seed);
+
+// ---- Ctrl-C ----
+
+// The first Ctrl-C sets the flag, the second one ends the program (code 130). Call release() where the flag was obeyed
+// and the count begins anew.
+class Interrupt {
+ public:
+  Interrupt();
+  ~Interrupt();
+  Interrupt(const Interrupt&) = delete;
+  Interrupt& operator=(const Interrupt&) = delete;
+  const std::atomic<bool>* flag() const;
+  void release();
+};
+
+}  // namespace omq::run
