@@ -1,4 +1,5 @@
-// The reverse sweep: nodes leave a priority queue by creation number, newest first, which is a topological order.
+// The reverse sweep: nodes leave a priority queue by creation number, newest first, which is a
+// topological order.
 #include "autograd/backward.h"
 
 #include <atomic>
@@ -23,7 +24,8 @@ Tensor sum(const Tensor& a, const Tensor& b) {
   return y;
 }
 
-// Views hand strided gradients down; what leaves backward() is row-major, so that optimisers may walk it.
+// Views hand strided gradients down; what leaves backward() is row-major, so that optimisers may
+// walk it.
 Tensor dense(Tensor g) {
   if (g.is_contiguous()) return g;
   Tensor y = Tensor::empty(g.shape(), g.dtype(), g.device());
@@ -65,8 +67,8 @@ Tensor record(std::string_view op, Tensor y, std::initializer_list<Tensor> input
 }
 
 Tensor parameter(const Tensor& t) {
-  check(t.dtype() == DType::F32 || t.dtype() == DType::F64, "parameter: learnables are F32 (or F64), got {}",
-        dtype_name(t.dtype()));
+  check(t.dtype() == DType::F32 || t.dtype() == DType::F64,
+        "parameter: learnables are F32 (or F64), got {}", dtype_name(t.dtype()));
   Tensor p = t.detach();
   auto node = std::make_shared<GradNode>();
   node->id = next_id();
@@ -78,11 +80,14 @@ Tensor parameter(const Tensor& t) {
 
 const Tensor& Gradients::operator[](const Tensor& parameter) const {
   auto it = of_.find(parameter.node().get());
-  check(it != of_.end(), "gradient: the loss does not depend on this parameter of shape {}", parameter.shape());
+  check(it != of_.end(), "gradient: the loss does not depend on this parameter of shape {}",
+        parameter.shape());
   return it->second;
 }
 
-bool Gradients::contains(const Tensor& parameter) const { return of_.contains(parameter.node().get()); }
+bool Gradients::contains(const Tensor& parameter) const {
+  return of_.contains(parameter.node().get());
+}
 
 void Gradients::add(const Gradients& h) {
   for (const auto& leaf : h.keep_) {
@@ -96,11 +101,16 @@ void Gradients::add(const Gradients& h) {
 
 Gradients backward(const Tensor& loss) {
   check(loss.numel() == 1, "backward: the loss has shape {}, not one element", loss.shape());
-  check(loss.node() != nullptr, "backward: the loss has no history (no parameter was used, or NoGrad was on)");
+  check(loss.node() != nullptr,
+        "backward: the loss has no history (no parameter was used, or NoGrad was on)");
   NoGrad off;
   Gradients result;
-  auto older = [](const std::shared_ptr<GradNode>& a, const std::shared_ptr<GradNode>& b) { return a->id < b->id; };
-  std::priority_queue<std::shared_ptr<GradNode>, std::vector<std::shared_ptr<GradNode>>, decltype(older)> queue(older);
+  auto older = [](const std::shared_ptr<GradNode>& a, const std::shared_ptr<GradNode>& b) {
+    return a->id < b->id;
+  };
+  std::priority_queue<std::shared_ptr<GradNode>, std::vector<std::shared_ptr<GradNode>>,
+                      decltype(older)>
+      queue(older);
   std::unordered_map<const GradNode*, Tensor> pending;
   pending.emplace(loss.node().get(), Tensor::full(loss.shape(), 1.0, loss.dtype(), loss.device()));
   queue.push(loss.node());
@@ -117,13 +127,14 @@ Gradients backward(const Tensor& loss) {
     check(static_cast<bool>(node->vjp), "backward: the history of '{}' was already used", node->op);
     Grads grads = node->vjp(dy);
     node->vjp = nullptr;
-    check(grads.size() == node->inputs.size(), "backward: '{}' gave {} gradients for {} inputs", node->op,
-          grads.size(), node->inputs.size());
+    check(grads.size() == node->inputs.size(), "backward: '{}' gave {} gradients for {} inputs",
+          node->op, grads.size(), node->inputs.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       const auto& input = node->inputs[i];
       if (!input || !grads[i].defined()) continue;
-      check(grads[i].shape() == input->shape, "backward: '{}' gave a gradient of shape {} for input {} of shape {}",
-            node->op, grads[i].shape(), i, input->shape);
+      check(grads[i].shape() == input->shape,
+            "backward: '{}' gave a gradient of shape {} for input {} of shape {}", node->op,
+            grads[i].shape(), i, input->shape);
       auto [it, inserted] = pending.try_emplace(input.get(), grads[i]);
       if (inserted)
         queue.push(input);

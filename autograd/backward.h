@@ -8,11 +8,12 @@
 
 namespace omq {
 
-// The gradients that backward() found, looked up by parameter. A value: nothing is stored on tensors, so there is
-// nothing to reset between steps.
+// The gradients that backward() found, looked up by parameter. A value: nothing is stored on
+// tensors, so there is nothing to reset between steps.
 class Gradients {
  public:
-  // Gradient of a tensor made by parameter(), same shape, contiguous. Throws Error when the loss does not depend on it.
+  // Gradient of a tensor made by parameter(), same shape, contiguous. Throws Error when the loss
+  // does not depend on it.
   const Tensor& operator[](const Tensor& parameter) const;
   bool contains(const Tensor& parameter) const;
   // Sums h into this: accumulation over micro-batches.
@@ -21,11 +22,12 @@ class Gradients {
  private:
   friend Gradients backward(const Tensor& loss);
   std::unordered_map<const GradNode*, Tensor> of_;
-  std::vector<std::shared_ptr<GradNode>> keep_;  // leaves stay alive, so that their addresses stay theirs
+  std::vector<std::shared_ptr<GradNode>>
+      keep_;  // leaves stay alive, so that their addresses stay theirs
 };
 
-// loss: one element, F32 or F64, with history. Runs the recorded closures in reverse order of creation and frees each
-// one right after; a second backward through the same history throws Error.
+// loss: one element, F32 or F64, with history. Runs the recorded closures in reverse order of
+// creation and frees each one right after; a second backward through the same history throws Error.
 Gradients backward(const Tensor& loss);
 
 }  // namespace omq

@@ -1,7 +1,9 @@
-// Reverse-mode automatic differentiation, first order: how an op leaves its history, and how a scope says "none".
+// Reverse-mode automatic differentiation, first order: how an op leaves its history, and how a
+// scope says "none".
 //
-// A GradNode is one op that ran: where its inputs came from, and a closure that turns the gradient of its output into
-// the gradients of its inputs. Closures hold detached tensors only, so history never forms a cycle. See backward.h.
+// A GradNode is one op that ran: where its inputs came from, and a closure that turns the gradient
+// of its output into the gradients of its inputs. Closures hold detached tensors only, so history
+// never forms a cycle. See backward.h.
 #pragma once
 
 #include <functional>
@@ -14,7 +16,7 @@
 
 namespace omq {
 
-using Grads = std::vector<Tensor>;                    // one per input; an undefined Tensor means "no gradient"
+using Grads = std::vector<Tensor>;  // one per input; an undefined Tensor means "no gradient"
 using Vjp = std::function<Grads(const Tensor& dy)>;  // dy: gradient of the loss in the op's output
 
 struct GradNode {
@@ -30,8 +32,8 @@ struct GradNode {
   ~GradNode();  // releases long chains without recursion
 };
 
-// Attaches history to y: it came from `inputs` by the op named `op` (a literal). No history is kept when no input needs
-// a gradient or under NoGrad. Returns y.
+// Attaches history to y: it came from `inputs` by the op named `op` (a literal). No history is kept
+// when no input needs a gradient or under NoGrad. Returns y.
 Tensor record(std::string_view op, Tensor y, std::initializer_list<Tensor> inputs, Vjp vjp);
 
 // t as a leaf to differentiate (shares the Storage). Everything else is a constant.

@@ -1,8 +1,9 @@
 // Every differentiable op, on one page. Shapes in comments; letters as in nn/README.md.
 //
-// Ops check shapes, allocate their result, call one kernel, and state their gradient next to it (autograd/ops/*.cpp).
-// Nothing is converted or moved implicitly: F32 with F32 (or F64 with F64, for gradient checks) on one device.
-// A name ending in _composed is the plain-op definition that the fused op of that name is tested against.
+// Ops check shapes, allocate their result, call one kernel, and state their gradient next to it
+// (autograd/ops/*.cpp). Nothing is converted or moved implicitly: F32 with F32 (or F64 with F64,
+// for gradient checks) on one device. A name ending in _composed is the plain-op definition that
+// the fused op of that name is tested against.
 #pragma once
 
 #include "autograd/node.h"
@@ -41,49 +42,55 @@ inline Tensor operator/(const Tensor& a, double b) { return affine(a, 1.0 / b, 0
 inline Tensor operator-(const Tensor& a) { return affine(a, -1, 0); }
 
 // ---- views: share the Storage ----
-Tensor reshape(const Tensor& x, Shape shape);                   // one size may be −1; copies when x is not contiguous
-Tensor transpose(const Tensor& x, int a, int b);                // swaps two dims
+Tensor reshape(const Tensor& x,
+               Shape shape);  // one size may be −1; copies when x is not contiguous
+Tensor transpose(const Tensor& x, int a, int b);  // swaps two dims
 Tensor slice(const Tensor& x, int dim, int64_t begin, int64_t end);
-Tensor expand(const Tensor& x, const Shape& shape);             // size-1 dims repeat (stride 0)
-Tensor contiguous(const Tensor& x);                             // x itself when it is
+Tensor expand(const Tensor& x, const Shape& shape);  // size-1 dims repeat (stride 0)
+Tensor contiguous(const Tensor& x);                  // x itself when it is
 
 // ---- type and device ----
 Tensor to(const Tensor& x, DType dtype);    // gradient is converted back
 Tensor to(const Tensor& x, Device device);  // not differentiable
 
 // ---- reductions ----
-Tensor sum(const Tensor& x);                           // → [1]
-Tensor mean(const Tensor& x);                          // → [1]
-Tensor sum_to(const Tensor& x, const Shape& shape);    // sizes equal x's or 1
+Tensor sum(const Tensor& x);                         // → [1]
+Tensor mean(const Tensor& x);                        // → [1]
+Tensor sum_to(const Tensor& x, const Shape& shape);  // sizes equal x's or 1
 struct Range {
   Tensor hi, lo;
 };
-// Largest and smallest element of every group of a row (with 0 among them when s.include_zero): x [R,C] → [R,G].
-// Ties share the gradient evenly (spec omniquant §2.6).
+// Largest and smallest element of every group of a row (with 0 among them when s.include_zero): x
+// [R,C] → [R,G]. Ties share the gradient evenly (spec omniquant §2.6).
 Range group_range(const Tensor& x, GroupSpec s);
 
 // ---- products ----
-Tensor matmul(const Tensor& a, const Tensor& b);                           // [...,M,K] · [...,K,N] → [...,M,N]
-Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {});  // [...,K], [N,K], [N] → [...,N]
+Tensor matmul(const Tensor& a, const Tensor& b);  // [...,M,K] · [...,K,N] → [...,M,N]
+Tensor linear(const Tensor& x, const Tensor& w,
+              const Tensor& bias = {});  // [...,K], [N,K], [N] → [...,N]
 
 // ---- layers ----
 Tensor softmax(const Tensor& x);  // over the last dim
-Tensor rms_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps);  // x [...,D]; w, b [D] or undefined
+Tensor rms_norm(const Tensor& x, const Tensor& w, const Tensor& b,
+                double eps);  // x [...,D]; w, b [D] or undefined
 Tensor rms_norm_composed(const Tensor& x, const Tensor& w, const Tensor& b, double eps);
 Tensor silu_mul(const Tensor& gate, const Tensor& up);  // silu(gate) ⊙ up
-// Rotates channel pairs (i, i + d/2) of x [B,T,H,d] by the angle of their token's position; cos, sin [P, d/2] tables,
-// positions I32 [T].
+// Rotates channel pairs (i, i + d/2) of x [B,T,H,d] by the angle of their token's position; cos,
+// sin [P, d/2] tables, positions I32 [T].
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions);
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec s);  // see kernels.h → [B,T,H,d]
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                 AttentionSpec s);  // see kernels.h → [B,T,H,d]
 Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec s);
 Tensor embedding(const Tensor& table, const Tensor& ids);  // [V,D], I32 [...] → [...,D]
 
 // ---- losses ----
-Tensor cross_entropy(const Tensor& logits, const Tensor& targets);  // [N,V], I32 [N] → [N] in nats; target −1 → 0
-Tensor mse(const Tensor& a, const Tensor& b);                       // mean of squared differences → [1]
+Tensor cross_entropy(const Tensor& logits,
+                     const Tensor& targets);   // [N,V], I32 [N] → [N] in nats; target −1 → 0
+Tensor mse(const Tensor& a, const Tensor& b);  // mean of squared differences → [1]
 
 // ---- quantisation with straight-through gradients (spec omniquant §2.4, §2.6) ----
-// (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G]. Gradients reach x and h, never z.
+// (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G]. Gradients reach x and h,
+// never z.
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
 

@@ -11,19 +11,28 @@ namespace omq {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-bool cancelled(const std::atomic<bool>* flag) { return flag && flag->load(std::memory_order_relaxed); }
+bool cancelled(const std::atomic<bool>* flag) {
+  return flag && flag->load(std::memory_order_relaxed);
+}
 
 }  // namespace
 
 std::string_view to_string(FinishReason reason) {
   switch (reason) {
-    case FinishReason::EndOfText: return "end of text";
-    case FinishReason::StopString: return "stop string";
-    case FinishReason::MaxTokens: return "token limit";
-    case FinishReason::ContextFull: return "context full";
-    case FinishReason::Cancelled: return "cancelled";
+    case FinishReason::EndOfText:
+      return "end of text";
+    case FinishReason::StopString:
+      return "stop string";
+    case FinishReason::MaxTokens:
+      return "token limit";
+    case FinishReason::ContextFull:
+      return "context full";
+    case FinishReason::Cancelled:
+      return "cancelled";
   }
   return "?";
 }
@@ -66,19 +75,24 @@ std::string StopFilter::flush() { return std::exchange(held_, {}); }
 // ---- Generator ----
 
 Generator::Generator(const Model& model, Tokenizer tokenizer, int64_t context)
-    : model_(model), tokenizer_(std::move(tokenizer)), context_(context > 0 ? context : model.context()) {
-  check(context_ <= model.context(), "generator: a context of {} tokens is wanted, the model was loaded for {}",
-        context_, model.context());
+    : model_(model),
+      tokenizer_(std::move(tokenizer)),
+      context_(context > 0 ? context : model.context()) {
+  check(context_ <= model.context(),
+        "generator: a context of {} tokens is wanted, the model was loaded for {}", context_,
+        model.context());
   caches_ = model_.new_caches(1, context_);
 }
 
 bool Generator::ends_text(int32_t id) const {
   const auto& declared = model_.config().eos_token_ids;
-  return tokenizer_.ends_text(id) || std::find(declared.begin(), declared.end(), id) != declared.end();
+  return tokenizer_.ends_text(id) ||
+         std::find(declared.begin(), declared.end(), id) != declared.end();
 }
 
 void Generator::truncate(size_t length) {
-  for (nn::KVCache& cache : caches_) cache.truncate(std::min(cache.length(), static_cast<int64_t>(length)));
+  for (nn::KVCache& cache : caches_)
+    cache.truncate(std::min(cache.length(), static_cast<int64_t>(length)));
   cached_.resize(std::min(cached_.size(), length));
 }
 
@@ -87,8 +101,8 @@ void Generator::reset() { truncate(0); }
 Tensor Generator::push(std::span<const int32_t> ids) {
   const auto count = static_cast<int64_t>(ids.size());
   try {
-    const Tensor h = model_.forward(Tensor::from<int32_t>(ids, {1, count}), static_cast<int64_t>(cached_.size()),
-                                    &caches_);
+    const Tensor h = model_.forward(Tensor::from<int32_t>(ids, {1, count}),
+                                    static_cast<int64_t>(cached_.size()), &caches_);
     cached_.insert(cached_.end(), ids.begin(), ids.end());
     return count == 1 ? h : slice(h, 1, count - 1, count);
   } catch (...) {
@@ -107,19 +121,22 @@ Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t b
   check(batch > 0, "generate: a batch of {} tokens", batch);
   const auto vocab = model_.config().vocab_size;
   for (const int32_t id : prompt)
-    check(id >= 0 && id < vocab, "generate: token {} is outside the model's vocabulary of {}", id, vocab);
+    check(id >= 0 && id < vocab, "generate: token {} is outside the model's vocabulary of {}", id,
+          vocab);
   check(static_cast<int64_t>(prompt.size()) <= context_,
-        "generate: the prompt has {} tokens, the context holds {}; raise -c or shorten the prompt", prompt.size(),
-        context_);
+        "generate: the prompt has {} tokens, the context holds {}; raise -c or shorten the prompt",
+        prompt.size(), context_);
   // The last token always goes through the model: its logits are wanted.
-  const auto same = std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end() - 1).first;
+  const auto same =
+      std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end() - 1).first;
   Prefill result;
   result.reused = same - cached_.begin();
   truncate(static_cast<size_t>(result.reused));
   Tensor last;
   while (cached_.size() < prompt.size()) {
     if (cancelled(cancel)) return result;
-    last = push(prompt.subspan(cached_.size(), std::min(static_cast<size_t>(batch), prompt.size() - cached_.size())));
+    last = push(prompt.subspan(
+        cached_.size(), std::min(static_cast<size_t>(batch), prompt.size() - cached_.size())));
   }
   result.logits = logits_of(last);
   return result;
@@ -133,23 +150,26 @@ std::vector<float> Generator::next_logits(std::span<const int32_t> prompt) {
 namespace {
 
 // The options as the sampler wants them.
-SamplerOptions sampling_of(const GenerateOptions& options, const Generator& generator, int64_t vocab) {
+SamplerOptions sampling_of(const GenerateOptions& options, const Generator& generator,
+                           int64_t vocab) {
   SamplerOptions sampling = options.sampling;
   sampling.validate(vocab);
   if (options.ignore_eos)
     for (int32_t id = 0; id < std::min(vocab, generator.tokenizer().vocab_size()); ++id)
-      if (generator.ends_text(id)) sampling.logit_bias.emplace_back(id, -std::numeric_limits<double>::infinity());
+      if (generator.ends_text(id))
+        sampling.logit_bias.emplace_back(id, -std::numeric_limits<double>::infinity());
   return sampling;
 }
 
 }  // namespace
 
 FinishReason Generator::decode(std::vector<float> logits, std::span<const int32_t> prompt,
-                               const GenerateOptions& options, const std::function<bool(int32_t)>& write,
-                               GenerateResult& result) {
+                               const GenerateOptions& options,
+                               const std::function<bool(int32_t)>& write, GenerateResult& result) {
   Sampler sampler(sampling_of(options, *this, model_.config().vocab_size));
   std::vector<int32_t> history(prompt.begin(), prompt.end());
-  const int64_t limit = options.max_tokens < 0 ? std::numeric_limits<int64_t>::max() : options.max_tokens;
+  const int64_t limit =
+      options.max_tokens < 0 ? std::numeric_limits<int64_t>::max() : options.max_tokens;
   while (static_cast<int64_t>(result.tokens.size()) < limit) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
@@ -168,7 +188,8 @@ FinishReason Generator::decode(std::vector<float> logits, std::span<const int32_
   return FinishReason::MaxTokens;
 }
 
-GenerateResult Generator::generate(std::span<const int32_t> prompt, const GenerateOptions& options) {
+GenerateResult Generator::generate(std::span<const int32_t> prompt,
+                                   const GenerateOptions& options) {
   const NoGrad off;
   const auto start = Clock::now();
   GenerateResult result;
@@ -183,7 +204,8 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt, const Genera
     return result;
   }
 
-  // Behind an empty prompt (BOS alone) the text begins here, and SentencePiece's first space is not real.
+  // Behind an empty prompt (BOS alone) the text begins here, and SentencePiece's first space is not
+  // real.
   const bool text_starts = prompt.size() == 1 && tokenizer_.bos_id() == prompt.front();
   StreamDecoder decoder(tokenizer_, {.start_of_text = text_starts});
   StopFilter filter(options.stop);

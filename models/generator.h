@@ -1,8 +1,9 @@
 // Generator: a prompt in, text out, token by token.
 //
-// The prompt goes through the model in batches, then each token alone over the key/value cache. What the cache already
-// holds of a new prompt's beginning is not computed again, so a chat turn costs only what is new. Text leaves as whole
-// UTF-8 characters, and never with any part of a stop string.
+// The prompt goes through the model in batches, then each token alone over the key/value cache.
+// What the cache already holds of a new prompt's beginning is not computed again, so a chat turn
+// costs only what is new. Text leaves as whole UTF-8 characters, and never with any part of a stop
+// string.
 #pragma once
 
 #include <atomic>
@@ -25,12 +26,13 @@ std::string_view to_string(FinishReason reason);  // "end of text", "stop string
 
 struct GenerateOptions {
   SamplerOptions sampling;
-  int64_t max_tokens = -1;                            // −1: until the model ends the text or the context is full
-  std::vector<std::string> stop;                      // text ends before any of these
-  bool ignore_eos = false;                            // tokens that end the text are forbidden
-  int64_t batch = 512;                                // prompt tokens at a time
+  int64_t max_tokens = -1;        // −1: until the model ends the text or the context is full
+  std::vector<std::string> stop;  // text ends before any of these
+  bool ignore_eos = false;        // tokens that end the text are forbidden
+  int64_t batch = 512;            // prompt tokens at a time
   std::function<void(std::string_view text)> on_text;  // each new piece as soon as it is certain
-  const std::atomic<bool>* cancel = nullptr;          // ends the work at the next token when it becomes true
+  const std::atomic<bool>* cancel =
+      nullptr;  // ends the work at the next token when it becomes true
 };
 
 struct GenerateStats {
@@ -38,8 +40,10 @@ struct GenerateStats {
   int64_t generated_tokens = 0;                  // the one that ended the text counts
   int64_t decode_steps = 0;                      // passes of one token
   double prompt_seconds = 0, first_token_seconds = 0, decode_seconds = 0;
-  double prompt_rate() const { return rate(prompt_tokens - reused_tokens, prompt_seconds); }  // tokens/s
-  double decode_rate() const { return rate(decode_steps, decode_seconds); }                   // tokens/s
+  double prompt_rate() const {
+    return rate(prompt_tokens - reused_tokens, prompt_seconds);
+  }                                                                          // tokens/s
+  double decode_rate() const { return rate(decode_steps, decode_seconds); }  // tokens/s
 
  private:
   static double rate(int64_t n, double s) { return s > 0 ? static_cast<double>(n) / s : 0.0; }
@@ -49,14 +53,14 @@ struct GenerateResult {
   std::string text;             // all that on_text was given
   std::vector<int32_t> tokens;  // as sampled, with the one that ended the text
   FinishReason finish = FinishReason::MaxTokens;
-  std::string stop;             // the stop string that was met
+  std::string stop;  // the stop string that was met
   GenerateStats stats;
 };
 
 class Generator {
  public:
-  // context: tokens that prompt and answer may hold together, at most model.context() (0: that). `model` must outlive
-  // the generator.
+  // context: tokens that prompt and answer may hold together, at most model.context() (0: that).
+  // `model` must outlive the generator.
   Generator(const Model& model, Tokenizer tokenizer, int64_t context = 0);
 
   // Throws Error when the prompt is empty, holds an unknown id, or leaves no room in the context.
@@ -80,8 +84,9 @@ class Generator {
   };
   Prefill prefill(std::span<const int32_t> prompt, int64_t batch, const std::atomic<bool>* cancel);
   // Samples until there is a reason to end; write(id) shows a token and says whether to go on.
-  FinishReason decode(std::vector<float> logits, std::span<const int32_t> prompt, const GenerateOptions& options,
-                      const std::function<bool(int32_t)>& write, GenerateResult& result);
+  FinishReason decode(std::vector<float> logits, std::span<const int32_t> prompt,
+                      const GenerateOptions& options, const std::function<bool(int32_t)>& write,
+                      GenerateResult& result);
   void truncate(size_t length);
 
   const Model& model_;

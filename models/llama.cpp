@@ -32,10 +32,12 @@ void LlamaBlock::visit(const nn::VisitFn& v) {
 std::vector<nn::Site> LlamaBlock::sites() {
   const nn::HeadLayout heads{self_attn.heads, self_attn.kv_heads, self_attn.head_dim};
   std::vector<nn::Site> sites;
-  sites.push_back(nn::NormToLinears{&input_layernorm, {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj}});
+  sites.push_back(nn::NormToLinears{&input_layernorm,
+                                    {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj}});
   sites.push_back(nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}});
   sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
-  // A norm on q and k stands between the projection and the product: rows cannot be rescaled through it.
+  // A norm on q and k stands between the projection and the product: rows cannot be rescaled
+  // through it.
   if (!self_attn.q_norm) sites.push_back(nn::QueryKey{&self_attn.q_proj, &self_attn.k_proj, heads});
   return sites;
 }
@@ -53,12 +55,13 @@ LlamaBlock empty_block(const ModelConfig& c) {
   return b;
 }
 
-nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed, const std::string& module,
-                       int64_t rows, int64_t cols, LoadAs as) {
+nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed,
+                       const std::string& module, int64_t rows, int64_t cols, LoadAs as) {
   const std::string stored = module + ".packed";
   if (packed && reader.has(stored))
     return with_context(fmt::format("reading {} of {}", stored, reader.path().string()), [&] {
-      return nn::Weight(nn::packed_int_weight(reader.get(stored), rows, cols, packed->spec_of(module).stored()));
+      return nn::Weight(
+          nn::packed_int_weight(reader.get(stored), rows, cols, packed->spec_of(module).stored()));
     });
   const Tensor w = reader.get(module + ".weight", {rows, cols});
   return as == LoadAs::F32 ? to(w, DType::F32) : w;
@@ -69,7 +72,9 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
   const std::optional<PackedConfig> packed = PackedConfig::of(c);
   const std::string prefix = fmt::format("model.layers.{}.", i);
   auto block = std::make_unique<LlamaBlock>(empty_block(c));
-  auto vector = [&](const std::string& name, int64_t n) { return to(reader.get(prefix + name, {n}), DType::F32); };
+  auto vector = [&](const std::string& name, int64_t n) {
+    return to(reader.get(prefix + name, {n}), DType::F32);
+  };
   auto norm = [&](nn::RMSNorm& layer, const std::string& name, int64_t n) {
     layer.weight = vector(name + ".weight", n);
     if (reader.has(prefix + name + ".bias")) layer.bias = vector(name + ".bias", n);
@@ -80,7 +85,8 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
     norm(*block->self_attn.q_norm, "self_attn.q_norm", c.head_dim);
     norm(*block->self_attn.k_norm, "self_attn.k_norm", c.head_dim);
   }
-  auto linear = [&](nn::Linear& layer, const std::string& name, int64_t rows, int64_t cols, bool bias) {
+  auto linear = [&](nn::Linear& layer, const std::string& name, int64_t rows, int64_t cols,
+                    bool bias) {
     layer.weight = load_weight(reader, packed ? &*packed : nullptr, prefix + name, rows, cols, as);
     if (bias || reader.has(prefix + name + ".bias")) layer.bias = vector(name + ".bias", rows);
   };

@@ -1,5 +1,5 @@
-// LlamaBlock: one decoder layer of LLaMA, Mistral, Qwen2 and Qwen3 (differences are configuration), and how a block is
-// read from a checkpoint under Hugging Face's names.
+// LlamaBlock: one decoder layer of LLaMA, Mistral, Qwen2 and Qwen3 (differences are configuration),
+// and how a block is read from a checkpoint under Hugging Face's names.
 #pragma once
 
 #include <memory>
@@ -18,7 +18,8 @@ struct LlamaBlock final : nn::Block {
   nn::Attention self_attn;
   nn::MLP mlp;
 
-  Tensor forward(const Tensor& x, const nn::Positions& at, nn::KVCache* cache = nullptr) const override;
+  Tensor forward(const Tensor& x, const nn::Positions& at,
+                 nn::KVCache* cache = nullptr) const override;
   std::unique_ptr<nn::Block> clone() const override { return std::make_unique<LlamaBlock>(*this); }
   void visit(const nn::VisitFn& v) override;
   std::vector<nn::NamedLinear> linears() override;
@@ -31,12 +32,12 @@ LlamaBlock empty_block(const ModelConfig& config);
 // Which dtype dense matrices get when loaded; norms and biases are always F32.
 enum class LoadAs { Stored, F32 };
 
-// Layer i. Matrices stored as NAME.packed stay packed. Throws Error naming the file and tensor that is missing, of the
-// wrong shape, or not finite.
+// Layer i. Matrices stored as NAME.packed stay packed. Throws Error naming the file and tensor that
+// is missing, of the wrong shape, or not finite.
 std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, LoadAs as);
 
 // One matrix by its module name ("model.layers.0.mlp.up_proj"): dense [rows, cols] or packed.
-nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed, const std::string& module,
-                       int64_t rows, int64_t cols, LoadAs as);
+nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed,
+                       const std::string& module, int64_t rows, int64_t cols, LoadAs as);
 
 }  // namespace omq

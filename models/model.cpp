@@ -13,7 +13,8 @@ ModelEnds load_ends(const CheckpointReader& reader, LoadAs as) {
   const std::optional<PackedConfig> packed = PackedConfig::of(c);
   const PackedConfig* p = packed ? &*packed : nullptr;
   ModelEnds ends;
-  ends.embed_tokens.table = load_weight(reader, p, "model.embed_tokens", c.vocab_size, c.hidden_size, as);
+  ends.embed_tokens.table =
+      load_weight(reader, p, "model.embed_tokens", c.vocab_size, c.hidden_size, as);
   ends.norm.weight = to(reader.get("model.norm.weight", {c.hidden_size}), DType::F32);
   ends.norm.eps = c.rms_norm_eps;
   ends.lm_head.weight = c.tie_word_embeddings
@@ -24,9 +25,8 @@ ModelEnds load_ends(const CheckpointReader& reader, LoadAs as) {
 
 nn::RopeTables model_rope(const CheckpointReader& reader, int64_t count) {
   const ModelConfig& c = reader.config();
-  std::vector<float> divisors;
-  if (reader.has("rope_freqs.weight")) divisors = to(reader.get("rope_freqs.weight"), DType::F32).to_vector<float>();
-  return nn::rope_tables(nn::rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, divisors), count);
+  return nn::rope_tables(
+      nn::rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, c.rope_divisors), count);
 }
 
 Model Model::load(const CheckpointReader& reader, int64_t context, LoadAs as) {
@@ -44,7 +44,8 @@ Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>
   check(ids.ndim() == 2, "model: ids of shape {}, [B,T] wanted", ids.shape());
   const nn::Positions at = nn::positions(first, ids.dim(1), rope_);
   Tensor x = ends.embed_tokens(ids);
-  for (size_t i = 0; i < blocks.size(); ++i) x = blocks[i]->forward(x, at, caches ? &(*caches)[i] : nullptr);
+  for (size_t i = 0; i < blocks.size(); ++i)
+    x = blocks[i]->forward(x, at, caches ? &(*caches)[i] : nullptr);
   return ends.norm(x);
 }
 
@@ -58,7 +59,8 @@ std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) cons
 namespace {
 
 size_t weight_bytes(const nn::Weight& w) {
-  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w)) return (*packed)->nbytes();
+  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w))
+    return (*packed)->nbytes();
   return std::get<Tensor>(w).nbytes();
 }
 
@@ -75,13 +77,15 @@ ModelSize model_size(const Model& model) {
   const int64_t table = c.vocab_size * c.hidden_size;
   const size_t head = weight_bytes(model.ends.lm_head.weight);
   size.weights = size.block_weights + table * (c.tie_word_embeddings ? 1 : 2);
-  size.bytes = size.block_bytes + head + (c.tie_word_embeddings ? 0 : weight_bytes(model.ends.embed_tokens.table));
+  size.bytes = size.block_bytes + head +
+               (c.tie_word_embeddings ? 0 : weight_bytes(model.ends.embed_tokens.table));
   size.token_bytes = size.block_bytes + head;
   return size;
 }
 
 Tensor ModelSource::embed(const Tensor& ids) {
-  if (std::holds_alternative<Tensor>(embedding_.table) && !std::get<Tensor>(embedding_.table).defined()) {
+  if (std::holds_alternative<Tensor>(embedding_.table) &&
+      !std::get<Tensor>(embedding_.table).defined()) {
     const ModelConfig& c = reader_.config();
     embedding_.table = reader_.get("model.embed_tokens.weight", {c.vocab_size, c.hidden_size});
   }

@@ -1,4 +1,5 @@
-// Model: token ids to logits, for running; and ModelSource: the same checkpoint as a row of blocks, for calibration.
+// Model: token ids to logits, for running; and ModelSource: the same checkpoint as a row of blocks,
+// for calibration.
 #pragma once
 
 #include <memory>
@@ -25,15 +26,18 @@ nn::RopeTables model_rope(const CheckpointReader& reader, int64_t count);
 
 class Model {
  public:
-  // Loads every block; mapped files are used in place. context: positions to prepare for (0: the model's own, at most
-  // 8192). Throws Error when tensors are missing, of a wrong shape or not finite.
-  static Model load(const CheckpointReader& reader, int64_t context = 0, LoadAs as = LoadAs::Stored);
+  // Loads every block; mapped files are used in place. context: positions to prepare for (0: the
+  // model's own, at most 8192). Throws Error when tensors are missing, of a wrong shape or not
+  // finite.
+  static Model load(const CheckpointReader& reader, int64_t context = 0,
+                    LoadAs as = LoadAs::Stored);
 
   const ModelConfig& config() const { return config_; }
   int64_t context() const { return rope_.cos.dim(0); }
-  // ids I32 [B,T], standing at positions first … first + T − 1 → hidden states after the final norm, F32 [B,T,D].
-  // With caches (one a block) earlier tokens are seen and these are added.
-  Tensor forward(const Tensor& ids, int64_t first = 0, std::vector<nn::KVCache>* caches = nullptr) const;
+  // ids I32 [B,T], standing at positions first … first + T − 1 → hidden states after the final
+  // norm, F32 [B,T,D]. With caches (one a block) earlier tokens are seen and these are added.
+  Tensor forward(const Tensor& ids, int64_t first = 0,
+                 std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
 
@@ -47,12 +51,14 @@ class Model {
 
 // True sizes: what is stored for the weights, scales and zeros and head counted.
 struct ModelSize {
-  int64_t weights = 0;            // elements of all matrices, a tied table counted once
-  size_t bytes = 0;               // stored for them
-  int64_t block_weights = 0;      // of the matrices inside the blocks
+  int64_t weights = 0;        // elements of all matrices, a tied table counted once
+  size_t bytes = 0;           // stored for them
+  int64_t block_weights = 0;  // of the matrices inside the blocks
   size_t block_bytes = 0;
-  size_t token_bytes = 0;         // read for one token of decoding: blocks and head
-  double bits_per_weight() const { return 8.0 * static_cast<double>(bytes) / static_cast<double>(weights); }
+  size_t token_bytes = 0;  // read for one token of decoding: blocks and head
+  double bits_per_weight() const {
+    return 8.0 * static_cast<double>(bytes) / static_cast<double>(weights);
+  }
   double block_bits_per_weight() const {
     return 8.0 * static_cast<double>(block_bytes) / static_cast<double>(block_weights);
   }

@@ -14,18 +14,22 @@ json matrix_json(const MatrixSpec& s) {
 }
 
 MatrixSpec read_matrix(const json& j, const std::string& where) {
-  auto field = [&](const char* key, bool ok) { check(ok, "{}: {} is missing or of the wrong type", where, key); };
+  auto field = [&](const char* key, bool ok) {
+    check(ok, "{}: {} is missing or of the wrong type", where, key);
+  };
   check(j.is_object(), "{}: not an object", where);
   field("bits", j.contains("bits") && j["bits"].is_number_integer());
   field("group_size", j.contains("group_size") && j["group_size"].is_number_integer());
   field("symmetric", j.contains("symmetric") && j["symmetric"].is_boolean());
   MatrixSpec s{j["bits"].get<int>(), j["group_size"].get<int64_t>(), j["symmetric"].get<bool>()};
   check(s.bits >= 2 && s.bits <= 8, "{}: bits = {}, 2 to 8 wanted", where, s.bits);
-  check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 24), "{}: group_size = {}", where, s.group_size);
+  check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 24), "{}: group_size = {}", where,
+        s.group_size);
   return s;
 }
 
-Metadata file_metadata(const std::string& config, const std::map<std::string, std::string>& side_files) {
+Metadata file_metadata(const std::string& config,
+                       const std::map<std::string, std::string>& side_files) {
   Metadata m{{kOmqFormatKey, kOmqFormat}, {"config.json", config}};
   m.insert(side_files.begin(), side_files.end());
   return m;
@@ -62,12 +66,15 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
   const std::string where = "quantization_config";
   check(j.is_object() && j.contains("quant_method") && j["quant_method"].is_string(),
         "{}: quant_method is missing", where);
-  check(j["quant_method"] == "omq", "{}: quant_method \"{}\" is not supported; omq reads its own packed models and "
-        "unquantised checkpoints", where, j["quant_method"].get<std::string>());
+  check(j["quant_method"] == "omq",
+        "{}: quant_method \"{}\" is not supported; omq reads its own packed models and "
+        "unquantised checkpoints",
+        where, j["quant_method"].get<std::string>());
   check(j.contains("omq_format") && j["omq_format"] == kVersion,
         "{}: omq_format {} is not supported, {} is; quantise again with this version", where,
         j.contains("omq_format") ? j["omq_format"].dump() : "(missing)", kVersion);
-  check(j.contains("layout") && j["layout"] == "panel16", "{}: layout {} is not supported, \"panel16\" is", where,
+  check(j.contains("layout") && j["layout"] == "panel16",
+        "{}: layout {} is not supported, \"panel16\" is", where,
         j.contains("layout") ? j["layout"].dump() : "(missing)");
   PackedConfig p;
   p.weight = read_matrix(j, where);
@@ -88,12 +95,16 @@ PackedModelWriter::PackedModelWriter(const CheckpointReader& source, PackedConfi
       weights_(dir_.path() / "model.safetensors", file_metadata(config_, side_files_)) {}
 
 void PackedModelWriter::store(int i, nn::Block& block) {
-  block.visit([&](std::string_view name, Tensor& t) { weights_.add(fmt::format("model.layers.{}.{}", i, name), t); });
+  block.visit([&](std::string_view name, Tensor& t) {
+    weights_.add(fmt::format("model.layers.{}.{}", i, name), t);
+  });
 }
 
 void PackedModelWriter::add(const std::string& module, const nn::Weight& weight) {
   if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&weight))
-    (*packed)->visit([&](std::string_view name, Tensor& t) { weights_.add(module + "." + std::string(name), t); });
+    (*packed)->visit([&](std::string_view name, Tensor& t) {
+      weights_.add(module + "." + std::string(name), t);
+    });
   else
     weights_.add(module + ".weight", std::get<Tensor>(weight));
 }

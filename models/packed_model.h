@@ -1,8 +1,11 @@
-// The native output of omq-quant: a Hugging Face folder whose matrices are stored packed (ARCHITECTURE §8).
+// The native output of omq-quant: a Hugging Face folder whose matrices are stored packed
+// (ARCHITECTURE §8).
 //
 //   config.json         the model's own, plus quantization_config (PackedConfig below)
-//   model.safetensors   NAME.packed (U8, panel16) for packed matrices, NAME.weight and NAME.bias for the rest; its
-//                       metadata carries config.json and the tokenizer, so that this file alone also opens
+//   model.safetensors   NAME.packed (U8, panel16) for packed matrices, NAME.weight and NAME.bias
+//   for the rest; its
+//                       metadata carries config.json and the tokenizer, so that this file alone
+//                       also opens
 //   tokenizer files     as they came, or written from a GGUF's keys
 #pragma once
 
@@ -23,34 +26,40 @@ struct MatrixSpec {
   int bits = 4;
   int64_t group_size = 0;  // 0: one group a row
   bool symmetric = false;
-  GroupSpec stored() const { return stored_spec({.bits = bits, .group_size = group_size, .symmetric = symmetric}); }
+  GroupSpec stored() const {
+    return stored_spec({.bits = bits, .group_size = group_size, .symmetric = symmetric});
+  }
   bool operator==(const MatrixSpec&) const = default;
 };
 
 // quantization_config of config.json.
 struct PackedConfig {
-  std::string method;                             // "omniquant": for people, loaders do not need it
-  MatrixSpec weight;                              // of every packed matrix not listed below
-  std::map<std::string, MatrixSpec> exceptions;   // by module name: "lm_head"
+  std::string method;                            // "omniquant": for people, loaders do not need it
+  MatrixSpec weight;                             // of every packed matrix not listed below
+  std::map<std::string, MatrixSpec> exceptions;  // by module name: "lm_head"
   const MatrixSpec& spec_of(const std::string& module) const;
 
   nlohmann::json to_json() const;
-  // None when the checkpoint is not quantised. Throws Error for another quantiser's config, or another version of ours.
+  // None when the checkpoint is not quantised. Throws Error for another quantiser's config, or
+  // another version of ours.
   static std::optional<PackedConfig> of(const ModelConfig& config);
 };
 
 // Writes such a folder block by block; it appears under its name only in commit().
 class PackedModelWriter final : public nn::BlockSink {
  public:
-  // source: the full-precision checkpoint, for config and tokenizer. Throws Error when `out` exists (unless force).
-  PackedModelWriter(const CheckpointReader& source, PackedConfig packed, const std::filesystem::path& out, bool force);
+  // source: the full-precision checkpoint, for config and tokenizer. Throws Error when `out` exists
+  // (unless force).
+  PackedModelWriter(const CheckpointReader& source, PackedConfig packed,
+                    const std::filesystem::path& out, bool force);
   void store(int i, nn::Block& block) override;
   // A matrix outside the blocks ("model.embed_tokens"): packed, or dense in the dtype that it has.
   void add(const std::string& module, const nn::Weight& weight);
   void add_tensor(const std::string& name, const Tensor& t) { weights_.add(name, t); }
   // A further file of the folder.
   void add_file(const std::string& name, const std::string& content) { dir_.write(name, content); }
-  // Completes the files. They can be opened at unfinished(), to be checked, before commit() gives them their name.
+  // Completes the files. They can be opened at unfinished(), to be checked, before commit() gives
+  // them their name.
   void close();
   const std::filesystem::path& unfinished() const { return dir_.path(); }
   void commit() { dir_.commit(); }

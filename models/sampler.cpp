@@ -1,4 +1,5 @@
-// The sampling chain. All arithmetic is in double, so that its order is the only thing that can matter.
+// The sampling chain. All arithmetic is in double, so that its order is the only thing that can
+// matter.
 #include "models/sampler.h"
 
 #include <algorithm>
@@ -15,12 +16,15 @@ namespace {
 constexpr double kForbidden = -std::numeric_limits<double>::infinity();
 
 // Larger logit first, lower id on ties: a total order, so that no sort algorithm shows through.
-bool before(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
+bool before(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
 
 // Probabilities of sorted candidates at a temperature.
 void softmax(std::vector<Candidate>& list, double temperature) {
   double sum = 0;
-  for (Candidate& c : list) sum += c.probability = std::exp((c.logit - list.front().logit) / temperature);
+  for (Candidate& c : list)
+    sum += c.probability = std::exp((c.logit - list.front().logit) / temperature);
   for (Candidate& c : list) c.probability /= sum;
 }
 
@@ -61,14 +65,19 @@ void SamplerOptions::validate(int64_t vocab_size) const {
   check(top_k >= 0, "--top-k {} is negative; 0 keeps all tokens", top_k);
   check(top_p > 0 && top_p <= 1, "--top-p {} is outside (0, 1]", top_p);
   check(min_p >= 0 && min_p <= 1, "--min-p {} is outside [0, 1]", min_p);
-  check(repeat_penalty > 0 && repeat_penalty <= 1000, "--repeat-penalty {} is outside (0, 1000]", repeat_penalty);
-  check(repeat_last_n >= -1, "--repeat-last-n {}: a number of tokens, or -1 for all", repeat_last_n);
-  check(std::abs(presence_penalty) <= 1000, "--presence-penalty {} is outside -1000…1000", presence_penalty);
-  check(std::abs(frequency_penalty) <= 1000, "--frequency-penalty {} is outside -1000…1000", frequency_penalty);
+  check(repeat_penalty > 0 && repeat_penalty <= 1000, "--repeat-penalty {} is outside (0, 1000]",
+        repeat_penalty);
+  check(repeat_last_n >= -1, "--repeat-last-n {}: a number of tokens, or -1 for all",
+        repeat_last_n);
+  check(std::abs(presence_penalty) <= 1000, "--presence-penalty {} is outside -1000…1000",
+        presence_penalty);
+  check(std::abs(frequency_penalty) <= 1000, "--frequency-penalty {} is outside -1000…1000",
+        frequency_penalty);
   for (const auto& [id, bias] : logit_bias) {
-    check(id >= 0 && id < vocab_size, "--logit-bias: token {} is outside the vocabulary of {}", id, vocab_size);
-    check(!std::isnan(bias) && bias < std::numeric_limits<double>::infinity(), "--logit-bias: bias {} of token {}",
-          bias, id);
+    check(id >= 0 && id < vocab_size, "--logit-bias: token {} is outside the vocabulary of {}", id,
+          vocab_size);
+    check(!std::isnan(bias) && bias < std::numeric_limits<double>::infinity(),
+          "--logit-bias: bias {} of token {}", bias, id);
   }
 }
 
@@ -97,16 +106,18 @@ uint64_t Xoshiro256::next() {
 
 Sampler::Sampler(SamplerOptions options) : options_(std::move(options)), random_(options_.seed) {}
 
-std::vector<double> Sampler::adjusted(std::span<const float> logits, std::span<const int32_t> history) const {
+std::vector<double> Sampler::adjusted(std::span<const float> logits,
+                                      std::span<const int32_t> history) const {
   std::vector<double> x(logits.begin(), logits.end());
   for (size_t i = 0; i < x.size(); ++i)
-    check(!std::isnan(x[i]), "sampling: the logit of token {} is NaN; the model's weights are broken", i);
+    check(!std::isnan(x[i]),
+          "sampling: the logit of token {} is NaN; the model's weights are broken", i);
   for (const auto& [id, bias] : options_.logit_bias)
     if (id >= 0 && static_cast<size_t>(id) < x.size()) x[static_cast<size_t>(id)] += bias;
   const auto n = static_cast<int64_t>(history.size());
   const int64_t seen = options_.repeat_last_n < 0 ? n : std::min(n, options_.repeat_last_n);
-  const bool penalised =
-      options_.repeat_penalty != 1.0 || options_.presence_penalty != 0.0 || options_.frequency_penalty != 0.0;
+  const bool penalised = options_.repeat_penalty != 1.0 || options_.presence_penalty != 0.0 ||
+                         options_.frequency_penalty != 0.0;
   if (!penalised) return x;
   std::map<int32_t, int> counts;
   for (const int32_t id : history.subspan(static_cast<size_t>(n - seen))) ++counts[id];
@@ -119,7 +130,8 @@ std::vector<double> Sampler::adjusted(std::span<const float> logits, std::span<c
   return x;
 }
 
-std::vector<Candidate> Sampler::candidates(std::span<const float> logits, std::span<const int32_t> history) const {
+std::vector<Candidate> Sampler::candidates(std::span<const float> logits,
+                                           std::span<const int32_t> history) const {
   const std::vector<double> x = adjusted(logits, history);
   std::vector<Candidate> list;
   if (options_.temperature == 0) {

@@ -1,8 +1,9 @@
 // Sampler: from a row of logits to the next token.
 //
-// The chain is llama.cpp's default one, in its order: logit bias → penalties over the last n tokens → top-k → top-p →
-// min-p → temperature → draw. Temperature 0 takes the largest logit after bias and penalties, the lowest id on ties.
-// Random numbers are xoshiro256++ (Blackman and Vigna 2018), our own code: one seed draws the same on every machine.
+// The chain is llama.cpp's default one, in its order: logit bias → penalties over the last n tokens
+// → top-k → top-p → min-p → temperature → draw. Temperature 0 takes the largest logit after bias
+// and penalties, the lowest id on ties. Random numbers are xoshiro256++ (Blackman and Vigna 2018),
+// our own code: one seed draws the same on every machine.
 #pragma once
 
 #include <array>
@@ -15,14 +16,15 @@
 namespace omq {
 
 struct SamplerOptions {
-  double temperature = 0.8;      // 0: greedy
-  int64_t top_k = 40;            // keep the k largest; 0: all
-  double top_p = 0.95;           // then the fewest that hold this share of the probability; 1: all
-  double min_p = 0.05;           // then those at least this share as probable as the largest; 0: all
-  double repeat_penalty = 1.0;   // positive logits of repeated tokens are divided by it, negative ones multiplied
-  int64_t repeat_last_n = 64;    // how far back penalties look; −1: to the start, 0: no penalties
-  double presence_penalty = 0.0;   // subtracted once from a token that occurred
-  double frequency_penalty = 0.0;  // subtracted for each time that it occurred
+  double temperature = 0.8;  // 0: greedy
+  int64_t top_k = 40;        // keep the k largest; 0: all
+  double top_p = 0.95;       // then the fewest that hold this share of the probability; 1: all
+  double min_p = 0.05;       // then those at least this share as probable as the largest; 0: all
+  double repeat_penalty =
+      1.0;  // positive logits of repeated tokens are divided by it, negative ones multiplied
+  int64_t repeat_last_n = 64;  // how far back penalties look; −1: to the start, 0: no penalties
+  double presence_penalty = 0.0;                       // subtracted once from a token that occurred
+  double frequency_penalty = 0.0;                      // subtracted for each time that it occurred
   std::vector<std::pair<int32_t, double>> logit_bias;  // token, added; −infinity forbids the token
   uint64_t seed = 0;
 
@@ -51,15 +53,17 @@ class Sampler {
  public:
   explicit Sampler(SamplerOptions options);
 
-  // logits [V] of the next token; history: all tokens so far, the prompt's too. Throws Error on NaN, and when every
-  // token is forbidden.
+  // logits [V] of the next token; history: all tokens so far, the prompt's too. Throws Error on
+  // NaN, and when every token is forbidden.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> history);
   // What sample() draws from, most probable first; one candidate at temperature 0.
-  std::vector<Candidate> candidates(std::span<const float> logits, std::span<const int32_t> history) const;
+  std::vector<Candidate> candidates(std::span<const float> logits,
+                                    std::span<const int32_t> history) const;
   const SamplerOptions& options() const { return options_; }
 
  private:
-  std::vector<double> adjusted(std::span<const float> logits, std::span<const int32_t> history) const;
+  std::vector<double> adjusted(std::span<const float> logits,
+                               std::span<const int32_t> history) const;
 
   SamplerOptions options_;
   Xoshiro256 random_;

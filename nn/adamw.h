@@ -9,8 +9,8 @@
 namespace omq::nn {
 
 struct ParamGroup {
-  std::string name;             // "lwc", "let": recipes set rates by this name
-  std::vector<Tensor> params;   // made by parameter()
+  std::string name;            // "lwc", "let": recipes set rates by this name
+  std::vector<Tensor> params;  // made by parameter()
   double lr = 1e-3;
   double weight_decay = 0;
 };

@@ -9,8 +9,9 @@
 namespace omq::nn {
 
 Positions positions(int64_t first, int64_t count, const RopeTables& tables) {
-  check(first + count <= tables.cos.dim(0), "positions {}…{} leave the rotary table of {}; raise the context length",
-        first, first + count - 1, tables.cos.dim(0));
+  check(first + count <= tables.cos.dim(0),
+        "positions {}…{} leave the rotary table of {}; raise the context length", first,
+        first + count - 1, tables.cos.dim(0));
   std::vector<int32_t> index(static_cast<size_t>(count));
   std::iota(index.begin(), index.end(), static_cast<int32_t>(first));
   return {Tensor::from<int32_t>(index, {count}), tables};
@@ -26,7 +27,8 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
   q = rope(q, at.tables.cos, at.tables.sin, at.index);
   k = rope(k, at.tables.cos, at.tables.sin, at.index);
   if (cache) {
-    check(!needs_grad(k) && !needs_grad(v), "attention: no gradient goes through a KV cache; train without one");
+    check(!needs_grad(k) && !needs_grad(v),
+          "attention: no gradient goes through a KV cache; train without one");
     auto stored = cache->append(k, v);
     k = stored.k;
     v = stored.v;

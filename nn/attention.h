@@ -1,4 +1,5 @@
-// Grouped-query attention with rotary positions, an optional q/k norm (Qwen3), and its own head size.
+// Grouped-query attention with rotary positions, an optional q/k norm (Qwen3), and its own head
+// size.
 #pragma once
 
 #include <optional>
@@ -19,11 +20,12 @@ struct Positions {
 Positions positions(int64_t first, int64_t count, const RopeTables& tables);
 
 struct Attention {
-  Linear q_proj, k_proj, v_proj, o_proj;     // [H·d, D], [K·d, D], [K·d, D], [D, H·d]
-  std::optional<RMSNorm> q_norm, k_norm;     // over d, before the rotation
+  Linear q_proj, k_proj, v_proj, o_proj;  // [H·d, D], [K·d, D], [K·d, D], [D, H·d]
+  std::optional<RMSNorm> q_norm, k_norm;  // over d, before the rotation
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 
-  Tensor operator()(const Tensor& x, const Positions& at, KVCache* cache) const;  // [B,T,D] → [B,T,D]
+  Tensor operator()(const Tensor& x, const Positions& at,
+                    KVCache* cache) const;  // [B,T,D] → [B,T,D]
 };
 
 }  // namespace omq::nn

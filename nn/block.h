@@ -1,7 +1,8 @@
 // Block: one decoder layer as a value, and all that quant/ may know of a model.
 //
-// A block holds tensors; copying it (clone) shares every Storage, so a transform is an edit of a cheap copy and the
-// full-precision block stays as it was. Its Sites say where a function-preserving rescaling may go (paper Eq. 3, 5).
+// A block holds tensors; copying it (clone) shares every Storage, so a transform is an edit of a
+// cheap copy and the full-precision block stays as it was. Its Sites say where a
+// function-preserving rescaling may go (paper Eq. 3, 5).
 #pragma once
 
 #include <memory>
@@ -43,7 +44,8 @@ struct Block {
   virtual Tensor forward(const Tensor& x, const Positions& at, KVCache* cache = nullptr) const = 0;
   virtual std::unique_ptr<Block> clone() const = 0;  // shares every Storage
   virtual void visit(const VisitFn& v) = 0;          // names within the block, as in the checkpoint
-  virtual std::vector<NamedLinear> linears() = 0;    // the matrices that are quantised, in the order of the forward
+  virtual std::vector<NamedLinear>
+  linears() = 0;  // the matrices that are quantised, in the order of the forward
   virtual std::vector<Site> sites() = 0;
 };
 
@@ -52,9 +54,9 @@ struct BlockSource {
   virtual ~BlockSource() = default;
   virtual int size() const = 0;
   virtual std::unique_ptr<Block> load(int i) = 0;
-  virtual std::string name(int i) const = 0;         // "model.layers.7"
-  virtual Tensor embed(const Tensor& ids) = 0;       // I32 [B,T] → F32 [B,T,D]: the input of block 0
-  virtual RopeTables rope(int64_t positions) = 0;    // tables for that many positions
+  virtual std::string name(int i) const = 0;    // "model.layers.7"
+  virtual Tensor embed(const Tensor& ids) = 0;  // I32 [B,T] → F32 [B,T,D]: the input of block 0
+  virtual RopeTables rope(int64_t positions) = 0;  // tables for that many positions
 };
 
 // Where finished blocks go.

@@ -13,7 +13,8 @@ class KVCache {
   struct View {
     Tensor k, v;  // [B, S, K, d], the new tokens last
   };
-  // Writes k, v [B,T,K,d] behind what is stored and returns everything stored. Throws Error when the cache is full.
+  // Writes k, v [B,T,K,d] behind what is stored and returns everything stored. Throws Error when
+  // the cache is full.
   View append(const Tensor& k, const Tensor& v);
   int64_t length() const { return length_; }
   int64_t capacity() const { return k_.dim(1); }

@@ -1,4 +1,5 @@
-// Linear: the differentiable product for F32 weights, the running kernels for everything stored smaller.
+// Linear: the differentiable product for F32 weights, the running kernels for everything stored
+// smaller.
 #include "nn/linear.h"
 
 #include "autograd/ops.h"
@@ -26,11 +27,13 @@ Tensor Linear::operator()(const Tensor& x) const {
 }
 
 int64_t Linear::out_features() const {
-  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->rows() : std::get<Tensor>(weight).dim(0);
+  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->rows()
+                     : std::get<Tensor>(weight).dim(0);
 }
 
 int64_t Linear::in_features() const {
-  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->cols() : std::get<Tensor>(weight).dim(1);
+  return is_packed() ? std::get<std::shared_ptr<PackedWeight>>(weight)->cols()
+                     : std::get<Tensor>(weight).dim(1);
 }
 
 const Tensor& Linear::dense() const {

@@ -13,11 +13,12 @@ namespace omq::nn {
 using Weight = std::variant<Tensor, std::shared_ptr<PackedWeight>>;
 
 struct Linear {
-  Weight weight;                               // [out, in]
-  Tensor bias;                                 // [out] or undefined
-  std::function<Tensor(const Tensor&)> pre;    // applied to the input: activation quantisers hook in here
+  Weight weight;  // [out, in]
+  Tensor bias;    // [out] or undefined
+  std::function<Tensor(const Tensor&)>
+      pre;  // applied to the input: activation quantisers hook in here
 
-  Tensor operator()(const Tensor& x) const;    // [..., in] → [..., out]
+  Tensor operator()(const Tensor& x) const;  // [..., in] → [..., out]
   int64_t out_features() const;
   int64_t in_features() const;
   // The weight as a tensor. Throws Error when it is packed.
@@ -26,7 +27,8 @@ struct Linear {
   void visit(const VisitFn& v);  // weight (or packed), bias
 };
 
-// x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are never widened whole.
+// x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are
+// never widened whole.
 Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias);
 
 }  // namespace omq::nn

@@ -11,7 +11,9 @@ struct RMSNorm {
   Tensor bias;    // [D] or undefined
   double eps = 1e-5;
 
-  Tensor operator()(const Tensor& x) const { return rms_norm(x, weight, bias, eps); }  // [...,D] → [...,D]
+  Tensor operator()(const Tensor& x) const {
+    return rms_norm(x, weight, bias, eps);
+  }  // [...,D] → [...,D]
   void visit(const VisitFn& v) {
     v("weight", weight);
     if (bias.defined()) v("bias", bias);

@@ -6,8 +6,10 @@
 namespace omq::nn {
 
 Tensor PackedIntWeight::matmul(const Tensor& x) const {
-  check(x.dim(-1) == w_.cols, "packed matmul: x {} against a weight [{}, {}]", x.shape(), w_.rows, w_.cols);
-  check(!needs_grad(x), "packed matmul: no gradient goes through packed weights; dequantize() to train");
+  check(x.dim(-1) == w_.cols, "packed matmul: x {} against a weight [{}, {}]", x.shape(), w_.rows,
+        w_.cols);
+  check(!needs_grad(x),
+        "packed matmul: no gradient goes through packed weights; dequantize() to train");
   const Tensor rows = reshape(x, {-1, w_.cols});
   Tensor y = Tensor::empty({rows.dim(0), w_.rows}, DType::F32, x.device());
   packed_on(x).packed_matmul(y, rows, w_);
@@ -34,11 +36,13 @@ double PackedIntWeight::bits_per_weight() const {
   return 8.0 * static_cast<double>(nbytes()) / static_cast<double>(w_.rows * w_.cols);
 }
 
-std::shared_ptr<PackedWeight> packed_int_weight(Tensor data, int64_t rows, int64_t cols, GroupSpec spec) {
+std::shared_ptr<PackedWeight> packed_int_weight(Tensor data, int64_t rows, int64_t cols,
+                                                GroupSpec spec) {
   PackedInt w{std::move(data), rows, cols, spec};
   check(w.data.dtype() == DType::U8 && w.data.nbytes() == static_cast<size_t>(w.nbytes()),
-        "packed weight [{}, {}] at {} bits, groups of {}: {} {} stored, {} bytes of U8 wanted", rows, cols, spec.bits,
-        spec.group_cols(cols), dtype_name(w.data.dtype()), w.data.shape(), w.nbytes());
+        "packed weight [{}, {}] at {} bits, groups of {}: {} {} stored, {} bytes of U8 wanted",
+        rows, cols, spec.bits, spec.group_cols(cols), dtype_name(w.data.dtype()), w.data.shape(),
+        w.nbytes());
   return std::make_shared<PackedIntWeight>(std::move(w));
 }
 

@@ -1,6 +1,7 @@
 // PackedWeight: a weight matrix that is stored in few bits and multiplied as it is.
 //
-// Virtual, not a closed list: a new format (signs, codebooks) is a new class here, and Linear does not change.
+// Virtual, not a closed list: a new format (signs, codebooks) is a new class here, and Linear does
+// not change.
 #pragma once
 
 #include <functional>
@@ -17,12 +18,12 @@ struct PackedWeight {
   virtual ~PackedWeight() = default;
   virtual int64_t rows() const = 0;
   virtual int64_t cols() const = 0;
-  virtual Tensor matmul(const Tensor& x) const = 0;        // x [..., cols] → [..., rows], no gradient
-  virtual Tensor dequantize() const = 0;                   // F32 [rows, cols]
-  virtual Tensor embedding(const Tensor& ids) const = 0;   // I32 [...] → F32 [..., cols]
-  virtual size_t nbytes() const = 0;                       // stored bytes, grids included
-  virtual double bits_per_weight() const = 0;              // 8 · nbytes / (rows · cols)
-  virtual void visit(const VisitFn& v) = 0;                // ("packed", data)
+  virtual Tensor matmul(const Tensor& x) const = 0;  // x [..., cols] → [..., rows], no gradient
+  virtual Tensor dequantize() const = 0;             // F32 [rows, cols]
+  virtual Tensor embedding(const Tensor& ids) const = 0;  // I32 [...] → F32 [..., cols]
+  virtual size_t nbytes() const = 0;                      // stored bytes, grids included
+  virtual double bits_per_weight() const = 0;             // 8 · nbytes / (rows · cols)
+  virtual void visit(const VisitFn& v) = 0;               // ("packed", data)
 };
 
 // Integer codes on a uniform grid, in the panel16 layout of tensor/packed.h.
@@ -43,7 +44,9 @@ class PackedIntWeight final : public PackedWeight {
   PackedInt w_;
 };
 
-// A stored tensor NAME.packed (U8 [panels, panel bytes]) as a weight. Throws Error when the size does not fit.
-std::shared_ptr<PackedWeight> packed_int_weight(Tensor data, int64_t rows, int64_t cols, GroupSpec spec);
+// A stored tensor NAME.packed (U8 [panels, panel bytes]) as a weight. Throws Error when the size
+// does not fit.
+std::shared_ptr<PackedWeight> packed_int_weight(Tensor data, int64_t rows, int64_t cols,
+                                                GroupSpec spec);
 
 }  // namespace omq::nn

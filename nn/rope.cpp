@@ -21,7 +21,8 @@ std::vector<double> rope_frequencies(int64_t head_dim, double theta, const RopeS
     if (scaling.type == RopeScaling::Type::Linear) v /= scaling.factor;
     if (scaling.type == RopeScaling::Type::Llama3) {
       // Long wavelengths are stretched by `factor`, short ones kept, those between blended.
-      const double wavelength = 2.0 * std::numbers::pi / v, original = scaling.original_max_positions;
+      const double wavelength = 2.0 * std::numbers::pi / v,
+                   original = scaling.original_max_positions;
       if (wavelength > original / scaling.low_freq_factor) {
         v /= scaling.factor;
       } else if (wavelength > original / scaling.high_freq_factor) {
@@ -43,7 +44,8 @@ RopeTables rope_tables(std::span<const double> frequencies, int64_t positions, D
       c[static_cast<size_t>(p * half + i)] = std::cos(angle);
       s[static_cast<size_t>(p * half + i)] = std::sin(angle);
     }
-  return {to(Tensor::from<double>(c, {positions, half}), dtype), to(Tensor::from<double>(s, {positions, half}), dtype)};
+  return {to(Tensor::from<double>(c, {positions, half}), dtype),
+          to(Tensor::from<double>(s, {positions, half}), dtype)};
 }
 
 }  // namespace omq::nn

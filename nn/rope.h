@@ -1,4 +1,5 @@
-// Rotary tables: cos and sin of position × frequency, with the frequency scalings that checkpoints ask for.
+// Rotary tables: cos and sin of position × frequency, with the frequency scalings that checkpoints
+// ask for.
 #pragma once
 
 #include <span>
@@ -19,11 +20,13 @@ struct RopeTables {
   Tensor cos, sin;  // F32 (or F64) [positions, d/2]
 };
 
-// Inverse frequencies f_i = θ^(−2i/d), scaled: [d/2] in double. `divisors` (GGUF's rope_freqs; empty: none) divide them.
+// Inverse frequencies f_i = θ^(−2i/d), scaled: [d/2] in double. `divisors` (GGUF's rope_freqs;
+// empty: none) divide them.
 std::vector<double> rope_frequencies(int64_t head_dim, double theta, const RopeScaling& scaling,
                                      std::span<const float> divisors = {});
 
 // Angles are formed in double and rounded once.
-RopeTables rope_tables(std::span<const double> frequencies, int64_t positions, DType dtype = DType::F32);
+RopeTables rope_tables(std::span<const double> frequencies, int64_t positions,
+                       DType dtype = DType::F32);
 
 }  // namespace omq::nn

@@ -15,7 +15,9 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 // Samples [begin, end) of a stream [N,T,D].
-Tensor batch_of(const Tensor& stream, int64_t begin, int64_t end) { return slice(stream, 0, begin, end); }
+Tensor batch_of(const Tensor& stream, int64_t begin, int64_t end) {
+  return slice(stream, 0, begin, end);
+}
 
 // The block on every sample: [N,T,D] → [N,T,D].
 Tensor run(const nn::Block& block, const Tensor& stream, const nn::Positions& at) {
@@ -35,25 +37,33 @@ struct Streams {
 
 Tensor f16_rounded(const Tensor& scale) { return to(to(scale, DType::F16), DType::F32); }
 
-// How far the packed block's kernels are from the simulated block on one sample x, as a share of what the block adds to
-// its input. Rounding alone gives about 1e-6; anything large is a fault, and must not reach a file.
-double packed_error(const nn::Block& packed, const Tensor& x, const Tensor& y, const nn::Positions& at) {
-  const double difference = static_cast<double>(sum(square(packed.forward(x, at) - y)).item<float>());
+// How far the packed block's kernels are from the simulated block on one sample x, as a share of
+// what the block adds to its input. Rounding alone gives about 1e-6; anything large is a fault, and
+// must not reach a file.
+double packed_error(const nn::Block& packed, const Tensor& x, const Tensor& y,
+                    const nn::Positions& at) {
+  const double difference =
+      static_cast<double>(sum(square(packed.forward(x, at) - y)).item<float>());
   const double update = static_cast<double>(sum(square(y - x)).item<float>());
   const double error = std::sqrt(difference / std::max(update, 1e-30));
-  check(error < 1e-3, "the packed block differs from the simulated one by {:.2e}; this is a fault of a packed kernel "
-        "(try OMQ_ISA=scalar)", error);
+  check(error < 1e-3,
+        "the packed block differs from the simulated one by {:.2e}; this is a fault of a packed "
+        "kernel "
+        "(try OMQ_ISA=scalar)",
+        error);
   return error;
 }
 
-double train_epoch(const BlockMethod& method, const nn::Block& fp, const Recipe& recipe, nn::AdamW& optimizer,
-                   const Tensor& x, const Targets& targets, const nn::Positions& at) {
+double train_epoch(const BlockMethod& method, const nn::Block& fp, const Recipe& recipe,
+                   nn::AdamW& optimizer, const Tensor& x, const Targets& targets,
+                   const nn::Positions& at) {
   double total = 0;
   const int64_t n = x.dim(0), step = recipe.train.batch_size;
   for (int64_t i = 0; i + step <= n; i += step) {
     const auto block = method.quantized(fp);
-    const Targets t{batch_of(targets.of_fp, i, i + step),
-                    recipe.objective.wants_of_quant ? batch_of(targets.of_quant, i, i + step) : Tensor{}};
+    const Targets t{
+        batch_of(targets.of_fp, i, i + step),
+        recipe.objective.wants_of_quant ? batch_of(targets.of_quant, i, i + step) : Tensor{}};
     const Tensor loss = recipe.objective.loss(block->forward(batch_of(x, i, i + step), at), t);
     total += static_cast<double>(loss.item<float>());
     optimizer.step(backward(loss));
@@ -65,7 +75,8 @@ double train_epoch(const BlockMethod& method, const nn::Block& fp, const Recipe&
 
 BlockMethod::BlockMethod(const Recipe& recipe, nn::Block& fp) : recipe_(recipe) {
   for (const auto& make : recipe.transforms) transforms_.push_back(make(fp));
-  for (const auto& [name, linear] : fp.linears()) clips_.push_back(recipe.clip(linear->dense(), recipe.spec.weight()));
+  for (const auto& [name, linear] : fp.linears())
+    clips_.push_back(recipe.clip(linear->dense(), recipe.spec.weight()));
 }
 
 std::vector<nn::ParamGroup> BlockMethod::param_groups() const {
@@ -73,7 +84,8 @@ std::vector<nn::ParamGroup> BlockMethod::param_groups() const {
   auto add = [&](nn::ParamGroup g) {
     if (g.params.empty()) return;
     auto rate = recipe_.train.lr.find(g.name);
-    check(rate != recipe_.train.lr.end(), "recipe {}: no learning rate for \"{}\"", recipe_.name, g.name);
+    check(rate != recipe_.train.lr.end(), "recipe {}: no learning rate for \"{}\"", recipe_.name,
+          g.name);
     g.lr = rate->second;
     g.weight_decay = recipe_.train.weight_decay;
     groups.push_back(std::move(g));
@@ -107,7 +119,8 @@ BlockMethod::Committed BlockMethod::commit(const nn::Block& fp) const {
     Grid grid = clips_[i]->grid(w);
     grid.scale = f16_rounded(grid.scale);
     const Tensor codes = recipe_.rounder->codes(w, grid, spec);
-    auto weight = std::make_shared<nn::PackedIntWeight>(pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
+    auto weight = std::make_shared<nn::PackedIntWeight>(
+        pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
     dense[i].linear->weight = weight->dequantize();
     packed[i].linear->weight = weight;
   }
@@ -119,38 +132,43 @@ std::shared_ptr<nn::PackedWeight> pack_nearest(const Tensor& w, const QuantSpec&
   const GroupSpec group = spec.weight();
   Grid grid = minmax_clip(w, group)->grid(w);
   grid.scale = f16_rounded(grid.scale);
-  return std::make_shared<nn::PackedIntWeight>(
-      pack_codes(round_nearest()->codes(w, grid, group), grid.scale, grid.zero, stored_spec(group)));
+  return std::make_shared<nn::PackedIntWeight>(pack_codes(
+      round_nearest()->codes(w, grid, group), grid.scale, grid.zero, stored_spec(group)));
 }
 
 namespace {
 
-BlockReport quantize_block(const Recipe& recipe, nn::Block& fp, Streams* streams, const nn::Positions& at,
-                           BlockReport report, const Progress& progress, BlockMethod::Committed& committed) {
+BlockReport quantize_block(const Recipe& recipe, nn::Block& fp, Streams* streams,
+                           const nn::Positions& at, BlockReport report, const Progress& progress,
+                           BlockMethod::Committed& committed) {
   const auto start = std::chrono::steady_clock::now();
   reset_cpu_memory_peak();
   Targets targets;
   if (streams) {
-    targets.of_fp = run(fp, streams->fp, at);                                            // ① F(W, X)
-    if (recipe.objective.wants_of_quant && recipe.train.epochs > 0) targets.of_quant = run(fp, streams->quant, at);
+    targets.of_fp = run(fp, streams->fp, at);  // ① F(W, X)
+    if (recipe.objective.wants_of_quant && recipe.train.epochs > 0)
+      targets.of_quant = run(fp, streams->quant, at);
   }
-  const BlockMethod method(recipe, fp);                                                  // Θ₁: clipping, Θ₂: transforms
+  const BlockMethod method(recipe, fp);  // Θ₁: clipping, Θ₂: transforms
   if (recipe.train.epochs > 0) {
     nn::AdamW optimizer(method.param_groups());
     for (int epoch = 1; epoch <= recipe.train.epochs; ++epoch) {
-      const double loss = train_epoch(method, fp, recipe, optimizer, streams->quant, targets, at);  // ②–④
-      check(std::isfinite(loss), "epoch {}: the loss is not finite; lower the learning rate", epoch);
+      const double loss =
+          train_epoch(method, fp, recipe, optimizer, streams->quant, targets, at);  // ②–④
+      check(std::isfinite(loss), "epoch {}: the loss is not finite; lower the learning rate",
+            epoch);
       report.epoch_loss.push_back(loss);
       report.seconds = seconds_since(start);
       if (progress) progress(report, epoch, recipe.train.epochs);
     }
   }
-  committed = method.commit(fp);                                                         // ⑤ fold and choose codes
+  committed = method.commit(fp);  // ⑤ fold and choose codes
   if (streams) {
     NoGrad off;
     const Tensor input = batch_of(streams->quant, 0, 1);
-    streams->quant = run(*committed.simulated, streams->quant, at);                      // ⑥ the next block's inputs
-    report.packed_error = packed_error(*committed.packed, input, batch_of(streams->quant, 0, 1), at);
+    streams->quant = run(*committed.simulated, streams->quant, at);  // ⑥ the next block's inputs
+    report.packed_error =
+        packed_error(*committed.packed, input, batch_of(streams->quant, 0, 1), at);
     streams->fp = targets.of_fp;
     report.committed_loss = static_cast<double>(mse(streams->quant, streams->fp).item<float>());
     report.target_mean_square = static_cast<double>(mean(square(streams->fp)).item<float>());
@@ -163,15 +181,17 @@ BlockReport quantize_block(const Recipe& recipe, nn::Block& fp, Streams* streams
 
 }  // namespace
 
-std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink, const Recipe& recipe,
-                                  const CalibrationData& data, const Progress& progress, nn::BlockSink* simulated) {
+std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
+                                  const Recipe& recipe, const CalibrationData& data,
+                                  const Progress& progress, nn::BlockSink* simulated) {
   const bool streaming = data.ids.defined();
-  check(streaming || recipe.train.epochs == 0, "method {}: learning needs calibration text", recipe.name);
+  check(streaming || recipe.train.epochs == 0, "method {}: learning needs calibration text",
+        recipe.name);
   Streams streams;
   nn::Positions at;
   if (streaming) {
-    check(data.ids.dim(0) >= recipe.train.batch_size, "{} calibration windows for a batch of {}", data.ids.dim(0),
-          recipe.train.batch_size);
+    check(data.ids.dim(0) >= recipe.train.batch_size, "{} calibration windows for a batch of {}",
+          data.ids.dim(0), recipe.train.batch_size);
     NoGrad off;
     streams.fp = source.embed(data.ids);
     streams.quant = streams.fp;
@@ -185,7 +205,8 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink, 
       BlockReport report;
       report.index = i;
       report.name = source.name(i);
-      report = quantize_block(recipe, *fp, streaming ? &streams : nullptr, at, std::move(report), progress, committed);
+      report = quantize_block(recipe, *fp, streaming ? &streams : nullptr, at, std::move(report),
+                              progress, committed);
       sink.store(i, *committed.packed);
       if (simulated) simulated->store(i, *committed.simulated);
       reports.push_back(report);

@@ -1,4 +1,5 @@
-// Clip: from a weight matrix to its quantisation grid. One object per linear layer, since it may hold learnables.
+// Clip: from a weight matrix to its quantisation grid. One object per linear layer, since it may
+// hold learnables.
 #pragma once
 
 #include <memory>
@@ -8,19 +9,22 @@
 
 namespace omq::quant {
 
-// w ≈ scale · (code − zero), one pair for each row and group. Zero points are whole numbers in [0, 2ᵇ−1].
+// w ≈ scale · (code − zero), one pair for each row and group. Zero points are whole numbers in [0,
+// 2ᵇ−1].
 struct Grid {
   Tensor scale, zero;  // F32 [rows, groups]
 };
 
 struct Clip {
   virtual ~Clip() = default;
-  virtual Grid grid(const Tensor& w) const = 0;        // w [rows, cols]; differentiable where there are learnables
+  virtual Grid grid(
+      const Tensor& w) const = 0;  // w [rows, cols]; differentiable where there are learnables
   virtual nn::ParamGroup params() const { return {}; }  // empty: nothing to learn
 };
 
-// The grid that spans [lo, hi] (spec omniquant §2.3): asymmetric h = (hi − lo)/(2ᵇ−1), z = ⌊−lo/h⌉; symmetric
-// h = max(|hi|, |lo|)/(2ᵇ⁻¹ − ½), z = 2ᵇ⁻¹. hi ≥ 0 ≥ lo, [rows, groups]. No gradient goes through z.
+// The grid that spans [lo, hi] (spec omniquant §2.3): asymmetric h = (hi − lo)/(2ᵇ−1), z = ⌊−lo/h⌉;
+// symmetric h = max(|hi|, |lo|)/(2ᵇ⁻¹ − ½), z = 2ᵇ⁻¹. hi ≥ 0 ≥ lo, [rows, groups]. No gradient goes
+// through z.
 Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec);
 
 // Plain min–max: the whole range of each group. What RTN uses.
@@ -30,6 +34,7 @@ struct LearnedClipOptions {
   double logit = 4.0;  // start of both learnables: σ(4) ≈ 0.982 of the range
 };
 // Learnable Weight Clipping (Eq. 2): two learnables per row and group.
-std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec, LearnedClipOptions options = {});
+std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec,
+                                   LearnedClipOptions options = {});
 
 }  // namespace omq::quant

@@ -2,8 +2,8 @@
 //
 //   h = (γ·max W − β·min W) / (2ᵇ−1),  z = −⌊β·min W / h⌉,  γ = σ(u), β = σ(l) ∈ (0, 1)
 //
-// u and l are learned per row and group; max and min are of the weight as it is now, so the factors follow whatever a
-// transform does to it. A constant weight's range is taken once.
+// u and l are learned per row and group; max and min are of the weight as it is now, so the factors
+// follow whatever a transform does to it. A constant weight's range is taken once.
 #include "autograd/ops.h"
 #include "quant/clip.h"
 
@@ -26,7 +26,9 @@ class LearnedClip final : public Clip {
     return affine_grid(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
   }
 
-  nn::ParamGroup params() const override { return {.name = "lwc", .params = {gamma_logit_, beta_logit_}}; }
+  nn::ParamGroup params() const override {
+    return {.name = "lwc", .params = {gamma_logit_, beta_logit_}};
+  }
 
  private:
   GroupSpec spec_;

@@ -21,8 +21,8 @@ struct MinMaxClip final : Clip {
 
 Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
   if (spec.symmetric) {
-    // The whole code range 0 … 2ᵇ−1 around 2ᵇ⁻¹ reaches from −2ᵇ⁻¹ to 2ᵇ⁻¹−1 steps; half a step less on either side
-    // splits the difference between clipping the top and wasting the bottom.
+    // The whole code range 0 … 2ᵇ−1 around 2ᵇ⁻¹ reaches from −2ᵇ⁻¹ to 2ᵇ⁻¹−1 steps; half a step
+    // less on either side splits the difference between clipping the top and wasting the bottom.
     const double reach = static_cast<double>(1 << (spec.bits - 1)) - 0.5;
     const Tensor h = clamp(maximum(hi, -lo) / reach, kScaleFloor, kScaleCeiling);
     return {h, Tensor::full(h.shape(), 1 << (spec.bits - 1), h.dtype(), h.device())};
@@ -32,6 +32,8 @@ Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
   return {h, clamp(round(-lo.detach() / h.detach()), 0, levels)};
 }
 
-std::unique_ptr<Clip> minmax_clip(const Tensor&, GroupSpec spec) { return std::make_unique<MinMaxClip>(spec); }
+std::unique_ptr<Clip> minmax_clip(const Tensor&, GroupSpec spec) {
+  return std::make_unique<MinMaxClip>(spec);
+}
 
 }  // namespace omq::quant

@@ -10,7 +10,8 @@ Objective block_mse() {
 }
 
 Objective augmented_mse() {
-  return {[](const Tensor& y, const Targets& t) { return mse(y, t.of_fp) + mse(y, t.of_quant); }, true};
+  return {[](const Tensor& y, const Targets& t) { return mse(y, t.of_fp) + mse(y, t.of_quant); },
+          true};
 }
 
 }  // namespace omq::quant

@@ -9,7 +9,8 @@ namespace omq::quant {
 
 struct Targets {
   Tensor of_fp;     // F(W, X): full-precision block on the full-precision stream
-  Tensor of_quant;  // F(W, X_quant): the same block on the quantised stream; only when the objective asks
+  Tensor of_quant;  // F(W, X_quant): the same block on the quantised stream; only when the
+                    // objective asks
 };
 
 struct Objective {
@@ -17,7 +18,7 @@ struct Objective {
   bool wants_of_quant = false;
 };
 
-Objective block_mse();       // ‖y − F(W, X)‖² / elements
-Objective augmented_mse();   // the same + ‖y − F(W, X_quant)‖² / elements: the official --aug_loss
+Objective block_mse();  // ‖y − F(W, X)‖² / elements
+Objective augmented_mse();  // the same + ‖y − F(W, X_quant)‖² / elements: the official --aug_loss
 
 }  // namespace omq::quant

@@ -1,4 +1,5 @@
-// Recipe: a quantisation method as data. One file per method under methods/; methods.def lists them.
+// Recipe: a quantisation method as data. One file per method under methods/; methods.def lists
+// them.
 #pragma once
 
 #include <functional>
@@ -19,10 +20,10 @@ namespace omq::quant {
 // What a user may set; unset numbers take the method's default.
 struct Options {
   QuantSpec spec;
-  int epochs = -1;        // -1: the method's (paper: 20, 40 at 2 bits)
+  int epochs = -1;  // -1: the method's (paper: 20, 40 at 2 bits)
   int batch_size = 1;
   double lwc_lr = 1e-2, weight_decay = 0;
-  int aug_loss = -1;      // -1: the method's; 0 or 1
+  int aug_loss = -1;  // -1: the method's; 0 or 1
 };
 
 struct TrainPlan {

@@ -9,7 +9,8 @@ namespace omq::quant {
 
 struct Rounder {
   virtual ~Rounder() = default;
-  virtual Tensor codes(const Tensor& w, const Grid& grid, GroupSpec spec) const = 0;  // U8 [rows, cols]
+  virtual Tensor codes(const Tensor& w, const Grid& grid,
+                       GroupSpec spec) const = 0;  // U8 [rows, cols]
 };
 
 // Each weight to its nearest code, half to even (spec omniquant §2.4).

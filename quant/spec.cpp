@@ -33,9 +33,12 @@ QuantSpec QuantSpec::parse(std::string_view text) {
     spec.symmetric = true;
     rest = {};
   }
-  check(ok && rest.empty(), "quantisation setting \"{}\": wanted something like w4a16 or w3a16g64", text);
-  check(w >= 2 && w <= 8, "quantisation setting \"{}\": weights of {} bits, 2 to 8 wanted", text, w);
-  check(a >= 2 && a <= 16, "quantisation setting \"{}\": activations of {} bits, 4 to 16 wanted", text, a);
+  check(ok && rest.empty(), "quantisation setting \"{}\": wanted something like w4a16 or w3a16g64",
+        text);
+  check(w >= 2 && w <= 8, "quantisation setting \"{}\": weights of {} bits, 2 to 8 wanted", text,
+        w);
+  check(a >= 2 && a <= 16, "quantisation setting \"{}\": activations of {} bits, 4 to 16 wanted",
+        text, a);
   spec.wbits = static_cast<int>(w);
   spec.abits = static_cast<int>(a);
   spec.group_size = g;
@@ -46,8 +49,8 @@ QuantSpec QuantSpec::parse(std::string_view text) {
 void validate(const QuantSpec& s) {
   check(s.wbits >= 2 && s.wbits <= 8, "wbits = {}: 2 to 8 are supported", s.wbits);
   check(s.abits == 16, "abits = {}: only 16 (activations as they are) is supported", s.abits);
-  check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 20), "group size {}: 0 (per channel) or a positive number",
-        s.group_size);
+  check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 20),
+        "group size {}: 0 (per channel) or a positive number", s.group_size);
 }
 
 }  // namespace omq::quant

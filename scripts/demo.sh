@@ -9,7 +9,7 @@ bin=${1:-build/bin}
 model=tests/fixtures/tiny-llama
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-group=32 window=128 samples=32 epochs=10
+group=32 window=128 samples=64 epochs=20
 start=$SECONDS
 
 [ -d "$model" ] || { echo "demo: $model is missing from this tree" >&2; exit 1; }
@@ -34,19 +34,22 @@ for bits in 3 2; do
   done
 done
 
+size() { stat -c %s "$1/model.safetensors" | awk '{ printf "%.0f kB", $1 / 1e3 }'; }
 full=$(run ppl "$model")
 echo
-echo "Perplexity of held-out text (lower is better):"
-printf '  %-6s %10s %10s %10s\n' "" "full" "RTN" "OmniQuant"
+echo "Perplexity of held-out text (lower is better; the model in 16 bits: $(size "$model")):"
+printf '  %-6s %10s %10s %10s   %s\n' "" "full" "RTN" "OmniQuant" "packed"
 for bits in 3 2; do
   rtn=$(run ppl "$out/rtn-w$bits") omniquant=$(run ppl "$out/omniquant-w$bits")
-  printf '  %-6s %10s %10s %10s\n' "W$bits" "$full" "$rtn" "$omniquant"
+  printf '  %-6s %10s %10s %10s   %s\n' "W$bits" "$full" "$rtn" "$omniquant" \
+    "$(size "$out/omniquant-w$bits")"
 done
 
 prompt=$(head -c 400 "$model/test.txt" | tr '\n' ' ' | cut -d. -f1 | cut -d' ' -f1-4)
 echo
-echo "Written by the packed 3-bit model (omq-run generate, greedy), after \"$prompt\":"
-run "$bin/omq-run" generate -m "$out/omniquant-w3" -p "$prompt" -n 60 --temp 0 2>"$out/log"
+echo "Written by the packed 3-bit model (omq-run generate, greedy) after \"$prompt\":"
+printf '  %s' "$prompt"
+run "$bin/omq-run" generate -m "$out/omniquant-w3" -p "$prompt" -n 80 --temp 0 2>"$out/log"
 echo
 echo
 echo "Demo done in $((SECONDS - start)) s."

@@ -1,5 +1,6 @@
-// The CPU's memory table. Freed blocks of 64 KiB and more are kept for the next request of the same size: a calibration
-// step asks for the same few sizes again and again, and fresh pages from the kernel would cost more than the arithmetic.
+// The CPU's memory table. Freed blocks of 64 KiB and more are kept for the next request of the same
+// size: a calibration step asks for the same few sizes again and again, and fresh pages from the
+// kernel would cost more than the arithmetic.
 #include "tensor/device.h"
 
 #include <algorithm>
@@ -20,7 +21,7 @@ std::string to_string(Device d) {
 namespace {
 
 constexpr size_t kAlign = 64;
-constexpr size_t kReuseFrom = size_t{64} << 10;   // smaller blocks: malloc is fast enough
+constexpr size_t kReuseFrom = size_t{64} << 10;    // smaller blocks: malloc is fast enough
 constexpr size_t kReuseLimit = size_t{512} << 20;  // idle bytes kept at most
 
 struct BlockPool {
@@ -85,7 +86,8 @@ void cpu_free(void* block, size_t bytes, int) {
 
 void cpu_copy(void* dst, Device dst_device, const void* src, Device src_device, size_t bytes) {
   check(dst_device.type == DeviceType::CPU && src_device.type == DeviceType::CPU,
-        "copy: {} to {} needs the other device's table", to_string(src_device), to_string(dst_device));
+        "copy: {} to {} needs the other device's table", to_string(src_device),
+        to_string(dst_device));
   std::memcpy(dst, src, bytes);
 }
 
@@ -98,7 +100,8 @@ constexpr DeviceApi kCpuApi{cpu_alloc, cpu_free, cpu_copy, cpu_sync};
 const DeviceApi& device_api(Device d) {
   if (d.type == DeviceType::CPU) return kCpuApi;
   const DeviceApi* api = cuda_device_api();
-  check(api != nullptr, "device {} asked for, but this build has no CUDA back end; configure with --preset cuda",
+  check(api != nullptr,
+        "device {} asked for, but this build has no CUDA back end; configure with --preset cuda",
         to_string(d));
   return *api;
 }

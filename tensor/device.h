@@ -1,8 +1,9 @@
 // Device: where bytes live, and the table of functions that a device offers.
 //
-// A DeviceApi is a plain struct of function pointers (no virtual classes, no registry): device.cpp holds the CPU's,
-// cuda/device.cu the GPU's. A build without CUDA links cuda/absent.cpp, whose table pointer is null, and every attempt
-// to use such a device ends in one clear error. See kernels.h for the compute tables.
+// A DeviceApi is a plain struct of function pointers (no virtual classes, no registry): device.cpp
+// holds the CPU's, cuda/device.cu the GPU's. A build without CUDA links cuda/absent.cpp, whose
+// table pointer is null, and every attempt to use such a device ends in one clear error. See
+// kernels.h for the compute tables.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,8 @@ struct Device {
 // "cpu", "cuda:0".
 std::string to_string(Device d);
 
-// Memory functions of one device kind; sizes in bytes. alloc returns 64-byte aligned memory or throws Error.
+// Memory functions of one device kind; sizes in bytes. alloc returns 64-byte aligned memory or
+// throws Error.
 struct DeviceApi {
   void* (*alloc)(size_t bytes, int index);
   void (*free)(void* p, size_t bytes, int index);
@@ -33,7 +35,8 @@ struct DeviceApi {
 // Throws Error when this build has no back end for d.
 const DeviceApi& device_api(Device d);
 
-// The CUDA memory table, or null in a build without CUDA (defined in cuda/: device.cu or absent.cpp).
+// The CUDA memory table, or null in a build without CUDA (defined in cuda/: device.cu or
+// absent.cpp).
 const DeviceApi* cuda_device_api();
 
 // Bytes now and at most held by live CPU tensors; the peak can be set back to the present.

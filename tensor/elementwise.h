@@ -1,7 +1,8 @@
 // Every scalar function of the library with its derivative, on one page, for host and device.
 //
-// A row is a struct with fwd(x) and bwd(x, y), the derivative at x where y = fwd(x). Kernels, the op of autograd/ops.h,
-// its gradient test and its benchmark follow from the two lists at the end. T is float or double.
+// A row is a struct with fwd(x) and bwd(x, y), the derivative at x where y = fwd(x). Kernels, the
+// op of autograd/ops.h, its gradient test and its benchmark follow from the two lists at the end. T
+// is float or double.
 #pragma once
 
 #include <cmath>
@@ -92,27 +93,37 @@ enum class Binary : uint8_t {
 };
 
 // Calls f(functor) with the functor that u names.
-template <class F>
-void visit_unary(Unary u, F&& f) {
+template <class F> void visit_unary(Unary u, F&& f) {
   switch (u.kind) {
-    case UnaryKind::Affine: return f(fn::Affine{u.a, u.b});
-    case UnaryKind::Clamp: return f(fn::Clamp{u.a, u.b});
-    case UnaryKind::Exp: return f(fn::Exp{});
-    case UnaryKind::Log: return f(fn::Log{});
-    case UnaryKind::Sqrt: return f(fn::Sqrt{});
-    case UnaryKind::Square: return f(fn::Square{});
-    case UnaryKind::Abs: return f(fn::Abs{});
-    case UnaryKind::Sigmoid: return f(fn::Sigmoid{});
-    case UnaryKind::Silu: return f(fn::Silu{});
-    case UnaryKind::Round: return f(fn::Round{});
-    case UnaryKind::RoundSte: return f(fn::RoundSte{});
+    case UnaryKind::Affine:
+      return f(fn::Affine{u.a, u.b});
+    case UnaryKind::Clamp:
+      return f(fn::Clamp{u.a, u.b});
+    case UnaryKind::Exp:
+      return f(fn::Exp{});
+    case UnaryKind::Log:
+      return f(fn::Log{});
+    case UnaryKind::Sqrt:
+      return f(fn::Sqrt{});
+    case UnaryKind::Square:
+      return f(fn::Square{});
+    case UnaryKind::Abs:
+      return f(fn::Abs{});
+    case UnaryKind::Sigmoid:
+      return f(fn::Sigmoid{});
+    case UnaryKind::Silu:
+      return f(fn::Silu{});
+    case UnaryKind::Round:
+      return f(fn::Round{});
+    case UnaryKind::RoundSte:
+      return f(fn::RoundSte{});
   }
 }
-template <class F>
-void visit_binary(Binary b, F&& f) {
+template <class F> void visit_binary(Binary b, F&& f) {
   switch (b) {
 #define OMQ_ROW(name, functor) \
-  case Binary::functor: return f(fn::functor{});
+  case Binary::functor:        \
+    return f(fn::functor{});
     OMQ_BINARY_LIST(OMQ_ROW)
 #undef OMQ_ROW
   }

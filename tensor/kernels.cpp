@@ -26,9 +26,9 @@ const PackedKernels& cpu_packed_kernels() {
 }
 
 namespace {
-template <class Table>
-const Table& present(const Table* table, const Tensor& x) {
-  check(table != nullptr, "tensor is on {} but this build has no CUDA back end; configure with --preset cuda",
+template <class Table> const Table& present(const Table* table, const Tensor& x) {
+  check(table != nullptr,
+        "tensor is on {} but this build has no CUDA back end; configure with --preset cuda",
         to_string(x.device()));
   return *table;
 }
@@ -41,7 +41,8 @@ const DenseKernels& on(const Tensor& x) {
 
 const PackedKernels& packed_on(const Tensor& x) {
   check(x.defined(), "kernel: undefined tensor");
-  return x.device().type == DeviceType::CPU ? cpu_packed_kernels() : present(cuda_packed_kernels(), x);
+  return x.device().type == DeviceType::CPU ? cpu_packed_kernels()
+                                            : present(cuda_packed_kernels(), x);
 }
 
 }  // namespace omq

@@ -1,5 +1,6 @@
-// The kernel tables that kernels.def generates: one struct of function pointers for the dense kernels, one for the
-// packed ones, a declaration of every cpu:: and cuda:: function, and on(x), which finds the table of x's device.
+// The kernel tables that kernels.def generates: one struct of function pointers for the dense
+// kernels, one for the packed ones, a declaration of every cpu:: and cuda:: function, and on(x),
+// which finds the table of x's device.
 //
 // A kernel that is listed but not written is a link error that names it.
 #pragma once
@@ -10,8 +11,9 @@
 
 namespace omq {
 
-// Causal attention over T queries and S ≥ T keys: query t sees keys 0 … S − T + t. q, y [B,T,H,d]; k, v [B,S,K,d], any
-// strides with a contiguous last dim; lse [B,H,T]; H is a multiple of K (grouped queries share a key/value head).
+// Causal attention over T queries and S ≥ T keys: query t sees keys 0 … S − T + t. q, y [B,T,H,d];
+// k, v [B,S,K,d], any strides with a contiguous last dim; lse [B,H,T]; H is a multiple of K
+// (grouped queries share a key/value head).
 struct AttentionSpec {
   double scale = 1.0;  // usually 1/√d
   bool causal = true;

@@ -1,7 +1,7 @@
 // Numbers: 16-bit float types, type dispatch, rounding, and the fast exp that CPU and CUDA share.
 //
-// bf16 and f16 are storage types: they convert to float, arithmetic happens there. Conversions round half to even, as
-// does every rounding in the library (rint, never std::round).
+// bf16 and f16 are storage types: they convert to float, arithmetic happens there. Conversions
+// round half to even, as does every rounding in the library (rint, never std::round).
 #pragma once
 
 #include <bit>
@@ -74,31 +74,37 @@ inline float round_even(float x) { return std::nearbyintf(x); }
 inline double round_even(double x) { return std::nearbyint(x); }
 
 // Calls f.template operator()<T>() with the C++ type of t.
-template <class F>
-decltype(auto) visit_dtype(DType t, F&& f) {
+template <class F> decltype(auto) visit_dtype(DType t, F&& f) {
   switch (t) {
-    case DType::F64: return f.template operator()<double>();
-    case DType::F32: return f.template operator()<float>();
-    case DType::BF16: return f.template operator()<bf16_t>();
-    case DType::F16: return f.template operator()<f16_t>();
-    case DType::I32: return f.template operator()<int32_t>();
-    case DType::I8: return f.template operator()<int8_t>();
-    case DType::U8: return f.template operator()<uint8_t>();
+    case DType::F64:
+      return f.template operator()<double>();
+    case DType::F32:
+      return f.template operator()<float>();
+    case DType::BF16:
+      return f.template operator()<bf16_t>();
+    case DType::F16:
+      return f.template operator()<f16_t>();
+    case DType::I32:
+      return f.template operator()<int32_t>();
+    case DType::I8:
+      return f.template operator()<int8_t>();
+    case DType::U8:
+      return f.template operator()<uint8_t>();
   }
   fail("unknown dtype {}", static_cast<int>(t));
 }
 
 // The compute types only: F32, and F64 for gradient checks. `op` names the caller in the error.
-template <class F>
-decltype(auto) visit_float(const char* op, DType t, F&& f) {
+template <class F> decltype(auto) visit_float(const char* op, DType t, F&& f) {
   if (t == DType::F64) return f.template operator()<double>();
   check(t == DType::F32, "{}: computes in F32 (or F64), got {}; convert with to()", op,
         dtype_name(t));
   return f.template operator()<float>();
 }
 
-// eˣ in F32: 2ⁿ · p(r), |relative error| < 2e-7 over the whole range; a straight-line polynomial, so loops over it
-// vectorise (libm's call costs about five times as much). Inputs below −87.3 give 0.
+// eˣ in F32: 2ⁿ · p(r), |relative error| < 2e-7 over the whole range; a straight-line polynomial,
+// so loops over it vectorise (libm's call costs about five times as much). Inputs below −87.3 give
+// 0.
 OMQ_HD inline float exp_fast(float x) {
   const float clamped = x > 88.72f ? 88.72f : x;
   const float n = std::nearbyint(clamped * 1.44269504088896341f);

@@ -1,23 +1,30 @@
 // PackedInt: how low-bit weights lie in memory and in files ("panel16", kernels spec §2).
 //
-// A matrix W [rows, cols] is cut into panels of 16 rows, a panel into blocks of one group of columns (the last group of
-// a row may be short). A panel is one sequential run of bytes: block 0, block 1, …; the file holds the panels in order.
+// A matrix W [rows, cols] is cut into panels of 16 rows, a panel into blocks of one group of
+// columns (the last group of a row may be short). A panel is one sequential run of bytes: block 0,
+// block 1, …; the file holds the panels in order.
 //
-//   block = codes of 16 rows × n columns, then 16 f16 scales, then (asymmetric only) 16 f16 zero points
+//   block = codes of 16 rows × n columns, then 16 f16 scales, then (asymmetric only) 16 f16 zero
+//   points
 //
-//   n is the group's column count rounded up to a multiple of `column_step(bits)`; the surplus holds code = zero point.
-//   Rows past the end of the matrix hold code 0 with scale 0.   w = scale · (code − zero)
+//   n is the group's column count rounded up to a multiple of `column_step(bits)`; the surplus
+//   holds code = zero point. Rows past the end of the matrix hold code 0 with scale 0.   w = scale
+//   · (code − zero)
 //
-//   codes, by width; r = row in the panel (0…15), byte index within one 64-byte vector is 4r + j, j = 0…3:
+//   codes, by width; r = row in the panel (0…15), byte index within one 64-byte vector is 4r + j, j
+//   = 0…3:
 //     8 bits  vector v: columns 4v + j
 //     4 bits  vector v: columns 8v + j (low nibble), 8v + 4 + j (high nibble)
 //     2 bits  vector v: columns 16v + 4s + j in bits 2s, 2s+1   (s = 0…3)
-//     3 bits  the low two bits as the 2-bit plane above for all n columns, then the high bits: one 64-bit word per 4
+//     3 bits  the low two bits as the 2-bit plane above for all n columns, then the high bits: one
+//     64-bit word per 4
 //             columns, word u: bit 4r + j is bit 2 of the code of column 4u + j
 //
-//   so a 64-byte vector is 16 rows × 4 consecutive columns once unpacked: the operand order of VNNI's dot product.
+//   so a 64-byte vector is 16 rows × 4 consecutive columns once unpacked: the operand order of
+//   VNNI's dot product.
 //
-// Zero points are whole numbers in [0, 2ᵇ−1], exact in f16. Symmetric matrices store none: their zero is 2ᵇ⁻¹.
+// Zero points are whole numbers in [0, 2ᵇ−1], exact in f16. Symmetric matrices store none: their
+// zero is 2ᵇ⁻¹.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +37,11 @@ inline constexpr int64_t kPanelRows = 16;
 
 // Quantisation grid of a weight matrix: what the codes mean. group_size 0 = one group per row.
 struct GroupSpec {
-  int bits = 4;            // 2…8
-  int64_t group_size = 0;  // columns that share a scale; 0 = the whole row
-  bool symmetric = false;  // zero fixed at 2ᵇ⁻¹
-  bool include_zero = true;  // ranges are widened to hold 0, so that zero points are codes; false: as the official code
+  int bits = 4;              // 2…8
+  int64_t group_size = 0;    // columns that share a scale; 0 = the whole row
+  bool symmetric = false;    // zero fixed at 2ᵇ⁻¹
+  bool include_zero = true;  // ranges are widened to hold 0, so that zero points are codes; false:
+                             // as the official code
   int64_t group_cols(int64_t cols) const { return group_size > 0 ? group_size : cols; }
   int64_t groups(int64_t cols) const { return (cols + group_cols(cols) - 1) / group_cols(cols); }
   int max_code() const { return (1 << bits) - 1; }
@@ -75,7 +83,8 @@ struct PackedInt {
 // Codes of 5, 6 and 7 bits are stored as 8.
 inline int stored_bits(int bits) { return bits > 4 ? 8 : bits; }
 
-// The form in which codes of spec s are stored: where the width grows, the zero points are written out.
+// The form in which codes of spec s are stored: where the width grows, the zero points are written
+// out.
 inline GroupSpec stored_spec(GroupSpec s) {
   const int bits = stored_bits(s.bits);
   s.symmetric = s.symmetric && bits == s.bits;
@@ -83,9 +92,9 @@ inline GroupSpec stored_spec(GroupSpec s) {
   return s;
 }
 
-// Packs codes U8 [rows, cols] with grids scale and zero F32 [rows, groups] (zero ignored when symmetric). Scales must
-// already be f16 values and zeros whole numbers in the code range: packing never rounds. CPU only. Throws Error when a
-// code, scale or zero does not fit.
+// Packs codes U8 [rows, cols] with grids scale and zero F32 [rows, groups] (zero ignored when
+// symmetric). Scales must already be f16 values and zeros whole numbers in the code range: packing
+// never rounds. CPU only. Throws Error when a code, scale or zero does not fit.
 PackedInt pack_codes(const Tensor& codes, const Tensor& scale, const Tensor& zero, GroupSpec spec);
 
 struct Unpacked {

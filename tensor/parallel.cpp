@@ -1,5 +1,5 @@
-// The thread pool behind parallel_for. One job at a time; chunks are dealt by an atomic counter, which decides only who
-// runs a chunk, never what the chunk is.
+// The thread pool behind parallel_for. One job at a time; chunks are dealt by an atomic counter,
+// which decides only who runs a chunk, never what the chunk is.
 #include "tensor/parallel.h"
 
 #include <pthread.h>
@@ -120,7 +120,9 @@ class Pool {
   void loop(uint64_t seen) {
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + kSpin;
-      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) relax();
+      while (generation_.load(std::memory_order_acquire) == seen &&
+             std::chrono::steady_clock::now() < until)
+        relax();
       if (generation_.load(std::memory_order_acquire) == seen) {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });

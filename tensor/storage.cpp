@@ -22,7 +22,8 @@ std::shared_ptr<Storage> Storage::allocate(size_t bytes, Device device) {
   return s;
 }
 
-std::shared_ptr<Storage> Storage::map(const std::filesystem::path& file, size_t offset, size_t bytes) {
+std::shared_ptr<Storage> Storage::map(const std::filesystem::path& file, size_t offset,
+                                      size_t bytes) {
   const int fd = ::open(file.c_str(), O_RDONLY | O_CLOEXEC);
   check(fd >= 0, "{}: cannot open: {}", file.string(), std::strerror(errno));
   struct stat info {};
@@ -32,7 +33,8 @@ std::shared_ptr<Storage> Storage::map(const std::filesystem::path& file, size_t 
   if (!regular || offset > size || bytes > size - offset) {
     ::close(fd);
     check(regular, "{}: not a regular file", file.string());
-    fail("{}: truncated: {} bytes at offset {} wanted, the file has {}", file.string(), bytes, offset, size);
+    fail("{}: truncated: {} bytes at offset {} wanted, the file has {}", file.string(), bytes,
+         offset, size);
   }
   std::shared_ptr<Storage> s(new Storage);
   s->bytes_ = bytes;
@@ -46,7 +48,8 @@ std::shared_ptr<Storage> Storage::map(const std::filesystem::path& file, size_t 
   void* base = ::mmap(nullptr, length, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(start));
   const int error = errno;
   ::close(fd);
-  check(base != MAP_FAILED, "{}: cannot map {} bytes: {}", file.string(), bytes, std::strerror(error));
+  check(base != MAP_FAILED, "{}: cannot map {} bytes: {}", file.string(), bytes,
+        std::strerror(error));
   s->keep_alive_ = std::shared_ptr<void>(base, [length](void* p) { ::munmap(p, length); });
   s->data_ = static_cast<char*>(base) + (offset - start);
   return s;

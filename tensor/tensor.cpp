@@ -68,7 +68,8 @@ int64_t checked_count(const char* op, const Shape& shape) {
   int64_t count = 1;
   for (int i = 0; i < shape.n; ++i) {
     check(shape[i] >= 0, "{}: negative size in {}", op, shape);
-    check(shape[i] == 0 || count <= (int64_t{1} << 46) / shape[i], "{}: {} is too large", op, shape);
+    check(shape[i] == 0 || count <= (int64_t{1} << 46) / shape[i], "{}: {} is too large", op,
+          shape);
     count *= shape[i];
   }
   return count;
@@ -91,21 +92,25 @@ Tensor Tensor::full(Shape shape, double value, DType dtype, Device device) {
   return t;
 }
 
-Tensor Tensor::zeros(Shape shape, DType dtype, Device device) { return full(shape, 0.0, dtype, device); }
+Tensor Tensor::zeros(Shape shape, DType dtype, Device device) {
+  return full(shape, 0.0, dtype, device);
+}
 
-template <class T>
-Tensor Tensor::from(std::span<const T> values, Shape shape, Device device) {
-  check(static_cast<int64_t>(values.size()) == shape.product(), "from: {} values for shape {}", values.size(), shape);
+template <class T> Tensor Tensor::from(std::span<const T> values, Shape shape, Device device) {
+  check(static_cast<int64_t>(values.size()) == shape.product(), "from: {} values for shape {}",
+        values.size(), shape);
   Tensor t = empty(shape, dtype_of<T>(), device);
-  if (!values.empty()) device_api(device).copy(t.raw(), device, values.data(), Device{}, values.size_bytes());
+  if (!values.empty())
+    device_api(device).copy(t.raw(), device, values.data(), Device{}, values.size_bytes());
   return t;
 }
 
-Tensor Tensor::view(std::shared_ptr<Storage> storage, size_t byte_offset, Shape shape, DType dtype) {
+Tensor Tensor::view(std::shared_ptr<Storage> storage, size_t byte_offset, Shape shape,
+                    DType dtype) {
   const size_t bytes = static_cast<size_t>(checked_count("view", shape)) * dtype_size(dtype);
   check(byte_offset <= storage->bytes() && bytes <= storage->bytes() - byte_offset,
-        "view: shape {} of {} at byte {} does not fit in {} bytes", shape, dtype_name(dtype), byte_offset,
-        storage->bytes());
+        "view: shape {} of {} at byte {} does not fit in {} bytes", shape, dtype_name(dtype),
+        byte_offset, storage->bytes());
   Tensor t;
   t.storage_ = std::move(storage);
   t.byte_base_ = byte_offset;
@@ -137,34 +142,37 @@ bool Tensor::is_contiguous() const {
 
 void* Tensor::raw() const {
   check(defined(), "tensor: undefined");
-  return static_cast<char*>(storage_->data()) + byte_base_ + static_cast<size_t>(offset_) * dtype_size(dtype_);
+  return static_cast<char*>(storage_->data()) + byte_base_ +
+         static_cast<size_t>(offset_) * dtype_size(dtype_);
 }
 
-template <class T>
-T* Tensor::data() const {
-  check(dtype_ == dtype_of<T>(), "tensor: holds {}, asked for {}", dtype_name(dtype_), dtype_name(dtype_of<T>()));
+template <class T> T* Tensor::data() const {
+  check(dtype_ == dtype_of<T>(), "tensor: holds {}, asked for {}", dtype_name(dtype_),
+        dtype_name(dtype_of<T>()));
   return static_cast<T*>(raw());
 }
 
-template <class T>
-T Tensor::item() const {
+template <class T> T Tensor::item() const {
   check(numel() == 1, "item: shape {} has {} elements", shape_, numel());
-  check(dtype_ == dtype_of<T>(), "item: holds {}, asked for {}", dtype_name(dtype_), dtype_name(dtype_of<T>()));
+  check(dtype_ == dtype_of<T>(), "item: holds {}, asked for {}", dtype_name(dtype_),
+        dtype_name(dtype_of<T>()));
   T value;
   device_api(device()).copy(&value, Device{}, raw(), device(), sizeof(T));
   return value;
 }
 
-template <class T>
-std::vector<T> Tensor::to_vector() const {
+template <class T> std::vector<T> Tensor::to_vector() const {
   Tensor t = *this;
   if (!is_contiguous()) {
     t = empty(shape_, dtype_, device());
     on(t).copy(t, *this);
   }
   std::vector<T> values(static_cast<size_t>(numel()));
-  check(dtype_ == dtype_of<T>(), "to_vector: holds {}, asked for {}", dtype_name(dtype_), dtype_name(dtype_of<T>()));
-  if (!values.empty()) device_api(device()).copy(values.data(), Device{}, t.raw(), device(), values.size() * sizeof(T));
+  check(dtype_ == dtype_of<T>(), "to_vector: holds {}, asked for {}", dtype_name(dtype_),
+        dtype_name(dtype_of<T>()));
+  if (!values.empty())
+    device_api(device()).copy(values.data(), Device{}, t.raw(), device(),
+                              values.size() * sizeof(T));
   return values;
 }
 
@@ -177,8 +185,8 @@ Tensor Tensor::alias(Shape shape, Strides strides, int64_t offset) const {
     (strides[i] >= 0 ? high : low) += (shape[i] - 1) * strides[i];
   }
   const int64_t room = static_cast<int64_t>((storage_->bytes() - byte_base_) / dtype_size(dtype_));
-  check(shape.product() == 0 || (low >= 0 && high < room), "alias: shape {} with strides {} leaves its storage of {}",
-        shape, strides, room);
+  check(shape.product() == 0 || (low >= 0 && high < room),
+        "alias: shape {} with strides {} leaves its storage of {}", shape, strides, room);
   Tensor t = detach();
   t.shape_ = shape;
   t.strides_ = strides;
@@ -194,10 +202,10 @@ Tensor Tensor::detach() const {
 
 Tensor empty_like(const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); }
 
-#define OMQ_INSTANTIATE(T)                                                 \
-  template T* Tensor::data<T>() const;                                     \
-  template T Tensor::item<T>() const;                                      \
-  template std::vector<T> Tensor::to_vector<T>() const;                    \
+#define OMQ_INSTANTIATE(T)                              \
+  template T* Tensor::data<T>() const;                  \
+  template T Tensor::item<T>() const;                   \
+  template std::vector<T> Tensor::to_vector<T>() const; \
   template Tensor Tensor::from<T>(std::span<const T>, Shape, Device);
 OMQ_INSTANTIATE(double)
 OMQ_INSTANTIATE(float)

@@ -1,8 +1,8 @@
 // Tensor: a typed, strided view of a Storage. The one value type of the library.
 //
-// A Tensor is a handle: copying it shares the Storage. It has no math methods (formulas are free functions in
-// autograd/ops.h), never converts types or moves between devices by itself, and carries one opaque pointer that
-// autograd/ owns. Sizes and strides count elements.
+// A Tensor is a handle: copying it shares the Storage. It has no math methods (formulas are free
+// functions in autograd/ops.h), never converts types or moves between devices by itself, and
+// carries one opaque pointer that autograd/ owns. Sizes and strides count elements.
 #pragma once
 
 #include <array>
@@ -24,9 +24,9 @@ struct GradNode;  // defined in autograd/node.h
 // F64 exists for gradient checks only, on the CPU.
 enum class DType : uint8_t { F64, F32, BF16, F16, I32, I8, U8 };
 
-size_t dtype_size(DType t);            // bytes of one element
-const char* dtype_name(DType t);       // "F32"; the names that safetensors uses
-template <class T> DType dtype_of();   // double → F64 … uint8_t → U8; bf16_t, f16_t of numeric.h
+size_t dtype_size(DType t);           // bytes of one element
+const char* dtype_name(DType t);      // "F32"; the names that safetensors uses
+template <class T> DType dtype_of();  // double → F64 … uint8_t → U8; bf16_t, f16_t of numeric.h
 
 // Up to six sizes or strides; trivially copyable, so that kernels take it by value.
 struct Dims {
@@ -64,8 +64,10 @@ class Tensor {
   static Tensor from(std::initializer_list<T> values, Shape shape, Device device = {}) {
     return from(std::span<const T>(values.begin(), values.size()), shape, device);
   }
-  // A view of bytes that start at byte_offset of storage. Throws Error when it would reach past the end.
-  static Tensor view(std::shared_ptr<Storage> storage, size_t byte_offset, Shape shape, DType dtype);
+  // A view of bytes that start at byte_offset of storage. Throws Error when it would reach past the
+  // end.
+  static Tensor view(std::shared_ptr<Storage> storage, size_t byte_offset, Shape shape,
+                     DType dtype);
 
   bool defined() const { return storage_ != nullptr; }
   const Shape& shape() const { return shape_; }
@@ -84,12 +86,13 @@ class Tensor {
   template <class T> T* data() const;
   void* raw() const;
 
-  // The only element of a one-element tensor, on the host. The one call that synchronises with a device.
+  // The only element of a one-element tensor, on the host. The one call that synchronises with a
+  // device.
   template <class T> T item() const;
   template <class T> std::vector<T> to_vector() const;  // host copy in row-major order
 
-  // A raw view without history; offset in elements from this view's first element. Throws Error when it would leave
-  // the Storage. (ops::… views are the differentiable ones.)
+  // A raw view without history; offset in elements from this view's first element. Throws Error
+  // when it would leave the Storage. (ops::… views are the differentiable ones.)
   Tensor alias(Shape shape, Strides strides, int64_t offset = 0) const;
   // The same view without history.
   Tensor detach() const;
@@ -112,10 +115,8 @@ Tensor empty_like(const Tensor& x);
 
 }  // namespace omq
 
-template <>
-struct fmt::formatter<omq::Dims> : fmt::formatter<std::string> {
-  template <class C>
-  auto format(const omq::Dims& d, C& c) const {
+template <> struct fmt::formatter<omq::Dims> : fmt::formatter<std::string> {
+  template <class C> auto format(const omq::Dims& d, C& c) const {
     return fmt::formatter<std::string>::format(omq::to_string(d), c);
   }
 };

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kN = 624, kM = 397;
 
-CalibrationWindows finish(std::vector<int32_t> ids, int64_t count, int64_t length, std::string description) {
+CalibrationWindows finish(std::vector<int32_t> ids, int64_t count, int64_t length,
+                          std::string description) {
   CalibrationWindows w;
   w.hash = sha256(std::as_bytes(std::span(ids)));
   w.ids = Tensor::from<int32_t>(ids, {count, length});
@@ -43,7 +44,8 @@ PythonRandom::PythonRandom(uint32_t seed) {
     if (++i >= kN) state_[0] = state_[kN - 1], i = 1;
   }
   for (int k = 0; k < kN - 1; ++k) {
-    state_[i] = (state_[i] ^ ((state_[i - 1] ^ (state_[i - 1] >> 30)) * 1566083941u)) - static_cast<uint32_t>(i);
+    state_[i] = (state_[i] ^ ((state_[i - 1] ^ (state_[i - 1] >> 30)) * 1566083941u)) -
+                static_cast<uint32_t>(i);
     if (++i >= kN) state_[0] = state_[kN - 1], i = 1;
   }
   state_[0] = 0x80000000u;
@@ -73,8 +75,9 @@ int64_t PythonRandom::randint(int64_t a, int64_t b) {
   return a + r;
 }
 
-CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& files, const Tokenizer& tokenizer,
-                                     int64_t count, int64_t length, uint32_t seed) {
+CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& files,
+                                     const Tokenizer& tokenizer, int64_t count, int64_t length,
+                                     uint32_t seed) {
   std::string text, names;
   for (const auto& file : files) {
     if (!text.empty()) text += "\n\n";
@@ -83,8 +86,9 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
   }
   const std::vector<int32_t> tokens = tokenizer.encode(text);
   const auto total = static_cast<int64_t>(tokens.size());
-  check(total > length, "{}: {} tokens, one calibration window needs {}; give more text or a smaller --seqlen", names,
-        total, length + 1);
+  check(total > length,
+        "{}: {} tokens, one calibration window needs {}; give more text or a smaller --seqlen",
+        names, total, length + 1);
   PythonRandom random(seed);
   std::vector<int32_t> ids;
   ids.reserve(static_cast<size_t>(count * length));
@@ -93,10 +97,12 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
     ids.insert(ids.end(), tokens.begin() + start, tokens.begin() + start + length);
   }
   return finish(std::move(ids), count, length,
-                fmt::format("{} windows of {} tokens out of {} tokens of {}, seed {}", count, length, total, names, seed));
+                fmt::format("{} windows of {} tokens out of {} tokens of {}, seed {}", count,
+                            length, total, names, seed));
 }
 
-CalibrationWindows windows_from_ids(const std::filesystem::path& jsonl, int64_t vocab, int64_t count) {
+CalibrationWindows windows_from_ids(const std::filesystem::path& jsonl, int64_t vocab,
+                                    int64_t count) {
   std::ifstream in(jsonl);
   check(in.good() && std::filesystem::is_regular_file(jsonl), "{}: cannot be read", jsonl.string());
   std::vector<int32_t> ids;
@@ -107,8 +113,8 @@ CalibrationWindows windows_from_ids(const std::filesystem::path& jsonl, int64_t 
     const auto row = nlohmann::json::parse(line, nullptr, false);
     check(row.is_array(), "{}:{}: not a JSON array of token ids", jsonl.string(), number);
     if (windows == 0) length = static_cast<int64_t>(row.size());
-    check(length >= 2 && static_cast<int64_t>(row.size()) == length, "{}:{}: {} ids, the first window has {}",
-          jsonl.string(), number, row.size(), length);
+    check(length >= 2 && static_cast<int64_t>(row.size()) == length,
+          "{}:{}: {} ids, the first window has {}", jsonl.string(), number, row.size(), length);
     for (const auto& id : row) {
       check(id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() < vocab,
             "{}:{}: {} is not a token id below {}", jsonl.string(), number, id.dump(), vocab);

@@ -76,16 +76,18 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 
 [[noreturn]] void unknown_argument(const CLI::App& app, const std::vector<std::string>& left,
                                    const Aliases& aliases) {
-  const auto option = std::find_if(left.begin(), left.end(), [](const std::string& s) { return s.starts_with("-"); });
+  const auto option = std::find_if(left.begin(), left.end(),
+                                   [](const std::string& s) { return s.starts_with("-"); });
   if (option == left.end())
-    throw UsageError(fmt::format("unexpected argument \"{}\"; {} --help lists what there is", left.front(),
-                                 app.get_name()));
+    throw UsageError(fmt::format("unexpected argument \"{}\"; {} --help lists what there is",
+                                 left.front(), app.get_name()));
   std::vector<std::string> names = option_names(app);
   for (const auto& [alias, name] : aliases) names.push_back(alias);
   const std::string name = option->substr(0, option->find('='));
   const std::optional<std::string> guess = nearest(name, names);
   throw UsageError(fmt::format("unknown option {}{}; {} --help lists all", name,
-                               guess ? fmt::format(", did you mean {}?", *guess) : "", app.get_name()));
+                               guess ? fmt::format(", did you mean {}?", *guess) : "",
+                               app.get_name()));
 }
 
 uint64_t proc_kilobytes(const char* file, std::string_view key) {
@@ -97,12 +99,15 @@ uint64_t proc_kilobytes(const char* file, std::string_view key) {
 
 }  // namespace
 
-int run_program(std::string_view program, int argc, char** argv, const std::function<int(Args)>& body) {
+int run_program(std::string_view program, int argc, char** argv,
+                const std::function<int(Args)>& body) {
   std::signal(SIGPIPE, SIG_DFL);
-  std::signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is an error of write(), with a message
+  std::signal(SIGXFSZ,
+              SIG_IGN);  // a file that grows too large is an error of write(), with a message
   try {
     const int code = body(Args(argv + std::min(argc, 1), argv + argc));
-    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) fail("cannot write to standard output");
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+      fail("cannot write to standard output");
     return code;
   } catch (const UsageError& e) {
     fmt::print(stderr, "{}: {}\n", program, e.what());
@@ -127,7 +132,8 @@ bool parse(CLI::App& app, const Args& args, const Aliases& aliases) {
   } catch (const CLI::ExtrasError&) {
     unknown_argument(app, app.remaining(true), aliases);
   } catch (const CLI::ParseError& e) {
-    // A misspelt option can leave its value where a required argument was looked for; name the cause first.
+    // A misspelt option can leave its value where a required argument was looked for; name the
+    // cause first.
     for (const std::string& left : app.remaining(true))
       if (left.starts_with("-")) unknown_argument(app, {left}, aliases);
     throw UsageError(fmt::format("{}; {} --help says more", e.what(), app.get_name()));
@@ -156,15 +162,17 @@ std::optional<std::string> nearest(std::string_view word, std::span<const std::s
   return best;
 }
 
-std::vector<int64_t> parse_int_list(std::string_view text, std::string_view option, int64_t lowest) {
+std::vector<int64_t> parse_int_list(std::string_view text, std::string_view option,
+                                    int64_t lowest) {
   std::vector<int64_t> values;
   for (size_t at = 0; at <= text.size();) {
     const size_t end = std::min(text.find(',', at), text.size());
     int64_t value = 0;
     const auto [stop, error] = std::from_chars(text.data() + at, text.data() + end, value);
     if (error != std::errc{} || stop != text.data() + end || value < lowest)
-      throw UsageError(fmt::format("{}: \"{}\" is not a list of whole numbers from {} on, such as 1,2", option, text,
-                                   lowest));
+      throw UsageError(
+          fmt::format("{}: \"{}\" is not a list of whole numbers from {} on, such as 1,2", option,
+                      text, lowest));
     values.push_back(value);
     at = end + 1;
   }
@@ -205,7 +213,8 @@ std::string cpu_name() {
 }
 
 std::string version_text(std::string_view program) {
-  return fmt::format("{} {} ({}, packed kernels {}, matrix products {}, CUDA {})\n", program, OMQ_VERSION,
+  return fmt::format("{} {} ({}, packed kernels {}, matrix products {}, CUDA {})\n", program,
+                     OMQ_VERSION,
 #if defined(__clang__)
                      "clang " __clang_version__,
 #else
@@ -251,7 +260,9 @@ void Progress::update(int64_t done, std::string_view note) {
   if (!note.empty()) line += fmt::format("  {}", note);
   if (terminal_) {
     winsize window{};
-    const size_t width = ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 ? window.ws_col - 1u : 79u;
+    const size_t width = ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1
+                             ? window.ws_col - 1u
+                             : 79u;
     fmt::print(stderr, "\r\x1b[K{}", std::string_view(line).substr(0, width));
     std::fflush(stderr);
     drawn_ = true;

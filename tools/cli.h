@@ -1,7 +1,8 @@
-// Manners that all our programs share: how they read options, fail, show progress, and write numbers.
+// Manners that all our programs share: how they read options, fail, show progress, and write
+// numbers.
 //
-// Results go to stdout and nothing else does; everything said about the work goes to stderr. Exit codes: 0 done,
-// 1 failed, 2 wrong usage. Option names may be written with '-' or '_' inside.
+// Results go to stdout and nothing else does; everything said about the work goes to stderr. Exit
+// codes: 0 done, 1 failed, 2 wrong usage. Option names may be written with '-' or '_' inside.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -29,22 +30,25 @@ class UsageError : public Error {
   using Error::Error;
 };
 
-// Runs body and returns its exit code; an exception becomes one line "PROGRAM: message" on stderr and code 1 or 2.
-// A reader that closes our stdout (| head) ends the program quietly.
-int run_program(std::string_view program, int argc, char** argv, const std::function<int(Args)>& body);
+// Runs body and returns its exit code; an exception becomes one line "PROGRAM: message" on stderr
+// and code 1 or 2. A reader that closes our stdout (| head) ends the program quietly.
+int run_program(std::string_view program, int argc, char** argv,
+                const std::function<int(Args)>& body);
 
 // Options of one dash and several letters, which CLI11 does not know: {"-ngl", "--gpu-layers"}.
 using Aliases = std::vector<std::pair<std::string, std::string>>;
 
-// Parses args into the variables that app's options are bound to. False when help was printed instead. Throws
-// UsageError that names the option, and for an unknown one the nearest that there is.
+// Parses args into the variables that app's options are bound to. False when help was printed
+// instead. Throws UsageError that names the option, and for an unknown one the nearest that there
+// is.
 bool parse(CLI::App& app, const Args& args, const Aliases& aliases = {});
 
-// Of `candidates` the one that `word` most probably meant; none when all are far off. Dashes at the front and
-// the difference between '-' and '_' do not count.
+// Of `candidates` the one that `word` most probably meant; none when all are far off. Dashes at the
+// front and the difference between '-' and '_' do not count.
 std::optional<std::string> nearest(std::string_view word, std::span<const std::string> candidates);
 
-// Parts of a list "1,2,4". Throws UsageError naming `option` on anything but whole numbers ≥ lowest.
+// Parts of a list "1,2,4". Throws UsageError naming `option` on anything but whole numbers ≥
+// lowest.
 std::vector<int64_t> parse_int_list(std::string_view text, std::string_view option, int64_t lowest);
 
 bool is_terminal(std::FILE* stream);
@@ -53,7 +57,8 @@ std::string human_bytes(double bytes);
 // "12.3 s", "4:02", "1:02:03".
 std::string human_seconds(double seconds);
 
-// Highest resident memory of this process so far, and memory that can still be had; bytes, 0 when unknown.
+// Highest resident memory of this process so far, and memory that can still be had; bytes, 0 when
+// unknown.
 uint64_t peak_memory_bytes();
 uint64_t available_memory_bytes();
 // "Intel(R) Xeon(R) …" or "unknown CPU".
@@ -62,8 +67,8 @@ std::string cpu_name();
 // "omq-run 0.1.0 (…)": compiler, instruction set of the packed kernels, matrix products, CUDA.
 std::string version_text(std::string_view program);
 
-// One stage of work. On a terminal a line that is redrawn with percentage and remaining time; in a pipe one line at
-// the end, and a sign of life every half minute.
+// One stage of work. On a terminal a line that is redrawn with percentage and remaining time; in a
+// pipe one line at the end, and a sign of life every half minute.
 class Progress {
  public:
   // total: units of work, 0 when unknown. quiet: says nothing at all.

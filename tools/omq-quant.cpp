@@ -1,6 +1,7 @@
 // omq-quant: from a checkpoint to a folder of packed weights.
 //
-//   open checkpoint (mmap) → tokens → embed → for each block { load → calibrate → pack → write → free } → report
+//   open checkpoint (mmap) → tokens → embed → for each block { load → calibrate → pack → write →
+//   free } → report
 //
 // stdout carries the results asked for with --eval; everything about the work goes to stderr.
 #include <chrono>
@@ -26,22 +27,28 @@ namespace {
 using nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& reader, const quant::Recipe& recipe) {
+CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& reader,
+                               const quant::Recipe& recipe) {
   const int64_t context = reader.config().usable_context();
   if (!o.calib_ids.empty()) {
-    auto w = windows_from_ids(o.calib_ids, reader.config().vocab_size, o.nsamples_given ? o.nsamples : 0);
-    check(w.ids.dim(1) <= context, "{}: windows of {} tokens, the model's context is {}", o.calib_ids.string(),
-          w.ids.dim(1), context);
+    auto w = windows_from_ids(o.calib_ids, reader.config().vocab_size,
+                              o.nsamples_given ? o.nsamples : 0);
+    check(w.ids.dim(1) <= context, "{}: windows of {} tokens, the model's context is {}",
+          o.calib_ids.string(), w.ids.dim(1), context);
     return w;
   }
   if (o.calib.empty()) {
-    check(recipe.train.epochs == 0, "method {} learns from text: give --calib FILE or --calib-ids JSONL", recipe.name);
+    check(recipe.train.epochs == 0,
+          "method {} learns from text: give --calib FILE or --calib-ids JSONL", recipe.name);
     return {};
   }
   int64_t length = o.seqlen;
-  check(length <= context || !o.seqlen_given, "--seqlen {}: the model's context is {}", length, context);
+  check(length <= context || !o.seqlen_given, "--seqlen {}: the model's context is {}", length,
+        context);
   if (length > context) {
     length = context;
     fmt::print(stderr, "windows of {} tokens: the model's context\n", length);
@@ -67,7 +74,9 @@ struct Ends {
 };
 
 Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Recipe& recipe) {
-  auto matrix = [](const quant::QuantSpec& s) { return MatrixSpec{s.wbits, s.group_size, s.symmetric}; };
+  auto matrix = [](const quant::QuantSpec& s) {
+    return MatrixSpec{s.wbits, s.group_size, s.symmetric};
+  };
   Ends e;
   e.packed.method = recipe.name;
   e.packed.weight = matrix(recipe.spec);
@@ -81,9 +90,10 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
 void write_ends(PackedModelWriter& writer, const CheckpointReader& reader, const Ends& ends) {
   const ModelConfig& c = reader.config();
   for (const auto& [module, keep] : ends.tables)
-    writer.add(module, keep_weight(reader.get(module + ".weight", {c.vocab_size, c.hidden_size}), keep));
-  writer.add_tensor("model.norm.weight", to(reader.get("model.norm.weight", {c.hidden_size}), DType::F32));
-  if (reader.has("rope_freqs.weight")) writer.add_tensor("rope_freqs.weight", reader.get("rope_freqs.weight"));
+    writer.add(module,
+               keep_weight(reader.get(module + ".weight", {c.vocab_size, c.hidden_size}), keep));
+  writer.add_tensor("model.norm.weight",
+                    to(reader.get("model.norm.weight", {c.hidden_size}), DType::F32));
 }
 
 // Collects the dense twins of the packed blocks, for --eval sim:FILE.
@@ -93,7 +103,8 @@ struct SimulatedBlocks final : nn::BlockSink {
 };
 
 // One line a block; on a terminal a line that moves with every epoch.
-quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool quiet, cli::Progress& line) {
+quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool quiet,
+                               cli::Progress& line) {
   const auto start = Clock::now();
   return [=, &line, epochs = recipe.train.epochs](const quant::BlockReport& b, int epoch, int) {
     if (quiet) return;
@@ -101,12 +112,13 @@ quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool qui
     const bool done = epoch < 0;
     const int64_t at = done ? (b.index + 1) * steps : b.index * steps + epoch;
     if (!done) {
-      line.update(at, fmt::format("block {}/{}, epoch {}/{}, loss {:.5g}", b.index + 1, blocks, epoch, epochs,
-                                  b.epoch_loss.back()));
+      line.update(at, fmt::format("block {}/{}, epoch {}/{}, loss {:.5g}", b.index + 1, blocks,
+                                  epoch, epochs, b.epoch_loss.back()));
       return;
     }
     std::string text = fmt::format("block {}/{}", b.index + 1, blocks);
-    if (!b.epoch_loss.empty()) text += fmt::format("  loss {:.5g} → {:.5g}", b.epoch_loss.front(), b.epoch_loss.back());
+    if (!b.epoch_loss.empty())
+      text += fmt::format("  loss {:.5g} → {:.5g}", b.epoch_loss.front(), b.epoch_loss.back());
     if (b.target_mean_square > 0) text += fmt::format("  committed {:.5g}", b.committed_loss);
     text += fmt::format("  {}  peak {}", cli::human_seconds(b.seconds),
                         cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())));
@@ -153,7 +165,9 @@ json blocks_json(const std::vector<quant::BlockReport>& reports) {
 json files_json(const std::vector<CheckpointFile>& files) {
   json list = json::array();
   for (const auto& f : files)
-    list.push_back({{"file", f.path.filename().string()}, {"bytes", f.bytes}, {"sha256", sha256_file(f.path)}});
+    list.push_back({{"file", f.path.filename().string()},
+                    {"bytes", f.bytes},
+                    {"sha256", sha256_file(f.path)}});
   return list;
 }
 
@@ -166,20 +180,28 @@ std::string read_file(const std::string& name) {
 }
 
 // One --eval item; prints a line on stdout and returns it for the report.
-json evaluate(const QuantOptions& o, const std::string& item, const Model& model, const Tokenizer& tokenizer) {
+json evaluate(const QuantOptions& o, const std::string& item, const Model& model,
+              const Tokenizer& tokenizer) {
   const std::string file = item.substr(4);
   const bool simulated = item.starts_with("sim:");
   cli::Progress line(fmt::format("perplexity of {}", file), 0, o.quiet);
-  PerplexityOptions options{.context = std::min(o.eval_context, model.context()), .max_windows = o.eval_chunks};
-  const auto r = evaluate_perplexity(model, tokenizer, read_file(file), options,
-                                     [&](int64_t done, int64_t total, double ppl) {
-                                       line.update(done, fmt::format("window {}/{}, ppl {:.4f}", done, total, ppl));
-                                     });
-  fmt::print("{} {:.6f}  ({}, {} windows of {}, {} tokens, {})\n", simulated ? "simulated perplexity" : "perplexity",
-             r.perplexity, to_string(r.protocol), r.windows, r.context, r.tokens, file);
+  PerplexityOptions options{.context = std::min(o.eval_context, model.context()),
+                            .max_windows = o.eval_chunks};
+  const auto r = evaluate_perplexity(
+      model, tokenizer, read_file(file), options, [&](int64_t done, int64_t total, double ppl) {
+        line.update(done, fmt::format("window {}/{}, ppl {:.4f}", done, total, ppl));
+      });
+  fmt::print("{} {:.6f}  ({}, {} windows of {}, {} tokens, {})\n",
+             simulated ? "simulated perplexity" : "perplexity", r.perplexity, to_string(r.protocol),
+             r.windows, r.context, r.tokens, file);
   std::fflush(stdout);
-  return {{"model", simulated ? "simulated" : "packed"}, {"perplexity", r.perplexity}, {"protocol", to_string(r.protocol)},
-          {"windows", r.windows}, {"context", r.context}, {"tokens", r.tokens}, {"file", file},
+  return {{"model", simulated ? "simulated" : "packed"},
+          {"perplexity", r.perplexity},
+          {"protocol", to_string(r.protocol)},
+          {"windows", r.windows},
+          {"context", r.context},
+          {"tokens", r.tokens},
+          {"file", file},
           {"file_sha256", sha256_file(file)}};
 }
 
@@ -188,11 +210,13 @@ void check_written(const std::filesystem::path& folder) {
   NoGrad off;
   const auto reader = open_checkpoint(folder);
   reader->tokenizer();
-  const int64_t tokens = std::min<int64_t>({16, reader->config().usable_context(), reader->config().vocab_size});
+  const int64_t tokens =
+      std::min<int64_t>({16, reader->config().usable_context(), reader->config().vocab_size});
   const Model model = Model::load(*reader, tokens);
   std::vector<int32_t> ids(static_cast<size_t>(tokens));
   std::iota(ids.begin(), ids.end(), 0);
-  check_finite(model.logits(model.forward(Tensor::from<int32_t>(ids, {1, tokens}))), "logits of the written model");
+  check_finite(model.logits(model.forward(Tensor::from<int32_t>(ids, {1, tokens}))),
+               "logits of the written model");
 }
 
 // What is on disk now, measured; then the evaluations that were asked for.
@@ -204,13 +228,16 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
                     {"block_bits_per_weight", size.block_bits_per_weight()},
                     {"weight_bytes", size.bytes},
                     {"weights", size.weights}};
-  fmt::print(stderr, "{}: {:.3f} bits a weight in the blocks, {:.3f} with embedding and head ({})\n", o.out.string(),
-             size.block_bits_per_weight(), size.bits_per_weight(), cli::human_bytes(static_cast<double>(size.bytes)));
+  fmt::print(stderr,
+             "{}: {:.3f} bits a weight in the blocks, {:.3f} with embedding and head ({})\n",
+             o.out.string(), size.block_bits_per_weight(), size.bits_per_weight(),
+             cli::human_bytes(static_cast<double>(size.bytes)));
   report["evaluation"] = json::array();
   const Tokenizer tokenizer = reader->tokenizer();
   auto run = [&](std::string_view kind) {
     for (const std::string& item : o.eval)
-      if (item.starts_with(kind)) report["evaluation"].push_back(evaluate(o, item, model, tokenizer));
+      if (item.starts_with(kind))
+        report["evaluation"].push_back(evaluate(o, item, model, tokenizer));
   };
   run("ppl:");
   if (!simulated) return;
@@ -226,30 +253,39 @@ int quantize_checkpoint(const cli::Args& args) {
   const auto start = Clock::now();
   const quant::Recipe recipe = quant::make_recipe(o.method, o.recipe);
   const auto reader = open_checkpoint(o.model);
-  check(!PackedConfig::of(reader->config()), "{}: is quantised already; quantise the original", o.model.string());
+  check(!PackedConfig::of(reader->config()), "{}: is quantised already; quantise the original",
+        o.model.string());
   const CalibrationWindows data = calibration(o, *reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe);
-  for (const std::string& item : o.eval) read_file(item.substr(4));  // a missing text must not cost a whole run
-  fmt::print(stderr, "{} {} of {} ({})\n", recipe.name, recipe.spec.to_string(), o.model.string(), reader->container());
+  for (const std::string& item : o.eval)
+    read_file(item.substr(4));  // a missing text must not cost a whole run
+  fmt::print(stderr, "{} {} of {} ({})\n", recipe.name, recipe.spec.to_string(), o.model.string(),
+             reader->container());
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
 
   PackedModelWriter writer(*reader, ends.packed, o.out, o.force);
   write_ends(writer, *reader, ends);
   ModelSource source(*reader);
   SimulatedBlocks simulated;
-  const bool simulate = std::any_of(o.eval.begin(), o.eval.end(), [](auto& e) { return e.starts_with("sim:"); });
+  const bool simulate =
+      std::any_of(o.eval.begin(), o.eval.end(), [](auto& e) { return e.starts_with("sim:"); });
   std::vector<quant::BlockReport> blocks;
   {
-    cli::Progress line("calibrating", int64_t{source.size()} * std::max(1, recipe.train.epochs), o.quiet);
-    blocks = quant::quantize(source, writer, recipe, {data.ids}, block_progress(source.size(), recipe, o.quiet, line),
+    cli::Progress line("calibrating", int64_t{source.size()} * std::max(1, recipe.train.epochs),
+                       o.quiet);
+    blocks = quant::quantize(source, writer, recipe, {data.ids},
+                             block_progress(source.size(), recipe, o.quiet, line),
                              simulate ? &simulated : nullptr);
   }
   writer.close();
   check_written(writer.unfinished());
   writer.commit();
-  json report = {{"omq_version", OMQ_VERSION}, {"recipe", recipe_json(o, recipe, data)},
-                 {"source", files_json(reader->files())}, {"calibration_seconds", seconds_since(start)},
-                 {"threads", num_threads()}, {"blocks", blocks_json(blocks)}};
+  json report = {{"omq_version", OMQ_VERSION},
+                 {"recipe", recipe_json(o, recipe, data)},
+                 {"source", files_json(reader->files())},
+                 {"calibration_seconds", seconds_since(start)},
+                 {"threads", num_threads()},
+                 {"blocks", blocks_json(blocks)}};
   for (const auto& [module, keep] : ends.tables) report["kept"][module] = keep.to_string();
   report["peak_memory_bytes"] = cli::peak_memory_bytes();
   evaluate_written(o, simulate ? &simulated : nullptr, report);
@@ -265,4 +301,6 @@ int quantize_checkpoint(const cli::Args& args) {
 }  // namespace
 }  // namespace omq
 
-int main(int argc, char** argv) { return omq::cli::run_program("omq-quant", argc, argv, omq::quantize_checkpoint); }
+int main(int argc, char** argv) {
+  return omq::cli::run_program("omq-quant", argc, argv, omq::quantize_checkpoint);
+}

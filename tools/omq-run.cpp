@@ -1,4 +1,5 @@
-// omq-run: generate, converse, measure, inspect. Picks the subcommand; each one is tools/run_NAME.cpp.
+// omq-run: generate, converse, measure, inspect. Picks the subcommand; each one is
+// tools/run_NAME.cpp.
 #include "tools/run_common.h"
 
 namespace {
@@ -19,10 +20,14 @@ constexpr Command kCommands[] = {
 };
 
 std::string help() {
-  std::string text = "omq-run runs packed low-bit models and the checkpoints that they are made from.\n\nUsage:\n";
-  for (const Command& c : kCommands) text += fmt::format("  omq-run {:9} -m MODEL [options]   {}\n", c.name, c.what);
-  return text + "\nMODEL is a Hugging Face folder, a GGUF file, or the output of omq-quant.\n"
-                "omq-run COMMAND --help lists the options of a command; omq-run --version says what this build is.\n";
+  std::string text =
+      "omq-run runs packed low-bit models and the checkpoints that they are made from.\n\nUsage:\n";
+  for (const Command& c : kCommands)
+    text += fmt::format("  omq-run {:9} -m MODEL [options]   {}\n", c.name, c.what);
+  return text +
+         "\nMODEL is a Hugging Face folder, a GGUF file, or the output of omq-quant.\n"
+         "omq-run COMMAND --help lists the options of a command; omq-run --version says what this "
+         "build is.\n";
 }
 
 int run(const Args& args) {

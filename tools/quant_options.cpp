@@ -1,5 +1,5 @@
-// Parsing of omq-quant's options. Presets give defaults, flags given win; names of the official project are accepted,
-// those that ask for something else than we do are refused with the reason.
+// Parsing of omq-quant's options. Presets give defaults, flags given win; names of the official
+// project are accepted, those that ask for something else than we do are refused with the reason.
 #include "tools/quant_options.h"
 
 #include <optional>
@@ -29,55 +29,86 @@ struct Raw {
   std::string preset, calib_dataset;
   std::optional<int> wbits, abits;
   std::optional<int64_t> group_size;
-  bool symmetric = false, lwc = false, let = false, aug = false, no_aug = false, list = false, version = false;
+  bool symmetric = false, lwc = false, let = false, aug = false, no_aug = false, list = false,
+       version = false;
   bool unused = false;
   std::string unused_text;
   std::vector<std::string> keep;
 };
 
 void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
-  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file")->type_name("PATH");
-  app.add_option("-o,--output,--save-dir", o.out, "folder to create for the packed model")->type_name("DIR");
-  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")->type_name("NAME");
-  app.add_option("--preset", raw.preset, "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64 …")
+  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file")
+      ->type_name("PATH");
+  app.add_option("-o,--output,--save-dir", o.out, "folder to create for the packed model")
+      ->type_name("DIR");
+  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")
+      ->type_name("NAME");
+  app.add_option("--preset", raw.preset,
+                 "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64 …")
       ->type_name("NAME");
   app.add_option("--wbits", raw.wbits, "bits of a weight, 2 to 8 (default 4)")->type_name("N");
   app.add_option("--abits", raw.abits, "bits of an activation: 16")->type_name("N");
-  app.add_option("--group-size", raw.group_size, "weights that share a scale; 0 or -1: a whole row (default)")
+  app.add_option("--group-size", raw.group_size,
+                 "weights that share a scale; 0 or -1: a whole row (default)")
       ->type_name("G");
   app.add_flag("--symmetric", raw.symmetric, "no zero points: the range is centred on 0");
   app.add_option("--keep", raw.keep,
-                 "matrices outside the blocks: lm_head=f16|w8|w4, embed_tokens=… (default w8 in groups of 128)")
+                 "matrices outside the blocks: lm_head=f16|w8|w4, embed_tokens=… (default w8 in "
+                 "groups of 128)")
       ->type_name("NAME=FORM");
   app.add_flag("--force", o.force, "replace an existing output folder");
 }
 
 void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
   const char* group = "Calibration";
-  app.add_option("--calib", o.calib, "text files to calibrate on")->type_name("TEXT…")->group(group);
-  app.add_option("--calib-ids", o.calib_ids, "token ids instead: a JSON array a line, one window each")
-      ->type_name("JSONL")->group(group);
-  app.add_option("--nsamples", o.nsamples, "windows (default 128; with --calib-ids all)")->type_name("N")->group(group);
-  app.add_option("--seqlen", o.seqlen, "tokens of a window (default 2048, at most the model's context)")
-      ->type_name("N")->group(group);
-  app.add_option("--seed", o.seed, "which windows are taken (default 2)")->type_name("N")->group(group);
-  app.add_option("--epochs", o.recipe.epochs, "passes over the windows per block (default 20, at 2 bits 40)")
-      ->type_name("N")->group(group);
-  app.add_option("--batch-size", o.recipe.batch_size, "windows a step (default 1)")->type_name("N")->group(group);
-  app.add_option("--lwc-lr", o.recipe.lwc_lr, "learning rate of the clipping factors (default 0.01)")
-      ->type_name("X")->group(group);
-  app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")->type_name("X")->group(group);
-  app.add_flag("--aug-loss", raw.aug, "add the loss against the block on its quantised inputs (default at 2 bits)")
+  app.add_option("--calib", o.calib, "text files to calibrate on")
+      ->type_name("TEXT…")
+      ->group(group);
+  app.add_option("--calib-ids", o.calib_ids,
+                 "token ids instead: a JSON array a line, one window each")
+      ->type_name("JSONL")
+      ->group(group);
+  app.add_option("--nsamples", o.nsamples, "windows (default 128; with --calib-ids all)")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--seqlen", o.seqlen,
+                 "tokens of a window (default 2048, at most the model's context)")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--seed", o.seed, "which windows are taken (default 2)")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--epochs", o.recipe.epochs,
+                 "passes over the windows per block (default 20, at 2 bits 40)")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--batch-size", o.recipe.batch_size, "windows a step (default 1)")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--lwc-lr", o.recipe.lwc_lr,
+                 "learning rate of the clipping factors (default 0.01)")
+      ->type_name("X")
+      ->group(group);
+  app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
+      ->type_name("X")
+      ->group(group);
+  app.add_flag("--aug-loss", raw.aug,
+               "add the loss against the block on its quantised inputs (default at 2 bits)")
       ->group(group);
   app.add_flag("--no-aug-loss", raw.no_aug, "leave it out")->group(group);
 }
 
 void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
-  app.add_option("--eval", o.eval, "ppl:FILE perplexity of the written model (gptq protocol); sim:FILE of the "
-                 "fake-quantised model")->type_name("WHAT:FILE");
-  app.add_option("--eval-context", o.eval_context, "tokens of an evaluation window (default 2048)")->type_name("N");
-  app.add_option("--eval-chunks", o.eval_chunks, "only the first N evaluation windows")->type_name("N");
-  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")->type_name("N");
+  app.add_option("--eval", o.eval,
+                 "ppl:FILE perplexity of the written model (gptq protocol); sim:FILE of the "
+                 "fake-quantised model")
+      ->type_name("WHAT:FILE");
+  app.add_option("--eval-context", o.eval_context, "tokens of an evaluation window (default 2048)")
+      ->type_name("N");
+  app.add_option("--eval-chunks", o.eval_chunks, "only the first N evaluation windows")
+      ->type_name("N");
+  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
+      ->type_name("N");
   app.add_flag("-q,--quiet", o.quiet, "no progress");
   app.add_flag("--list-methods", raw.list, "print the methods and stop");
   app.add_flag("--version", raw.version, "print the version and stop");
@@ -86,9 +117,12 @@ void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
 // The reference's own flags (spec omniquant §13), so that its users' commands work or say why not.
 void add_official_options(CLI::App& app, Raw& raw) {
   const char* group = "Names of the official project";
-  app.add_flag("--lwc", raw.lwc, "learnable weight clipping: what --method omniquant does")->group(group);
-  app.add_flag("--let", raw.let, "learnable equivalent transformation: refused, not available yet")->group(group);
-  app.add_option("--calib-dataset", raw.calib_dataset, "refused: give the text itself with --calib")->group(group);
+  app.add_flag("--lwc", raw.lwc, "learnable weight clipping: what --method omniquant does")
+      ->group(group);
+  app.add_flag("--let", raw.let, "learnable equivalent transformation: refused, not available yet")
+      ->group(group);
+  app.add_option("--calib-dataset", raw.calib_dataset, "refused: give the text itself with --calib")
+      ->group(group);
   for (const char* name : {"--real-quant", "--deactive-amp"})
     app.add_flag(name, raw.unused, "accepted: always so here")->group(group);
   for (const char* name : {"--net", "--cache-dir"})
@@ -116,19 +150,23 @@ void check_numbers(const QuantOptions& o) {
   wanted(o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
   wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
   wanted(o.threads >= 0, "--threads: 0 or more");
-  wanted(o.eval_context >= 2 && o.eval_chunks >= 0, "--eval-context: at least 2; --eval-chunks: 0 or more");
+  wanted(o.eval_context >= 2 && o.eval_chunks >= 0,
+         "--eval-context: at least 2; --eval-chunks: 0 or more");
 }
 
 void settle(const Raw& raw, QuantOptions& o) {
   if (o.model.empty()) throw UsageError("-m MODEL is missing");
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
-  if (raw.let) throw UsageError("--let: the equivalent transformation is not available yet; --lwc is");
+  if (raw.let)
+    throw UsageError("--let: the equivalent transformation is not available yet; --lwc is");
   if (!raw.calib_dataset.empty())
-    throw UsageError(fmt::format("--calib-dataset {}: nothing is downloaded here; give the text with --calib FILE",
-                                 raw.calib_dataset));
+    throw UsageError(fmt::format(
+        "--calib-dataset {}: nothing is downloaded here; give the text with --calib FILE",
+        raw.calib_dataset));
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
-  if (!o.calib.empty() && !o.calib_ids.empty()) throw UsageError("--calib and --calib-ids exclude each other");
+  if (!o.calib.empty() && !o.calib_ids.empty())
+    throw UsageError("--calib and --calib-ids exclude each other");
   try {
     settle_spec(raw, o);
   } catch (const UsageError&) {
@@ -139,7 +177,8 @@ void settle(const Raw& raw, QuantOptions& o) {
   for (const std::string& item : raw.keep) {
     const size_t at = item.find('=');
     const std::string name = item.substr(0, at);
-    if (at == std::string::npos || std::find(kKeepable.begin(), kKeepable.end(), name) == kKeepable.end())
+    if (at == std::string::npos ||
+        std::find(kKeepable.begin(), kKeepable.end(), name) == kKeepable.end())
       throw UsageError(fmt::format("--keep {}: lm_head=FORM or embed_tokens=FORM wanted", item));
     o.keep[name] = parse_keep(std::string_view(item).substr(at + 1));
   }
@@ -152,7 +191,8 @@ void settle(const Raw& raw, QuantOptions& o) {
 }  // namespace
 
 std::string KeepSpec::to_string() const {
-  return f16 ? "f16" : fmt::format("w{}g{}{}", spec.wbits, spec.group_size, spec.symmetric ? "sym" : "");
+  return f16 ? "f16"
+             : fmt::format("w{}g{}{}", spec.wbits, spec.group_size, spec.symmetric ? "sym" : "");
 }
 
 bool parse_quant_options(const cli::Args& args, QuantOptions& o) {

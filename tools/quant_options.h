@@ -33,7 +33,8 @@ struct QuantOptions {
   std::map<std::string, KeepSpec> keep;  // "lm_head", "embed_tokens"
 };
 
-// False when there is nothing left to do (help, version, list of methods were printed). Throws cli::UsageError.
+// False when there is nothing left to do (help, version, list of methods were printed). Throws
+// cli::UsageError.
 bool parse_quant_options(const cli::Args& args, QuantOptions& options);
 
 }  // namespace omq

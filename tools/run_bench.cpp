@@ -1,8 +1,9 @@
-// omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one), its fields, and beside them
-// GB/s and the share of the machine's read bandwidth, which bounds the decoding of one sequence.
+// omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one), its
+// fields, and beside them GB/s and the share of the machine's read bandwidth, which bounds the
+// decoding of one sequence.
 //
-// Bandwidth is measured in turn with the test, once a repetition, because shared machines drift; the share is the
-// median of one over the median of the other.
+// Bandwidth is measured in turn with the test, once a repetition, because shared machines drift;
+// the share is the median of one over the median of the other.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -35,17 +36,23 @@ bool parse(const cli::Args& args, Options& o) {
   app.add_option("-m,--model,model", o.model.model, "model; several with commas between them")
       ->required()
       ->type_name("MODEL");
-  app.add_option("-p,--n-prompt", o.prompt, "prompt lengths (default 512); 0: no such test")->type_name("N,…");
-  app.add_option("-n,--n-gen", o.gen, "numbers of tokens to generate (default 128); 0: no such test")
+  app.add_option("-p,--n-prompt", o.prompt, "prompt lengths (default 512); 0: no such test")
       ->type_name("N,…");
-  app.add_option("-t,--threads", o.threads, "numbers of threads (default: the CPUs this process may use)")
+  app.add_option("-n,--n-gen", o.gen,
+                 "numbers of tokens to generate (default 128); 0: no such test")
+      ->type_name("N,…");
+  app.add_option("-t,--threads", o.threads,
+                 "numbers of threads (default: the CPUs this process may use)")
       ->type_name("N,…");
   app.add_option("-r,--repetitions", o.repetitions, "of each test (default 5)")->type_name("N");
   app.add_option("-o,--output", o.output, "md (default), json, jsonl or csv")->type_name("FORM");
-  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")->type_name("N");
+  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
+      ->type_name("N");
   app.add_option("--device", o.model.device, "cpu or auto (default)")->type_name("DEVICE");
-  app.add_option("--gpu-layers", o.model.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do");
-  app.add_option("--isa", o.model.isa, "instruction set of the packed kernels: avx512, avx2, scalar");
+  app.add_option("--gpu-layers", o.model.gpu_layers,
+                 "-ngl of llama.cpp: 0 is all that this build can do");
+  app.add_option("--isa", o.model.isa,
+                 "instruction set of the packed kernels: avx512, avx2, scalar");
   app.add_flag("--no-warmup", o.no_warmup, "do not run each test once before measuring");
   app.add_flag("--no-bandwidth", o.no_bandwidth, "do not measure the read bandwidth");
   app.add_flag("-q,--quiet", o.model.quiet, "nothing on stderr");
@@ -53,14 +60,17 @@ bool parse(const cli::Args& args, Options& o) {
   const auto& f = o.output;
   if (f != "md" && f != "json" && f != "jsonl" && f != "csv")
     throw cli::UsageError(fmt::format("--output {}: there are md, json, jsonl and csv", f));
-  if (o.repetitions < 1 || o.batch < 1) throw cli::UsageError("--repetitions and --batch-size are at least 1");
+  if (o.repetitions < 1 || o.batch < 1)
+    throw cli::UsageError("--repetitions and --batch-size are at least 1");
   return true;
 }
 
 struct Test {
   int64_t prompt = 0, gen = 0;
   int threads = 1;
-  std::string name() const { return prompt > 0 ? fmt::format("pp{}", prompt) : fmt::format("tg{}", gen); }
+  std::string name() const {
+    return prompt > 0 ? fmt::format("pp{}", prompt) : fmt::format("tg{}", gen);
+  }
   int64_t tokens() const { return prompt + gen; }
 };
 
@@ -109,7 +119,8 @@ double run_once(const Model& model, const Test& test, int64_t batch) {
     const Tensor hidden = model.forward(tokens.next(n), at, &caches);
     // A prompt's logits are wanted after its last token only.
     if (test.prompt == 0 || at + n == test.tokens())
-      model.logits(hidden.alias({1, hidden.dim(2)}, {hidden.stride(1), 1}, (n - 1) * hidden.stride(1)));
+      model.logits(
+          hidden.alias({1, hidden.dim(2)}, {hidden.stride(1), 1}, (n - 1) * hidden.stride(1)));
   }
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -118,7 +129,10 @@ Samples measure(const Model& model, const Test& test, const Options& o, ReadBand
   Samples s;
   set_num_threads(test.threads);
   if (!o.no_warmup) {
-    run_once(model, {.prompt = test.prompt, .gen = std::min<int64_t>(test.gen, 4), .threads = test.threads}, o.batch);
+    run_once(
+        model,
+        {.prompt = test.prompt, .gen = std::min<int64_t>(test.gen, 4), .threads = test.threads},
+        o.batch);
     if (bandwidth) bandwidth->pass();
   }
   for (int i = 0; i < o.repetitions; ++i) {
@@ -128,7 +142,8 @@ Samples measure(const Model& model, const Test& test, const Options& o, ReadBand
   return s;
 }
 
-json row(const OpenModel& m, const Options& o, const Test& test, const Samples& s, const std::string& time) {
+json row(const OpenModel& m, const Options& o, const Test& test, const Samples& s,
+         const std::string& time) {
   std::vector<double> rates, ns;
   for (const double seconds : s.seconds) {
     rates.push_back(static_cast<double>(test.tokens()) / seconds);
@@ -170,27 +185,35 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
 
 void print_md(const json& j, const std::string& name, bool first) {
   if (first) {
-    fmt::print("| {:20} | {:>10} | {:>8} | {:>5} | {:>7} | {:>7} | {:>18} | {:>7} | {:>13} |\n", "model", "size", "params",
-               "bits", "threads", "test", "t/s", "GB/s", "of read peak");
-    fmt::print("| -------------------- | ---------: | -------: | ----: | ------: | ------: | -----------------: | ------: "
-               "| ------------: |\n");
+    fmt::print("| {:20} | {:>10} | {:>8} | {:>5} | {:>7} | {:>7} | {:>18} | {:>7} | {:>13} |\n",
+               "model", "size", "params", "bits", "threads", "test", "t/s", "GB/s", "of read peak");
+    fmt::print(
+        "| -------------------- | ---------: | -------: | ----: | ------: | ------: | "
+        "-----------------: | ------: "
+        "| ------------: |\n");
   }
   std::string gbs, share;
-  if (j.contains("gigabytes_per_second")) gbs = fmt::format("{:.2f}", j["gigabytes_per_second"].get<double>());
+  if (j.contains("gigabytes_per_second"))
+    gbs = fmt::format("{:.2f}", j["gigabytes_per_second"].get<double>());
   if (j.contains("bandwidth_share"))
     share = fmt::format("{:.0f}% of {:.1f}", 100 * j["bandwidth_share"].get<double>(),
                         j["read_bandwidth_gigabytes_per_second"].get<double>());
-  fmt::print("| {:20} | {:>10} | {:>8} | {:5.2f} | {:7} | {:>7} | {:9.2f} ± {:6.2f} | {:>7} | {:>13} |\n",
-             j["model_type"].get<std::string>(), cli::human_bytes(j["model_size"].get<double>()),
-             human_count(j["model_n_params"].get<int64_t>()), j["bits_per_weight"].get<double>(), j["n_threads"].get<int>(),
-             name, j["avg_ts"].get<double>(), j["stddev_ts"].get<double>(), gbs, share);
+  fmt::print(
+      "| {:20} | {:>10} | {:>8} | {:5.2f} | {:7} | {:>7} | {:9.2f} ± {:6.2f} | {:>7} | {:>13} |\n",
+      j["model_type"].get<std::string>(), cli::human_bytes(j["model_size"].get<double>()),
+      human_count(j["model_n_params"].get<int64_t>()), j["bits_per_weight"].get<double>(),
+      j["n_threads"].get<int>(), name, j["avg_ts"].get<double>(), j["stddev_ts"].get<double>(), gbs,
+      share);
 }
 
 void print_csv(const json& j, bool first) {
   static const std::vector<std::string> kColumns = {
-      "build_version", "cpu_info", "kernels", "model_filename", "model_type", "model_size", "model_n_params",
-      "bits_per_weight", "n_batch", "n_threads", "type_k", "type_v", "n_prompt", "n_gen", "test_time", "avg_ns",
-      "stddev_ns", "avg_ts", "stddev_ts", "gigabytes_per_second", "bandwidth_share"};
+      "build_version",  "cpu_info",   "kernels",        "model_filename",
+      "model_type",     "model_size", "model_n_params", "bits_per_weight",
+      "n_batch",        "n_threads",  "type_k",         "type_v",
+      "n_prompt",       "n_gen",      "test_time",      "avg_ns",
+      "stddev_ns",      "avg_ts",     "stddev_ts",      "gigabytes_per_second",
+      "bandwidth_share"};
   std::string names, values;
   for (const std::string& column : kColumns) {
     const std::string comma = names.empty() ? "" : ",";
@@ -207,7 +230,8 @@ void show(const json& j, const std::string& name, const std::string& form, bool 
   if (form == "jsonl") fmt::print("{}\n", j.dump());
   if (form == "json") {
     std::string text = "  " + j.dump(2);
-    for (size_t at = 0; (at = text.find('\n', at)) != text.npos; at += 3) text.replace(at, 1, "\n  ");
+    for (size_t at = 0; (at = text.find('\n', at)) != text.npos; at += 3)
+      text.replace(at, 1, "\n  ");
     fmt::print("{}{}", first ? "[\n" : ",\n", text);
   }
   check(std::fflush(stdout) == 0, "cannot write to standard output");
@@ -231,8 +255,8 @@ std::string utc_now() {
   const std::time_t now = std::time(nullptr);
   std::tm utc{};
   gmtime_r(&now, &utc);
-  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", utc.tm_year + 1900, utc.tm_mon + 1, utc.tm_mday,
-                     utc.tm_hour, utc.tm_min, utc.tm_sec);
+  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", utc.tm_year + 1900, utc.tm_mon + 1,
+                     utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec);
 }
 
 }  // namespace

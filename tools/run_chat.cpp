@@ -1,6 +1,8 @@
-// omq-run chat: a conversation in the model's own prompt format. Answers go to stdout, everything else to stderr.
+// omq-run chat: a conversation in the model's own prompt format. Answers go to stdout, everything
+// else to stderr.
 //
-// Each turn is the whole conversation as a prompt; the generator computes only what its cache does not hold yet.
+// Each turn is the whole conversation as a prompt; the generator computes only what its cache does
+// not hold yet.
 #include <fstream>
 #include <iostream>
 
@@ -29,14 +31,16 @@ struct Options {
 };
 
 bool parse(const cli::Args& args, Options& o) {
-  CLI::App app("Converses with a model. Answers go to stdout, everything else to stderr.", "omq-run chat");
+  CLI::App app("Converses with a model. Answers go to stdout, everything else to stderr.",
+               "omq-run chat");
   add_model_options(app, o.model);
   app.add_option("--system", o.system, "-sys: system message")->type_name("TEXT");
   app.add_option("-p,--prompt", o.prompt, "first message of the user")->type_name("TEXT");
   app.add_flag("--single-turn", o.single, "-st: leave after the first answer");
   auto* name = app.add_option("--chat-template", o.chat_template,
                               "chatml, llama2, llama3 or zephyr (default: the model's own)");
-  app.add_option("--chat-template-file", o.template_file, "the template of a file, if it is one of these")
+  app.add_option("--chat-template-file", o.template_file,
+                 "the template of a file, if it is one of these")
       ->type_name("FILE")
       ->excludes(name);
   add_sampling_options(app, o.sampling);
@@ -79,14 +83,14 @@ class Conversation {
     messages_.push_back({"user", text});
     try {
       const std::string prompt = template_.render(messages_);
-      const std::vector<int32_t> ids = m_.tokenizer->encode(prompt, {.add_bos = false, .parse_special = true});
+      const std::vector<int32_t> ids =
+          m_.tokenizer->encode(prompt, {.add_bos = false, .parse_special = true});
       interrupt_.release();
       last_ = generator_.generate(ids, options_);
     } catch (...) {
       messages_.pop_back();
       throw;
     }
-    interrupt_.release();
     ++options_.sampling.seed;  // the same question twice need not have the same answer
     messages_.push_back({"assistant", last_.text});
     answered_ = true;
@@ -100,15 +104,19 @@ class Conversation {
       std::fflush(stdout);
     }
     if (last_.finish == FinishReason::ContextFull)
-      fmt::print(stderr, "warning: the context of {} tokens is full, the answer was cut; /reset or a larger -c\n",
-                 generator_.context());
+      fmt::print(
+          stderr,
+          "warning: the context of {} tokens is full, the answer was cut; /reset or a larger -c\n",
+          generator_.context());
   }
 
   // False when the conversation is over.
   bool command(const std::string& line) {
     const size_t space = line.find(' ');
     const std::string name = line.substr(0, space);
-    const std::string rest = space == line.npos ? "" : line.substr(line.find_last_not_of(' ') < space ? space : space + 1);
+    const std::string rest =
+        space == line.npos ? ""
+                           : line.substr(line.find_last_not_of(' ') < space ? space : space + 1);
     if (name == "/exit" || name == "/quit" || name == "/bye") return false;
     if (name == "/reset") {
       reset(system());
@@ -140,11 +148,13 @@ class Conversation {
   bool answered() const { return answered_; }
   bool cancelled() const { return last_.finish == FinishReason::Cancelled; }
   std::string_view template_name() const { return template_.name(); }
-  void clear_interrupt() { interrupt_.release(); }
+  // While the user types, the first Ctrl-C after an answer explains how to leave; see Interrupt.
+  void waiting(bool yes) { interrupt_.waiting(yes); }
 
  private:
   std::string system() const {
-    return !messages_.empty() && messages_.front().role == "system" ? messages_.front().content : "";
+    return !messages_.empty() && messages_.front().role == "system" ? messages_.front().content
+                                                                    : "";
   }
 
   void save(const std::string& file) const {
@@ -164,8 +174,8 @@ class Conversation {
     check(j.is_array(), "{}: a list of messages is wanted", file);
     std::vector<Message> messages;
     for (const auto& m : j) {
-      const bool ok = m.is_object() && m.contains("role") && m["role"].is_string() && m.contains("content") &&
-                      m["content"].is_string();
+      const bool ok = m.is_object() && m.contains("role") && m["role"].is_string() &&
+                      m.contains("content") && m["content"].is_string();
       check(ok, "{}: message {} has no role and content", file, messages.size());
       messages.push_back({m["role"].get<std::string>(), m["content"].get<std::string>()});
     }
@@ -199,9 +209,9 @@ bool read_message(std::string& message, bool terminal) {
   return true;
 }
 
-// Runs f; on a terminal an error is shown and the conversation goes on, in a script it ends the program.
-template <class F>
-void guarded(bool terminal, F&& f) {
+// Runs f; on a terminal an error is shown and the conversation goes on, in a script it ends the
+// program.
+template <class F> void guarded(bool terminal, F&& f) {
   try {
     f();
   } catch (const Error& e) {
@@ -220,7 +230,8 @@ int chat(const cli::Args& args) {
   Conversation conversation(o, m);
   const bool terminal = cli::is_terminal(stdin);
   if (terminal && !o.model.quiet)
-    fmt::print(stderr, "prompt format {}; /help lists the commands\n", conversation.template_name());
+    fmt::print(stderr, "prompt format {}; /help lists the commands\n",
+               conversation.template_name());
   bool open = true;
   if (!o.prompt.empty()) {
     if (terminal) fmt::print(stderr, "> {}\n", o.prompt);
@@ -228,8 +239,13 @@ int chat(const cli::Args& args) {
     open = !o.single;
   }
   std::string message;
-  while (open && read_message(message, terminal)) {
-    conversation.clear_interrupt();
+  auto next = [&] {
+    conversation.waiting(true);
+    const bool more = read_message(message, terminal);
+    conversation.waiting(false);
+    return more;
+  };
+  while (open && next()) {
     if (message.find_first_not_of(" \t\n") == message.npos) continue;
     if (message.starts_with('/'))
       guarded(terminal, [&] { open = conversation.command(message); });

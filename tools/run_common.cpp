@@ -18,26 +18,34 @@
 
 namespace omq::run {
 
-const cli::Aliases kAliases = {{"-sys", "--system"},        {"-ngl", "--gpu-layers"},   {"-dev", "--device"},
-                               {"-ctk", "--cache-type-k"},  {"-ctv", "--cache-type-v"}, {"-ub", "--batch-size"},
+const cli::Aliases kAliases = {{"-sys", "--system"},        {"-ngl", "--gpu-layers"},
+                               {"-dev", "--device"},        {"-ctk", "--cache-type-k"},
+                               {"-ctv", "--cache-type-v"},  {"-ub", "--batch-size"},
                                {"-ubatch", "--batch-size"}, {"-st", "--single-turn"}};
 
 // ---- the model ----
 
 void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  app.add_option("-m,--model,model", o.model, "model: a folder, a .gguf, or a model.safetensors of omq-quant")
+  app.add_option("-m,--model,model", o.model,
+                 "model: a folder, a .gguf, or a model.safetensors of omq-quant")
       ->required()
       ->type_name("MODEL");
-  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")->type_name("N");
+  app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
+      ->type_name("N");
   app.add_option("--device", o.device, "cpu or auto (default)")->type_name("DEVICE");
-  app.add_option("--gpu-layers", o.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do")->type_name("N");
-  app.add_option("--isa", o.isa, "instruction set of the packed kernels: avx512, avx2, scalar")->type_name("NAME");
+  app.add_option("--gpu-layers", o.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do")
+      ->type_name("N");
+  app.add_option("--isa", o.isa, "instruction set of the packed kernels: avx512, avx2, scalar")
+      ->type_name("NAME");
   app.add_flag("-q,--quiet", o.quiet, "no notes about the model on stderr");
   if (!with_context) return;
-  app.add_option("-c,--ctx-size", o.context, "context in tokens (default 0: the model's own)")->type_name("N");
-  app.add_option("--cache-type-k", o.cache_k, "-ctk: type of the key cache; f32")->type_name("TYPE");
-  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache; f32")->type_name("TYPE");
+  app.add_option("-c,--ctx-size", o.context, "context in tokens (default 0: the model's own)")
+      ->type_name("N");
+  app.add_option("--cache-type-k", o.cache_k, "-ctk: type of the key cache; f32")
+      ->type_name("TYPE");
+  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache; f32")
+      ->type_name("TYPE");
 }
 
 void apply(const ModelOptions& o) {
@@ -49,12 +57,14 @@ void apply(const ModelOptions& o) {
     throw UsageError(fmt::format("--device {}: there are cpu and auto", o.device));
   for (const std::string& type : {o.cache_k, o.cache_v})
     if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
-  if (o.threads < 0 || o.threads > 1024) throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
+  if (o.threads < 0 || o.threads > 1024)
+    throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
   if (o.context < 0) throw UsageError(fmt::format("--ctx-size {} is negative", o.context));
   if (o.threads > 0) set_num_threads(o.threads);
   if (!o.isa.empty() && !force_packed_isa(o.isa)) {
     std::string here;
-    for (const char* name : packed_isas_here()) here += fmt::format("{}{}", here.empty() ? "" : ", ", name);
+    for (const char* name : packed_isas_here())
+      here += fmt::format("{}{}", here.empty() ? "" : ", ", name);
     throw UsageError(fmt::format("--isa {}: this machine runs {}", o.isa, here));
   }
 }
@@ -70,8 +80,9 @@ int64_t default_context(const ModelConfig& c, bool quiet) {
   if (half_free > 0) context = std::min(context, std::max<int64_t>(512, half_free / token_bytes));
   context = std::min(context, own);
   if (context < own && !quiet)
-    fmt::print(stderr, "note: context of {} tokens; the model has {} (-c {} for all of it, {} of cache)\n", context,
-               own, own, cli::human_bytes(static_cast<double>(own * token_bytes)));
+    fmt::print(stderr,
+               "note: context of {} tokens; the model has {} (-c {} for all of it, {} of cache)\n",
+               context, own, own, cli::human_bytes(static_cast<double>(own * token_bytes)));
   return context;
 }
 
@@ -84,15 +95,19 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   m.tokenizer = std::make_unique<Tokenizer>(m.reader->tokenizer());
   const ModelConfig& c = m.reader->config();
   if (context == 0) context = default_context(c, options.quiet);
-  check(context <= c.usable_context(), "{}: a context of {} tokens is wanted, the model was made for {}; lower -c",
-        options.model, context, c.usable_context());
+  check(context <= c.usable_context(),
+        "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
+        context, c.usable_context());
   m.model = std::make_unique<Model>(Model::load(*m.reader, context));
   m.size = model_size(*m.model);
   m.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (!options.quiet)
-    fmt::print(stderr, "{}: {}, {}, {:.2f} bits a weight, context {}, {} threads, kernels {}, loaded in {:.2f} s\n",
+    fmt::print(stderr,
+               "{}: {}, {}, {:.2f} bits a weight, context {}, {} threads, kernels {}, loaded in "
+               "{:.2f} s\n",
                options.model, model_name(m), cli::human_bytes(static_cast<double>(m.size.bytes)),
-               m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(), m.seconds);
+               m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(),
+               m.seconds);
   return m;
 }
 
@@ -125,13 +140,16 @@ void add_sampling_options(CLI::App& app, SamplingOptions& o) {
   app.add_option("-n,--n-predict,--predict,--max-tokens", o.max_tokens,
                  "tokens to make; -1 (default): until the model ends the text")
       ->type_name("N");
-  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")->type_name("N");
+  app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
+      ->type_name("N");
   app.add_option("--temp,--temperature", s.temperature, "0: greedy, exactly (default 0.8)");
   app.add_option("--top-k", s.top_k, "keep the k most probable; 0: all (default 40)");
   app.add_option("--top-p", s.top_p, "keep this share of the probability; 1: all (default 0.95)");
-  app.add_option("--min-p", s.min_p, "keep tokens at least this share as probable as the first (default 0.05)");
+  app.add_option("--min-p", s.min_p,
+                 "keep tokens at least this share as probable as the first (default 0.05)");
   app.add_option("--repeat-penalty", s.repeat_penalty, "1: none (default)");
-  app.add_option("--repeat-last-n", s.repeat_last_n, "tokens that penalties look back; -1: all (default 64)");
+  app.add_option("--repeat-last-n", s.repeat_last_n,
+                 "tokens that penalties look back; -1: all (default 64)");
   app.add_option("--presence-penalty", s.presence_penalty, "0: none (default)");
   app.add_option("--frequency-penalty", s.frequency_penalty, "0: none (default)");
   app.add_option("-l,--logit-bias", o.bias, "ID+BIAS, ID-BIAS or ID=-inf; may be repeated")
@@ -139,7 +157,8 @@ void add_sampling_options(CLI::App& app, SamplingOptions& o) {
       ->allow_extra_args(false)
       ->type_name("ID±BIAS");
   app.add_option("-s,--seed", o.seed, "-1 (default): a new one each time")->type_name("N");
-  app.add_option("--stop,-r,--reverse-prompt", o.stop, "end the text before this string; may be repeated")
+  app.add_option("--stop,-r,--reverse-prompt", o.stop,
+                 "end the text before this string; may be repeated")
       ->take_all()
       ->allow_extra_args(false)
       ->type_name("TEXT");
@@ -159,7 +178,9 @@ std::pair<int32_t, double> parse_bias(const std::string& text) {
     const auto [stop, error] = std::from_chars(value, end, bias);
     ok = (*at == '+' || *at == '-' || *at == '=') && error == std::errc{} && stop == end;
   }
-  if (!ok) throw cli::UsageError(fmt::format("--logit-bias {}: a token id and a bias are wanted, as 15+1.5", text));
+  if (!ok)
+    throw cli::UsageError(
+        fmt::format("--logit-bias {}: a token id and a bias are wanted, as 15+1.5", text));
   return {id, bias};
 }
 
@@ -176,7 +197,8 @@ GenerateOptions generate_options(const SamplingOptions& o, int64_t vocab_size) {
   g.ignore_eos = o.ignore_eos;
   g.batch = o.batch;
   if (o.batch < 1) throw cli::UsageError(fmt::format("--batch-size {}: at least 1", o.batch));
-  if (o.max_tokens < -1) throw cli::UsageError(fmt::format("--n-predict {}: -1 or more", o.max_tokens));
+  if (o.max_tokens < -1)
+    throw cli::UsageError(fmt::format("--n-predict {}: -1 or more", o.max_tokens));
   try {
     g.sampling.validate(vocab_size);
   } catch (const Error& e) {
@@ -222,25 +244,31 @@ nlohmann::json stats_json(const GenerateResult& r, const OpenModel& m, uint64_t 
 
 void print_stats(const GenerateResult& r, const OpenModel& m, uint64_t seed) {
   const GenerateStats& s = r.stats;
-  fmt::print(stderr, "\nprompt     {:6} tokens  {:8.2f} t/s{}\n", s.prompt_tokens, s.prompt_rate(),
-             s.reused_tokens > 0 ? fmt::format("   ({} of them from the cache)", s.reused_tokens) : "");
-  fmt::print(stderr, "generated  {:6} tokens  {:8.2f} t/s   {:.2f} GB/s of weights read\n", s.generated_tokens,
-             s.decode_rate(), decode_gbs(r, m));
-  fmt::print(stderr, "first token after {:.3f} s, peak memory {}, ended by: {}, seed {}\n", s.first_token_seconds,
-             cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())), to_string(r.finish), seed);
+  fmt::print(
+      stderr, "\nprompt     {:6} tokens  {:8.2f} t/s{}\n", s.prompt_tokens, s.prompt_rate(),
+      s.reused_tokens > 0 ? fmt::format("   ({} of them from the cache)", s.reused_tokens) : "");
+  fmt::print(stderr, "generated  {:6} tokens  {:8.2f} t/s   {:.2f} GB/s of weights read\n",
+             s.generated_tokens, s.decode_rate(), decode_gbs(r, m));
+  fmt::print(stderr, "first token after {:.3f} s, peak memory {}, ended by: {}, seed {}\n",
+             s.first_token_seconds, cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())),
+             to_string(r.finish), seed);
 }
 
 // ---- Ctrl-C ----
 
 namespace {
 
-std::atomic<bool> g_interrupted{false};
+std::atomic<bool> g_interrupted{false}, g_waiting{false};
 static_assert(std::atomic<bool>::is_always_lock_free, "used in a signal handler");
 
 void on_interrupt(int) {
   if (g_interrupted.exchange(true)) {
     [[maybe_unused]] const auto written = write(STDERR_FILENO, "\n", 1);
     _exit(130);
+  }
+  if (g_waiting) {
+    static constexpr char kHint[] = "\n(Ctrl-C again or /exit leaves)\n> ";
+    [[maybe_unused]] const auto written = write(STDERR_FILENO, kHint, sizeof kHint - 1);
   }
 }
 
@@ -258,5 +286,9 @@ Interrupt::~Interrupt() {
 }
 const std::atomic<bool>* Interrupt::flag() const { return &g_interrupted; }
 void Interrupt::release() { g_interrupted = false; }
+void Interrupt::waiting(bool yes) {
+  g_waiting = yes;
+  if (!yes) release();
+}
 
 }  // namespace omq::run

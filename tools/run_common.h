@@ -1,6 +1,7 @@
 // What the subcommands of omq-run share: opening a model, its options, and Ctrl-C.
 //
-// Each subcommand is a function over its own arguments, in a file of its own (run_generate.cpp …); omq-run.cpp picks.
+// Each subcommand is a function over its own arguments, in a file of its own (run_generate.cpp …);
+// omq-run.cpp picks.
 #pragma once
 
 #include <atomic>
@@ -47,7 +48,8 @@ struct OpenModel {
   ModelSize size;
   double seconds = 0;  // taken by loading
 };
-// context 0: the model's own, cut (and said so) where its key/value cache would not fit into free memory.
+// context 0: the model's own, cut (and said so) where its key/value cache would not fit into free
+// memory.
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
 // "llama 135M": the type and the number of weights, embedding and norms counted.
@@ -81,8 +83,9 @@ void print_stats(const GenerateResult& result, const OpenModel& m, uint64_t seed
 
 // ---- Ctrl-C ----
 
-// The first Ctrl-C sets the flag, the second one ends the program (code 130). Call release() where the flag was obeyed
-// and the count begins anew.
+// The first Ctrl-C sets the flag, the second one ends the program (code 130). The count begins anew
+// with release(), and when waiting for input is over. One that stops nothing, because the program
+// waits, is answered with a hint.
 class Interrupt {
  public:
   Interrupt();
@@ -91,6 +94,7 @@ class Interrupt {
   Interrupt& operator=(const Interrupt&) = delete;
   const std::atomic<bool>* flag() const;
   void release();
+  void waiting(bool yes);
 };
 
 }  // namespace omq::run

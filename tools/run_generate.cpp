@@ -12,14 +12,17 @@ struct Options {
 };
 
 bool parse(const cli::Args& args, Options& o) {
-  CLI::App app("Continues a text. The text goes to stdout, everything else to stderr.", "omq-run generate");
+  CLI::App app("Continues a text. The text goes to stdout, everything else to stderr.",
+               "omq-run generate");
   add_model_options(app, o.model);
   auto* prompt = app.add_option("-p,--prompt", o.prompt, "text to continue")->type_name("TEXT");
-  app.add_option("-f,--file", o.file, "text to continue, from a file; - is standard input, as is a pipe")
+  app.add_option("-f,--file", o.file,
+                 "text to continue, from a file; - is standard input, as is a pipe")
       ->type_name("FILE")
       ->excludes(prompt);
   app.add_flag("-e,--escape", o.escapes, "\\n, \\t and \\\\ in the prompt mean what they do in C");
-  app.add_flag("--display-prompt,!--no-display-prompt", o.show_prompt, "print the prompt before the answer");
+  app.add_flag("--display-prompt,!--no-display-prompt", o.show_prompt,
+               "print the prompt before the answer");
   add_sampling_options(app, o.sampling);
   app.add_flag("--json", o.json, "one JSON object with text and figures instead of text");
   app.add_flag("--no-perf", o.no_perf, "no figures at the end");
@@ -45,7 +48,8 @@ std::string unescaped(const std::string& text) {
 std::string prompt_of(const Options& o) {
   if (o.have_prompt) return o.escapes ? unescaped(o.prompt) : o.prompt;
   if (o.file.empty() && cli::is_terminal(stdin))
-    throw cli::UsageError("nothing to continue: give -p TEXT, -f FILE or a pipe; omq-run chat converses");
+    throw cli::UsageError(
+        "nothing to continue: give -p TEXT, -f FILE or a pipe; omq-run chat converses");
   std::string text = read_input(o.file.empty() ? "-" : o.file);
   // Editors and echo end a text with a newline that nobody means.
   if (text.ends_with('\n')) text.pop_back();
@@ -56,8 +60,10 @@ std::vector<int32_t> encode(const Tokenizer& tokenizer, const std::string& promp
   std::vector<int32_t> ids = tokenizer.encode(prompt);
   const auto bos = tokenizer.bos_id();
   if (!quiet && bos && ids.size() > 1 && ids[0] == *bos && ids[1] == *bos)
-    fmt::print(stderr, "warning: the prompt begins with {}, and the tokenizer adds one: there are two now\n",
-               tokenizer.token_piece(*bos));
+    fmt::print(
+        stderr,
+        "warning: the prompt begins with {}, and the tokenizer adds one: there are two now\n",
+        tokenizer.token_piece(*bos));
   if (ids.empty() && bos) ids.push_back(*bos);
   check(!ids.empty(), "the prompt is empty, and the model has no token to begin a text with");
   return ids;
@@ -97,7 +103,8 @@ int generate(const cli::Args& args) {
     if (!o.no_perf && !o.model.quiet) print_stats(result, m, options.sampling.seed);
   }
   if (result.finish == FinishReason::ContextFull) {
-    fmt::print(stderr, "omq-run: the context of {} tokens is full: {} of the prompt, {} made; raise -c\n",
+    fmt::print(stderr,
+               "omq-run: the context of {} tokens is full: {} of the prompt, {} made; raise -c\n",
                generator.context(), result.stats.prompt_tokens, result.stats.generated_tokens);
     return o.sampling.max_tokens < 0 ? 0 : 1;
   }

@@ -41,7 +41,8 @@ json tokenizer_json(const Tokenizer& t) {
 
 // The prompt format's name, or why there is none.
 json template_json(const Tokenizer& t) {
-  if (t.chat_template().empty()) return {{"known", false}, {"reason", "the model has no chat template"}};
+  if (t.chat_template().empty())
+    return {{"known", false}, {"reason", "the model has no chat template"}};
   try {
     return {{"known", true}, {"name", ChatTemplate::of(t).name()}};
   } catch (const Error& e) {
@@ -84,59 +85,75 @@ json describe(const OpenModel& m, bool hashes) {
           {"config", config_json(reader.config())},
           {"tokenizer", tokenizer_json(*m.tokenizer)},
           {"chat_template", template_json(*m.tokenizer)},
-          {"runs_with", {{"kernels", packed_isa_name()},
-                         {"matrix_products", cpu::gemm_name()},
-                         {"threads", num_threads()},
-                         {"cuda", cuda_packed_kernels() != nullptr}}}};
+          {"runs_with",
+           {{"kernels", packed_isa_name()},
+            {"matrix_products", cpu::gemm_name()},
+            {"threads", num_threads()},
+            {"cuda", cuda_packed_kernels() != nullptr}}}};
 }
 
 std::string quantization_text(const json& q) {
   if (q.is_null()) return "none";
   auto matrix = [](const json& s) {
     const auto group = s["group_size"].get<int64_t>();
-    return fmt::format("{} bits, {}{}", s["bits"].get<int>(),
-                       group > 0 ? fmt::format("groups of {}", group) : std::string("a group a row"),
-                       s["symmetric"].get<bool>() ? ", symmetric" : "");
+    return fmt::format(
+        "{} bits, {}{}", s["bits"].get<int>(),
+        group > 0 ? fmt::format("groups of {}", group) : std::string("a group a row"),
+        s["symmetric"].get<bool>() ? ", symmetric" : "");
   };
   std::string text = fmt::format("{}: {}, layout {}", q["method"].get<std::string>(), matrix(q),
                                  q["layout"].get<std::string>());
-  for (const auto& [name, spec] : q["exceptions"].items()) text += fmt::format("; {} {}", name, matrix(spec));
+  for (const auto& [name, spec] : q["exceptions"].items())
+    text += fmt::format("; {} {}", name, matrix(spec));
   return text;
 }
 
 void print(const json& j) {
-  auto line = [](std::string_view name, const std::string& text) { fmt::print("{:14}{}\n", name, text); };
+  auto line = [](std::string_view name, const std::string& text) {
+    fmt::print("{:14}{}\n", name, text);
+  };
   auto bytes = [](const json& b) { return cli::human_bytes(b.get<double>()); };
-  line("model", fmt::format("{} ({})", j["model"].get<std::string>(), j["name"].get<std::string>()));
+  line("model",
+       fmt::format("{} ({})", j["model"].get<std::string>(), j["name"].get<std::string>()));
   line("container", j["container"].get<std::string>());
   for (const json& f : j["files"])
-    line("file", fmt::format("{}  {}{}", f["path"].get<std::string>(), bytes(f["bytes"]),
-                             f.contains("sha256") ? "  sha256 " + f["sha256"].get<std::string>() : ""));
+    line("file",
+         fmt::format("{}  {}{}", f["path"].get<std::string>(), bytes(f["bytes"]),
+                     f.contains("sha256") ? "  sha256 " + f["sha256"].get<std::string>() : ""));
   for (const auto& [dtype, c] : j["stored"].items())
-    line("stored", fmt::format("{:5} {:4} tensors  {}", dtype, c["tensors"].get<int64_t>(), bytes(c["bytes"])));
-  line("weights", fmt::format("{} parameters, {} as run, {:.3f} bits a weight ({:.3f} inside the blocks)",
-                              human_count(j["parameters"].get<int64_t>()), bytes(j["weight_bytes"]),
-                              j["bits_per_weight"].get<double>(), j["block_bits_per_weight"].get<double>()));
+    line("stored", fmt::format("{:5} {:4} tensors  {}", dtype, c["tensors"].get<int64_t>(),
+                               bytes(c["bytes"])));
+  line("weights",
+       fmt::format("{} parameters, {} as run, {:.3f} bits a weight ({:.3f} inside the blocks)",
+                   human_count(j["parameters"].get<int64_t>()), bytes(j["weight_bytes"]),
+                   j["bits_per_weight"].get<double>(), j["block_bits_per_weight"].get<double>()));
   line("a token reads", bytes(j["bytes_per_token"]));
   line("quantization", quantization_text(j["quantization"]));
   const json& c = j["config"];
-  line("shape", fmt::format("{} layers, hidden {}, ffn {}, {} query and {} key/value heads of {}, vocabulary {}{}",
-                            c["num_hidden_layers"].dump(), c["hidden_size"].dump(), c["intermediate_size"].dump(),
-                            c["num_attention_heads"].dump(), c["num_key_value_heads"].dump(), c["head_dim"].dump(),
-                            c["vocab_size"].dump(), c["tie_word_embeddings"].get<bool>() ? ", tied head" : ""));
-  line("context", fmt::format("{} tokens{}, RoPE theta {}", c["context"].dump(),
-                              c.contains("sliding_window") ? ", sliding window " + c["sliding_window"].dump() : "",
-                              c["rope_theta"].dump()));
+  line("shape",
+       fmt::format(
+           "{} layers, hidden {}, ffn {}, {} query and {} key/value heads of {}, vocabulary {}{}",
+           c["num_hidden_layers"].dump(), c["hidden_size"].dump(), c["intermediate_size"].dump(),
+           c["num_attention_heads"].dump(), c["num_key_value_heads"].dump(), c["head_dim"].dump(),
+           c["vocab_size"].dump(), c["tie_word_embeddings"].get<bool>() ? ", tied head" : ""));
+  line("context",
+       fmt::format(
+           "{} tokens{}, RoPE theta {}", c["context"].dump(),
+           c.contains("sliding_window") ? ", sliding window " + c["sliding_window"].dump() : "",
+           c["rope_theta"].dump()));
   const json& t = j["tokenizer"];
   line("tokenizer", fmt::format("{} tokens, BOS {}{}, ends at {}", t["vocab_size"].dump(),
                                 t.contains("bos_id") ? t["bos_id"].dump() : "none",
-                                t["adds_bos"].get<bool>() ? " put in front" : " not put in front", t["eos_ids"].dump()));
+                                t["adds_bos"].get<bool>() ? " put in front" : " not put in front",
+                                t["eos_ids"].dump()));
   const json& chat = j["chat_template"];
-  line("chat", chat["known"].get<bool>() ? chat["name"].get<std::string>() : "no: " + chat["reason"].get<std::string>());
+  line("chat", chat["known"].get<bool>() ? chat["name"].get<std::string>()
+                                         : "no: " + chat["reason"].get<std::string>());
   const json& r = j["runs_with"];
-  line("runs with", fmt::format("packed kernels {}, matrix products {}, {} threads, CUDA {}",
-                                r["kernels"].get<std::string>(), r["matrix_products"].get<std::string>(),
-                                r["threads"].dump(), r["cuda"].get<bool>() ? "yes" : "no"));
+  line("runs with",
+       fmt::format("packed kernels {}, matrix products {}, {} threads, CUDA {}",
+                   r["kernels"].get<std::string>(), r["matrix_products"].get<std::string>(),
+                   r["threads"].dump(), r["cuda"].get<bool>() ? "yes" : "no"));
 }
 
 }  // namespace

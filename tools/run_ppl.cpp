@@ -23,15 +23,20 @@ bool parse(const cli::Args& args, Options& o) {
   add_model_options(app, o.model, /*with_context=*/false);
   PerplexityOptions& p = o.perplexity;
   app.add_option("-f,--file", o.file, "text; - is standard input")->required()->type_name("FILE");
-  auto* context = app.add_option("-c,--ctx-size", p.context, "tokens of a window (default 2048)")->type_name("N");
+  auto* context = app.add_option("-c,--ctx-size", p.context, "tokens of a window (default 2048)")
+                      ->type_name("N");
   app.add_option("--protocol", o.protocol,
-                 "gptq (default): rows joined by blank lines, all predictions of a window count; llama.cpp: the text "
-                 "as it is, those of a window's second half; documents: texts apart, each after BOS, the first "
+                 "gptq (default): rows joined by blank lines, all predictions of a window count; "
+                 "llama.cpp: the text "
+                 "as it is, those of a window's second half; documents: texts apart, each after "
+                 "BOS, the first "
                  "-c tokens of each")
       ->type_name("NAME");
-  app.add_option("--chunks,--windows", p.max_windows, "only the first N windows or documents (default: all)")
+  app.add_option("--chunks,--windows", p.max_windows,
+                 "only the first N windows or documents (default: all)")
       ->type_name("N");
-  app.add_option("--separator", p.separator, "documents: the line between texts (default <|endoftext|>)");
+  app.add_option("--separator", p.separator,
+                 "documents: the line between texts (default <|endoftext|>)");
   app.add_option("--skip", p.skip, "documents: leave out the first N")->type_name("N");
   app.add_flag("--json", o.json, "one JSON object on stdout");
   if (!cli::parse(app, args, kAliases)) return false;
@@ -40,8 +45,9 @@ bool parse(const cli::Args& args, Options& o) {
   } catch (const Error& e) {
     throw cli::UsageError(fmt::format("--protocol: {}", e.what()));
   }
-  if (context->count() == 0 && p.protocol == Protocol::LlamaCpp) p.context = 512;  // llama.cpp's own default
-  if (context->count() == 0 && p.protocol == Protocol::Documents) p.context = 0;   // the model's
+  if (context->count() == 0 && p.protocol == Protocol::LlamaCpp)
+    p.context = 512;  // llama.cpp's own default
+  if (context->count() == 0 && p.protocol == Protocol::Documents) p.context = 0;  // the model's
   if (p.max_windows < 0 || p.skip < 0 || (context->count() > 0 && p.context < 2))
     throw cli::UsageError("--chunks and --skip are 0 or more, -c at least 2");
   return true;
@@ -49,24 +55,25 @@ bool parse(const cli::Args& args, Options& o) {
 
 std::string bos_text(const PerplexityResult& r) {
   if (!r.bos) return "no BOS";
-  return r.protocol == Protocol::Gptq ? "BOS before the text" : r.protocol == Protocol::LlamaCpp
-                                                                   ? "BOS for the first token of each window"
-                                                                   : "BOS before each document";
+  return r.protocol == Protocol::Gptq       ? "BOS before the text"
+         : r.protocol == Protocol::LlamaCpp ? "BOS for the first token of each window"
+                                            : "BOS before each document";
 }
 
 void print_method(const Options& o, const PerplexityResult& r, const std::string& hash) {
   const bool documents = r.protocol == Protocol::Documents;
-  fmt::print("protocol    {}: {} {} of {}{}, {} predictions, {}\n", to_string(r.protocol), r.windows,
-             documents ? "documents" : "windows", r.available, documents ? fmt::format(" ({} cut at {} tokens)", r.cut, r.context)
-                                                       : fmt::format(" of {} tokens", r.context),
+  fmt::print("protocol    {}: {} {} of {}{}, {} predictions, {}\n", to_string(r.protocol),
+             r.windows, documents ? "documents" : "windows", r.available,
+             documents ? fmt::format(" ({} cut at {} tokens)", r.cut, r.context)
+                       : fmt::format(" of {} tokens", r.context),
              r.predicted, bos_text(r));
   fmt::print("text        {}, {} tokens, sha256 {}\n", o.file, r.tokens, hash);
   fmt::print("mean loss   {:.6f} nats a token\n", r.mean_nll);
   fmt::print("perplexity  {:.6f}\n", r.perplexity);
 }
 
-void print_json(const Options& o, const PerplexityResult& r, const std::string& hash, const OpenModel& m,
-                double seconds) {
+void print_json(const Options& o, const PerplexityResult& r, const std::string& hash,
+                const OpenModel& m, double seconds) {
   const nlohmann::json j = {{"perplexity", r.perplexity},
                             {"mean_nll", r.mean_nll},
                             {"tokens", r.tokens},
@@ -101,8 +108,11 @@ int ppl(const cli::Args& args) {
   cli::Progress progress("perplexity", 0, o.model.quiet);
   std::optional<cli::Progress> bar;
   const PerplexityResult r = evaluate_perplexity(
-      *m.model, *m.tokenizer, text, o.perplexity, [&](int64_t done, int64_t total, double perplexity) {
-        if (!bar) bar.emplace(o.perplexity.protocol == Protocol::Documents ? "document" : "window", total, o.model.quiet);
+      *m.model, *m.tokenizer, text, o.perplexity,
+      [&](int64_t done, int64_t total, double perplexity) {
+        if (!bar)
+          bar.emplace(o.perplexity.protocol == Protocol::Documents ? "document" : "window", total,
+                      o.model.quiet);
         bar->update(done, fmt::format("perplexity {:.4f}", perplexity));
       });
   bar.reset();
@@ -111,8 +121,9 @@ int ppl(const cli::Args& args) {
     print_json(o, r, hash, m, seconds);
   else
     print_method(o, r, hash);
-  progress.finish(fmt::format("{} tokens in {}, {:.0f} t/s, peak memory {}", r.windows > 0 ? r.predicted : 0,
-                              cli::human_seconds(seconds), static_cast<double>(r.predicted) / seconds,
+  progress.finish(fmt::format("{} tokens in {}, {:.0f} t/s, peak memory {}",
+                              r.windows > 0 ? r.predicted : 0, cli::human_seconds(seconds),
+                              static_cast<double>(r.predicted) / seconds,
                               cli::human_bytes(static_cast<double>(cli::peak_memory_bytes()))));
   return 0;
 }

@@ -16,7 +16,7 @@ namespace omq {
 
 struct TinyOptions {
   uint64_t seed = 1;
-  int64_t steps = 3000, batch = 8, window = 256;
+  int64_t steps = 3600, batch = 8, window = 256;
   // Shape of the model. 96 and 288 are no multiples of 64 and 128: groups end short, as in real
   // models.
   int64_t hidden = 96, layers = 4, heads = 6, kv_heads = 2, ffn = 288, vocab = 512;

@@ -43,11 +43,10 @@ class Progress {
     if (!line && !(terminal_ && s.step % 5 == 0)) return;
     const double passed = seconds();
     const double left = passed / static_cast<double>(s.step) * static_cast<double>(steps_ - s.step);
-    fmt::print(stderr,
-               "{}step {:>5}/{}  loss {:.4f}  mean {:.4f}  |g| {:5.2f}  lr {:.2e}  {:.0f} s, "
-               "{:.0f} s left{}",
-               terminal_ ? "\r" : "", s.step, steps_, s.loss, average_, s.gradient_norm, s.lr,
-               passed, left, line || !terminal_ ? "\n" : "\033[K");
+    fmt::print(
+        stderr, "{}step {:>5}/{}  loss {:.4f}  mean {:.4f}  |g| {:5.2f}  lr {:.2e}  {}, {} left{}",
+        terminal_ ? "\r" : "", s.step, steps_, s.loss, average_, s.gradient_norm, s.lr,
+        cli::human_seconds(passed), cli::human_seconds(left), line || !terminal_ ? "\n" : "\033[K");
   }
   double seconds() const {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
@@ -89,23 +88,25 @@ struct Outcome {
 
 std::string readme(const Arguments& a, const Outcome& r) {
   const TinyOptions& o = a.train;
-  return fmt::format(
-      "# tiny-llama\n\n"
+  std::string out = "# tiny-llama\n\n";
+  out += fmt::format(
       "A LLaMA of {} weights (hidden {}, {} layers, {} heads on {} key/value heads, ffn {}, {} "
-      "tokens, tied head), "
+      "tokens, tied head),\n"
       "trained from nothing on stories of the grammar in `tools/story_grammar.cpp`. Everything in "
-      "this folder, this "
-      "file too, was written by\n\n"
-      "    {}\n\n"
+      "this folder, this\n"
+      "file too, was written by\n\n    {}\n\n",
+      r.parameters, o.hidden, o.layers, o.heads, o.kv_heads, o.ffn, o.vocab, command(a));
+  out += fmt::format(
       "{} steps of {} windows of {} tokens. Loss at the end of training: {:.4f} nats per token. "
-      "Loss over `test.txt` "
-      "(windows of {}, weights rounded to F16): {:.4f}, a perplexity of {:.4f}.\n\n"
+      "Loss over `test.txt`\n"
+      "(windows of {}, weights rounded to F16): {:.4f}, a perplexity of {:.4f}.\n\n",
+      o.steps, o.batch, o.window, r.train_loss, o.window, r.test_loss, std::exp(r.test_loss));
+  out +=
       "`calib.txt` and `test.txt` are stories of other seeds than those of training, an empty line "
-      "after each.\n\n"
-      "Greedy continuation of \"{}\":\n\n>{}\n",
-      r.parameters, o.hidden, o.layers, o.heads, o.kv_heads, o.ffn, o.vocab, command(a), o.steps,
-      o.batch, o.window, r.train_loss, o.window, r.test_loss, std::exp(r.test_loss), r.prompt,
-      r.sample);
+      "after each. The\n"
+      "same command gives the same bytes on the same kind of processor, with any number of "
+      "threads.\n\n";
+  return out + fmt::format("Greedy continuation of \"{}\":\n\n>{}\n", r.prompt, r.sample);
 }
 
 void run(const Arguments& a) {

@@ -1,15 +1,16 @@
-// Causal attention with grouped queries. The fused op keeps only the log-sum-exp of each row and rebuilds the
-// probabilities tile by tile in its gradient; the composed one is its definition.
+// Causal attention with grouped queries. The fused op keeps only the log-sum-exp of each row and
+// rebuilds the probabilities tile by tile in its gradient; the composed one is its definition.
 #include "autograd/ops.h"
 
 namespace omq {
 namespace {
 
 void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check(q.ndim() == 4 && k.ndim() == 4 && k.shape() == v.shape(), "attention: q {}, k {}, v {}", q.shape(), k.shape(),
-        v.shape());
+  check(q.ndim() == 4 && k.ndim() == 4 && k.shape() == v.shape(), "attention: q {}, k {}, v {}",
+        q.shape(), k.shape(), v.shape());
   check(q.dim(0) == k.dim(0) && q.dim(3) == k.dim(3) && k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0,
-        "attention: q {} against k {}: batch, head size or head counts do not fit", q.shape(), k.shape());
+        "attention: q {} against k {}: batch, head size or head counts do not fit", q.shape(),
+        k.shape());
   check(k.dim(1) >= q.dim(1), "attention: {} queries for {} keys", q.dim(1), k.dim(1));
 }
 
@@ -31,7 +32,8 @@ Tensor causal_mask(int64_t t, int64_t s, DType dtype, Device device) {
 Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec spec) {
   check_shapes(q, k, v);
   const int64_t B = q.dim(0), T = q.dim(1), H = q.dim(2), d = q.dim(3), S = k.dim(1), K = k.dim(2);
-  auto heads = [&](const Tensor& x) {  // [B,S,K,d] → [B,H,S,d], every key/value head repeated for its queries
+  auto heads = [&](const Tensor&
+                       x) {  // [B,S,K,d] → [B,H,S,d], every key/value head repeated for its queries
     const Tensor y = reshape(transpose(x, 1, 2), {B, K, 1, S, d});
     return reshape(expand(y, {B, K, H / K, S, d}), {B, H, S, d});
   };
@@ -40,7 +42,8 @@ Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, Att
   return contiguous(transpose(matmul(softmax(scores), heads(v)), 1, 2));
 }
 
-Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, AttentionSpec spec) {
+Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
+                 AttentionSpec spec) {
   check_shapes(any_q, any_k, any_v);
   const Tensor q = with_rows(any_q), k = with_rows(any_k), v = with_rows(any_v);
   Tensor y = Tensor::empty(q.shape(), q.dtype(), q.device());
@@ -48,7 +51,8 @@ Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, 
   on(q).attention(y, lse, q, k, v, spec);
   if (!needs_grad(q) && !needs_grad(k) && !needs_grad(v)) return y;
   return record("attention", y, {q, k, v},
-                [q = q.detach(), k = k.detach(), v = v.detach(), y = y.detach(), lse, spec](const Tensor& dy) -> Grads {
+                [q = q.detach(), k = k.detach(), v = v.detach(), y = y.detach(), lse,
+                 spec](const Tensor& dy) -> Grads {
                   Tensor dq = Tensor::empty(q.shape(), q.dtype(), q.device());
                   Tensor dk = Tensor::empty(k.shape(), k.dtype(), k.device());
                   Tensor dv = Tensor::empty(v.shape(), v.dtype(), v.device());

@@ -1,4 +1,5 @@
-// Scalar functions and broadcasting arithmetic. The formulas and derivatives are in tensor/elementwise.h.
+// Scalar functions and broadcasting arithmetic. The formulas and derivatives are in
+// tensor/elementwise.h.
 #include "autograd/ops.h"
 
 namespace omq {
@@ -9,7 +10,8 @@ Tensor unary(const char* name, const Tensor& x, Unary f) {
   on(x).unary(y, x, f);
   const bool grad = needs_grad(x);
   return record(name, y, {x},
-                [x = grad ? x.detach() : Tensor{}, y = grad ? y.detach() : Tensor{}, f](const Tensor& dy) -> Grads {
+                [x = grad ? x.detach() : Tensor{}, y = grad ? y.detach() : Tensor{},
+                 f](const Tensor& dy) -> Grads {
                   Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
                   on(x).unary_vjp(dx, x, y, dy, f);
                   return {dx};
@@ -52,17 +54,18 @@ Tensor collapse(const Tensor& d, const Shape& shape) {
 
 Tensor binary(const char* name, const Tensor& a, const Tensor& b, Binary f) {
   check(a.defined() && b.defined(), "{}: undefined operand", name);
-  check(a.dtype() == b.dtype(), "{}: dtypes differ: {} and {}; convert with to()", name, dtype_name(a.dtype()),
-        dtype_name(b.dtype()));
-  check(a.device() == b.device(), "{}: devices differ: {} and {}", name, to_string(a.device()), to_string(b.device()));
+  check(a.dtype() == b.dtype(), "{}: dtypes differ: {} and {}; convert with to()", name,
+        dtype_name(a.dtype()), dtype_name(b.dtype()));
+  check(a.device() == b.device(), "{}: devices differ: {} and {}", name, to_string(a.device()),
+        to_string(b.device()));
   const Shape shape = broadcast_shape(name, a.shape(), b.shape());
   const Tensor wide_a = spread(a, shape), wide_b = spread(b, shape);
   Tensor y = Tensor::empty(shape, a.dtype(), a.device());
   on(a).binary(y, wide_a, wide_b, f);
   const bool need_a = needs_grad(a), need_b = needs_grad(b), need = need_a || need_b;
   return record(name, y, {a, b},
-                [wide_a = need ? wide_a : Tensor{}, wide_b = need ? wide_b : Tensor{}, need_a, need_b,
-                 shape_a = a.shape(), shape_b = b.shape(), f](const Tensor& dy) -> Grads {
+                [wide_a = need ? wide_a : Tensor{}, wide_b = need ? wide_b : Tensor{}, need_a,
+                 need_b, shape_a = a.shape(), shape_b = b.shape(), f](const Tensor& dy) -> Grads {
                   Tensor da, db;
                   if (need_a) da = Tensor::empty(dy.shape(), dy.dtype(), dy.device());
                   if (need_b) db = Tensor::empty(dy.shape(), dy.dtype(), dy.device());
@@ -73,7 +76,9 @@ Tensor binary(const char* name, const Tensor& a, const Tensor& b, Binary f) {
 
 }  // namespace
 
-Tensor affine(const Tensor& x, double a, double b) { return unary("affine", x, {UnaryKind::Affine, a, b}); }
+Tensor affine(const Tensor& x, double a, double b) {
+  return unary("affine", x, {UnaryKind::Affine, a, b});
+}
 Tensor exp(const Tensor& x) { return unary("exp", x, {UnaryKind::Exp}); }
 Tensor log(const Tensor& x) { return unary("log", x, {UnaryKind::Log}); }
 Tensor sqrt(const Tensor& x) { return unary("sqrt", x, {UnaryKind::Sqrt}); }
@@ -81,7 +86,9 @@ Tensor square(const Tensor& x) { return unary("square", x, {UnaryKind::Square});
 Tensor abs(const Tensor& x) { return unary("abs", x, {UnaryKind::Abs}); }
 Tensor sigmoid(const Tensor& x) { return unary("sigmoid", x, {UnaryKind::Sigmoid}); }
 Tensor silu(const Tensor& x) { return unary("silu", x, {UnaryKind::Silu}); }
-Tensor clamp(const Tensor& x, double lo, double hi) { return unary("clamp", x, {UnaryKind::Clamp, lo, hi}); }
+Tensor clamp(const Tensor& x, double lo, double hi) {
+  return unary("clamp", x, {UnaryKind::Clamp, lo, hi});
+}
 Tensor round(const Tensor& x) { return unary("round", x, {UnaryKind::Round}); }
 Tensor round_ste(const Tensor& x) { return unary("round_ste", x, {UnaryKind::RoundSte}); }
 

@@ -4,8 +4,8 @@
 namespace omq {
 
 Tensor embedding(const Tensor& any_table, const Tensor& any_ids) {
-  check(any_table.ndim() == 2 && any_ids.dtype() == DType::I32, "embedding: table {} with {} ids", any_table.shape(),
-        dtype_name(any_ids.dtype()));
+  check(any_table.ndim() == 2 && any_ids.dtype() == DType::I32, "embedding: table {} with {} ids",
+        any_table.shape(), dtype_name(any_ids.dtype()));
   const Tensor table = contiguous(any_table), ids = contiguous(any_ids);
   Shape shape = ids.shape();
   shape.push_back(table.dim(1));

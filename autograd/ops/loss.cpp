@@ -4,8 +4,10 @@
 namespace omq {
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {
-  check(logits.ndim() == 2 && targets.ndim() == 1 && targets.dim(0) == logits.dim(0) && targets.dtype() == DType::I32,
-        "cross_entropy: logits {} and targets {} {}", logits.shape(), dtype_name(targets.dtype()), targets.shape());
+  check(logits.ndim() == 2 && targets.ndim() == 1 && targets.dim(0) == logits.dim(0) &&
+            targets.dtype() == DType::I32,
+        "cross_entropy: logits {} and targets {} {}", logits.shape(), dtype_name(targets.dtype()),
+        targets.shape());
   check(logits.dim(1) > 0, "cross_entropy: logits {} have no classes", logits.shape());
   const Tensor x = contiguous(logits), ids = contiguous(targets);
   Tensor loss = Tensor::empty({x.dim(0)}, x.dtype(), x.device()), lse = empty_like(loss);

@@ -23,12 +23,13 @@ Tensor product(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 Tensor matmul(const Tensor& a, const Tensor& b) {
-  check(a.ndim() >= 2 && a.ndim() == b.ndim(), "matmul: {} · {}: the same number of dims (≥ 2) wanted", a.shape(),
-        b.shape());
+  check(a.ndim() >= 2 && a.ndim() == b.ndim(),
+        "matmul: {} · {}: the same number of dims (≥ 2) wanted", a.shape(), b.shape());
   check(a.dim(-1) == b.dim(-2), "matmul: inner dims differ: {} · {}", a.shape(), b.shape());
   for (int i = 0; i < a.ndim() - 2; ++i)
     check(a.dim(i) == b.dim(i), "matmul: batch dims differ: {} · {}", a.shape(), b.shape());
-  check(a.dtype() == b.dtype(), "matmul: dtypes differ: {} and {}", dtype_name(a.dtype()), dtype_name(b.dtype()));
+  check(a.dtype() == b.dtype(), "matmul: dtypes differ: {} and {}", dtype_name(a.dtype()),
+        dtype_name(b.dtype()));
   const bool need_a = needs_grad(a), need_b = needs_grad(b);
   return record("matmul", product(a, b), {a, b},
                 [a = need_b ? a.detach() : Tensor{}, b = need_a ? b.detach() : Tensor{}, need_a,
@@ -41,22 +42,25 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
-  check(w.ndim() == 2 && x.ndim() >= 1 && x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(),
-        w.shape());
-  check(x.dtype() == w.dtype(), "linear: dtypes differ: {} and {}", dtype_name(x.dtype()), dtype_name(w.dtype()));
+  check(w.ndim() == 2 && x.ndim() >= 1 && x.dim(-1) == w.dim(1),
+        "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
+  check(x.dtype() == w.dtype(), "linear: dtypes differ: {} and {}", dtype_name(x.dtype()),
+        dtype_name(w.dtype()));
   Shape shape = x.shape();
   shape[x.ndim() - 1] = w.dim(0);
   const Tensor rows = reshape(x, {-1, x.dim(-1)});
   const bool need_x = needs_grad(rows), need_w = needs_grad(w);
-  // Not matmul(rows, wᵀ): its gradient in w would come out transposed and have to be copied back into rows.
-  const Tensor y = record("linear", product(rows, transposed(w)), {rows, w},
-                          [x = need_w ? rows.detach() : Tensor{}, w = need_x ? w.detach() : Tensor{}, need_x,
-                           need_w](const Tensor& dy) -> Grads {
-                            Grads g(2);
-                            if (need_x) g[0] = product(dy, w);              // dx = dy · W
-                            if (need_w) g[1] = product(transposed(dy), x);  // dW = dyᵀ · x
-                            return g;
-                          });
+  // Not matmul(rows, wᵀ): its gradient in w would come out transposed and have to be copied back
+  // into rows.
+  const Tensor y =
+      record("linear", product(rows, transposed(w)), {rows, w},
+             [x = need_w ? rows.detach() : Tensor{}, w = need_x ? w.detach() : Tensor{}, need_x,
+              need_w](const Tensor& dy) -> Grads {
+               Grads g(2);
+               if (need_x) g[0] = product(dy, w);              // dx = dy · W
+               if (need_w) g[1] = product(transposed(dy), x);  // dW = dyᵀ · x
+               return g;
+             });
   const Tensor out = reshape(y, shape);
   return bias.defined() ? add(out, bias) : out;
 }

@@ -1,4 +1,5 @@
-// RMSNorm (spec omniquant §5.1): y = x / √(mean x² + eps) ⊙ w + b. b exists for the shifts of LET only.
+// RMSNorm (spec omniquant §5.1): y = x / √(mean x² + eps) ⊙ w + b. b exists for the shifts of LET
+// only.
 #include "autograd/ops.h"
 
 namespace omq {
@@ -13,17 +14,19 @@ Tensor rms_norm_composed(const Tensor& x, const Tensor& w, const Tensor& b, doub
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
-  check(x.ndim() >= 1 && x.dim(-1) > 0, "rms_norm: x {} has no last dim to normalise over", x.shape());
+  check(x.ndim() >= 1 && x.dim(-1) > 0, "rms_norm: x {} has no last dim to normalise over",
+        x.shape());
   for (const Tensor& t : {w, b})
-    check(!t.defined() || (t.ndim() == 1 && t.dim(0) == x.dim(-1)), "rms_norm: x {} with a weight or bias of {}",
-          x.shape(), t.shape());
+    check(!t.defined() || (t.ndim() == 1 && t.dim(0) == x.dim(-1)),
+          "rms_norm: x {} with a weight or bias of {}", x.shape(), t.shape());
   const Tensor source = contiguous(x);
   const Tensor gain = w.defined() ? contiguous(w) : w, shift = b.defined() ? contiguous(b) : b;
   Tensor y = empty_like(source);
   on(source).rms_norm(y, source, gain, shift, eps);
   const bool need_x = needs_grad(x), need_w = needs_grad(w), need_b = needs_grad(b);
   return record("rms_norm", y, {source, gain, shift},
-                [x = source.detach(), w = gain.detach(), need_x, need_w, need_b, eps](const Tensor& dy) -> Grads {
+                [x = source.detach(), w = gain.detach(), need_x, need_w, need_b,
+                 eps](const Tensor& dy) -> Grads {
                   Tensor dx, dw, db;
                   const Shape width{x.dim(-1)};
                   if (need_x) dx = empty_like(x);

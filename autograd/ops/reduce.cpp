@@ -22,7 +22,8 @@ Tensor sum_to(const Tensor& x, const Shape& shape) {
     check(shape[i] == x.dim(i) || shape[i] == 1, "sum_to: {} to {}", x.shape(), shape);
   Tensor y = Tensor::empty(shape, x.dtype(), x.device());
   on(x).sum_to(y, x);
-  return record("sum_to", y, {x}, [from = x.shape()](const Tensor& dy) -> Grads { return {repeat(dy, from)}; });
+  return record("sum_to", y, {x},
+                [from = x.shape()](const Tensor& dy) -> Grads { return {repeat(dy, from)}; });
 }
 
 Tensor sum(const Tensor& x) {
@@ -53,7 +54,8 @@ Range group_range(const Tensor& x, GroupSpec s) {
       return {dx};
     };
   };
-  return {record("group_range.hi", hi, {x}, vjp(true)), record("group_range.lo", lo, {x}, vjp(false))};
+  return {record("group_range.hi", hi, {x}, vjp(true)),
+          record("group_range.lo", lo, {x}, vjp(false))};
 }
 
 }  // namespace omq

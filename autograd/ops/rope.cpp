@@ -1,4 +1,5 @@
-// Rotary position embedding in the half-split form of Hugging Face: channels i and i + d/2 are one pair.
+// Rotary position embedding in the half-split form of Hugging Face: channels i and i + d/2 are one
+// pair.
 #include "autograd/ops.h"
 
 namespace omq {
@@ -8,10 +9,12 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor&
   check(cos.ndim() == 2 && cos.dim(1) * 2 == x.dim(3) && cos.shape() == sin.shape(),
         "rope: tables {} and {} for x {}", cos.shape(), sin.shape(), x.shape());
   check(positions.ndim() == 1 && positions.dim(0) == x.dim(1) && positions.dtype() == DType::I32,
-        "rope: positions {} {} for {} tokens", dtype_name(positions.dtype()), positions.shape(), x.dim(1));
+        "rope: positions {} {} for {} tokens", dtype_name(positions.dtype()), positions.shape(),
+        x.dim(1));
   const Tensor source = contiguous(x);
   Tensor y = empty_like(source);
-  const Tensor c = contiguous(cos.detach()), s = contiguous(sin.detach()), at = contiguous(positions);
+  const Tensor c = contiguous(cos.detach()), s = contiguous(sin.detach()),
+               at = contiguous(positions);
   on(source).rope(y, source, c, s, at, false);
   return record("rope", y, {source}, [c, s, at](const Tensor& dy) -> Grads {
     const Tensor d = contiguous(dy);

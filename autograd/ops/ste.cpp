@@ -1,11 +1,13 @@
-// Fake quantisation: quantise, then dequantise, with a straight-through gradient (spec omniquant §2.4, §2.6).
+// Fake quantisation: quantise, then dequantise, with a straight-through gradient (spec omniquant
+// §2.4, §2.6).
 #include "autograd/ops.h"
 
 namespace omq {
 
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
-  check(x.dim(1) % s.group_cols(x.dim(1)) == 0, "fake_quant_composed: groups of {} do not divide {} columns",
-        s.group_cols(x.dim(1)), x.dim(1));
+  check(x.dim(1) % s.group_cols(x.dim(1)) == 0,
+        "fake_quant_composed: groups of {} do not divide {} columns", s.group_cols(x.dim(1)),
+        x.dim(1));
   const int64_t groups = s.groups(x.dim(1));
   const Shape grouped{x.dim(0), groups, x.dim(1) / groups}, grid{x.dim(0), groups, 1};
   const Tensor h = reshape(scale, grid), z = reshape(zero.detach(), grid);
@@ -16,8 +18,9 @@ Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& z
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
   check(x.ndim() == 2 && x.dim(1) > 0, "fake_quant: wants [rows, cols], got {}", x.shape());
   const Shape grid{x.dim(0), s.groups(x.dim(1))};
-  check(scale.shape() == grid && zero.shape() == grid, "fake_quant: x {} wants grids {}, got {} and {}", x.shape(),
-        grid, scale.shape(), zero.shape());
+  check(scale.shape() == grid && zero.shape() == grid,
+        "fake_quant: x {} wants grids {}, got {} and {}", x.shape(), grid, scale.shape(),
+        zero.shape());
   const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
   Tensor y = empty_like(source);
   on(x).fake_quant(y, source, h, z, s);

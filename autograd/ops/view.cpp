@@ -1,11 +1,12 @@
-// Views and copies. Every view is an alias of the same Storage, and so is its gradient; only a slice's gradient is put
-// back into a zero tensor of the source's shape.
+// Views and copies. Every view is an alias of the same Storage, and so is its gradient; only a
+// slice's gradient is put back into a zero tensor of the source's shape.
 #include "autograd/ops.h"
 
 namespace omq {
 namespace {
 
-// The permutation-like case: every source element appears exactly once, so a gradient is again just a view.
+// The permutation-like case: every source element appears exactly once, so a gradient is again just
+// a view.
 Tensor permuting_view(const char* name, const Tensor& x, Shape shape, Strides strides,
                       std::function<Tensor(const Tensor&)> back) {
   return record(name, x.alias(shape, strides), {x},
@@ -34,7 +35,8 @@ Tensor reshape(const Tensor& x, Shape shape) {
     }
   }
   if (wild >= 0) shape[wild] = known > 0 ? x.numel() / known : 0;
-  check(shape.product() == x.numel(), "reshape: {} elements of {} do not fit {}", x.numel(), x.shape(), shape);
+  check(shape.product() == x.numel(), "reshape: {} elements of {} do not fit {}", x.numel(),
+        x.shape(), shape);
   const Tensor source = contiguous(x);
   return permuting_view("reshape", source, shape, contiguous_strides(shape),
                         [from = source.shape()](const Tensor& dy) {
@@ -63,8 +65,8 @@ Tensor transpose(const Tensor& x, int a, int b) {
 Tensor slice(const Tensor& x, int dim, int64_t begin, int64_t end) {
   x.dim(dim);
   if (dim < 0) dim += x.ndim();
-  check(begin >= 0 && begin <= end && end <= x.dim(dim), "slice: [{}, {}) of dim {} in shape {}", begin, end, dim,
-        x.shape());
+  check(begin >= 0 && begin <= end && end <= x.dim(dim), "slice: [{}, {}) of dim {} in shape {}",
+        begin, end, dim, x.shape());
   Shape shape = x.shape();
   shape[dim] = end - begin;
   return record("slice", x.alias(shape, x.strides(), begin * x.stride(dim)), {x},
@@ -83,23 +85,26 @@ Tensor expand(const Tensor& x, const Shape& shape) {
     check(x.dim(i) == shape[i] || x.dim(i) == 1, "expand: {} to {}", x.shape(), shape);
     if (x.dim(i) != shape[i]) strides[i] = 0;
   }
-  return record("expand", x.alias(shape, strides), {x}, [from = x.shape()](const Tensor& dy) -> Grads {
-    Tensor dx = Tensor::empty(from, dy.dtype(), dy.device());
-    on(dy).sum_to(dx, dy);
-    return {dx};
-  });
+  return record("expand", x.alias(shape, strides), {x},
+                [from = x.shape()](const Tensor& dy) -> Grads {
+                  Tensor dx = Tensor::empty(from, dy.dtype(), dy.device());
+                  on(dy).sum_to(dx, dy);
+                  return {dx};
+                });
 }
 
 Tensor to(const Tensor& x, DType dtype) {
   if (x.dtype() == dtype) return x;
   Tensor y = Tensor::empty(x.shape(), dtype, x.device());
   on(x).copy(y, x);
-  return record("to", y, {x}, [from = x.dtype()](const Tensor& dy) -> Grads { return {to(dy, from)}; });
+  return record("to", y, {x},
+                [from = x.dtype()](const Tensor& dy) -> Grads { return {to(dy, from)}; });
 }
 
 Tensor to(const Tensor& x, Device device) {
   if (x.device() == device) return x;
-  check(!needs_grad(x), "to: moving to {} is not differentiable; detach() first", to_string(device));
+  check(!needs_grad(x), "to: moving to {} is not differentiable; detach() first",
+        to_string(device));
   const Tensor source = contiguous(x);
   Tensor y = Tensor::empty(x.shape(), x.dtype(), device);
   const Device owner = device.type == DeviceType::CPU ? x.device() : device;

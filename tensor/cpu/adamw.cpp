@@ -9,7 +9,8 @@ void adamw(Tensor& p, Tensor& m, Tensor& v, const Tensor& g, AdamWStep s) {
     T *pp = p.data<T>(), *pm = m.data<T>(), *pv = v.data<T>();
     const T* pg = g.data<T>();
     const T b1 = static_cast<T>(s.beta1), b2 = static_cast<T>(s.beta2), eps = static_cast<T>(s.eps);
-    const T keep = static_cast<T>(1.0 - s.lr * s.weight_decay), step = static_cast<T>(s.lr / s.correction1);
+    const T keep = static_cast<T>(1.0 - s.lr * s.weight_decay),
+            step = static_cast<T>(s.lr / s.correction1);
     const T root = static_cast<T>(1.0 / std::sqrt(s.correction2));
     parallel_for(p.numel(), kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

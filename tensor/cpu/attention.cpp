@@ -1,10 +1,13 @@
-// Causal attention with grouped queries, tile by tile: kTile queries of one head against all keys they may see.
+// Causal attention with grouped queries, tile by tile: kTile queries of one head against all keys
+// they may see.
 //
 //   forward   S = scale · q kᵀ → P = softmax(S), kept as y = P v and lse = log Σ exp(S) per row
-//   backward  P = exp(S − lse) is rebuilt per tile;  dv += Pᵀ dy,  dS = P ⊙ (dy vᵀ − Σ dy ⊙ y),  dq = dS k,  dk += dSᵀ q
+//   backward  P = exp(S − lse) is rebuilt per tile;  dv += Pᵀ dy,  dS = P ⊙ (dy vᵀ − Σ dy ⊙ y),  dq
+//   = dS k,  dk += dSᵀ q
 //
-// F32 tiles are products of gemm_tile; a few queries (decoding) and F64 take plain loops. Every query head writes its own
-// dk and dv; heads that share a key/value head are added in order, so nothing races and sums keep their order.
+// F32 tiles are products of gemm_tile; a few queries (decoding) and F64 take plain loops. Every
+// query head writes its own dk and dv; heads that share a key/value head are added in order, so
+// nothing races and sums keep their order.
 #include <vector>
 
 #include "tensor/cpu/gemm.h"
@@ -20,19 +23,27 @@ constexpr int64_t kFewQueries = 8;  // below: dot products beat a matrix product
 struct View {  // one head of [B, T, H, d]
   int64_t base, row;
 };
-View head(const Tensor& x, int64_t b, int64_t h) { return {b * x.stride(0) + h * x.stride(2), x.stride(1)}; }
+View head(const Tensor& x, int64_t b, int64_t h) {
+  return {b * x.stride(0) + h * x.stride(2), x.stride(1)};
+}
 
 struct Sizes {
   int64_t B, T, H, d, S, K, group;
   explicit Sizes(const Tensor& q, const Tensor& k)
-      : B(q.dim(0)), T(q.dim(1)), H(q.dim(2)), d(q.dim(3)), S(k.dim(1)), K(k.dim(2)), group(H / K) {}
+      : B(q.dim(0)),
+        T(q.dim(1)),
+        H(q.dim(2)),
+        d(q.dim(3)),
+        S(k.dim(1)),
+        K(k.dim(2)),
+        group(H / K) {}
   // Keys that query t may see.
   int64_t visible(int64_t t, bool causal) const { return causal ? S - T + t + 1 : S; }
 };
 
 template <class T>
-void plain_row(const T* q, const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t n, int64_t d, T scale, T* p,
-               T* y, T* lse) {
+void plain_row(const T* q, const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t n,
+               int64_t d, T scale, T* p, T* y, T* lse) {
   for (int64_t s = 0; s < n; ++s) {
     const T* key = k + s * k_row;
     p[s] = scale * lane_sum<T>(d, [q, key](int64_t i) { return q[i] * key[i]; });
@@ -49,47 +60,53 @@ void plain_row(const T* q, const T* k, int64_t k_row, const T* v, int64_t v_row,
   }
 }
 
-// P of queries [t0, t0 + rows) of one head: scores, softmax by the given lse or a fresh one. p [rows, seen].
-void tile_scores(const Sizes& z, const float* q, View qv, const float* k, View kv, int64_t t0, int64_t rows,
-                 int64_t seen, float scale, float* p) {
+// P of queries [t0, t0 + rows) of one head: scores, softmax by the given lse or a fresh one. p
+// [rows, seen].
+void tile_scores(const Sizes& z, const float* q, View qv, const float* k, View kv, int64_t t0,
+                 int64_t rows, int64_t seen, float scale, float* p) {
   gemm_tile(rows, seen, z.d, q + qv.base + t0 * qv.row, qv.row, 1, k + kv.base, 1, kv.row, p, seen);
   for (int64_t i = 0; i < rows * seen; ++i) p[i] *= scale;
 }
 
-void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, int64_t b, int64_t h, int64_t t0) {
+void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q,
+                    const Tensor& k, const Tensor& v, int64_t b, int64_t h, int64_t t0) {
   static thread_local std::vector<float> scratch;
   const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
   scratch.resize(static_cast<size_t>(rows * seen));
   float* p = scratch.data();
-  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group), yv = head(y, b, h);
-  tile_scores(z, q.data<float>(), qv, k.data<float>(), kv, t0, rows, seen, static_cast<float>(s.scale), p);
+  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
+             yv = head(y, b, h);
+  tile_scores(z, q.data<float>(), qv, k.data<float>(), kv, t0, rows, seen,
+              static_cast<float>(s.scale), p);
   float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
   for (int64_t r = 0; r < rows; ++r) {
     float* row = p + r * seen;
     const int64_t n = z.visible(t0 + r, s.causal);
     const float top = lane_max<float>(n, row[0], [row](int64_t i) { return row[i]; });
     for (int64_t i = 0; i < n; ++i) row[i] = exp_fast(row[i] - top);
-    const float total = lane_sum<float>(n, [row](int64_t i) { return row[i]; }), inverse = 1.0f / total;
+    const float total = lane_sum<float>(n, [row](int64_t i) { return row[i]; }),
+                inverse = 1.0f / total;
     for (int64_t i = 0; i < n; ++i) row[i] *= inverse;
     std::fill(row + n, row + seen, 0.0f);
     norm[r] = std::log(total) + top;
   }
-  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<float>() + vv.base, vv.row, 1, y.data<float>() + yv.base + t0 * yv.row,
-            yv.row);
+  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<float>() + vv.base, vv.row, 1,
+            y.data<float>() + yv.base + t0 * yv.row, yv.row);
 }
 
 template <class T>
-void attention_rows(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v) {
+void attention_rows(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q,
+                    const Tensor& k, const Tensor& v) {
   parallel_for(z.B * z.H, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> p(static_cast<size_t>(z.S));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / z.H, h = i % z.H;
-      const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group), yv = head(y, b, h);
+      const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
+                 yv = head(y, b, h);
       for (int64_t t = 0; t < z.T; ++t)
-        plain_row<T>(q.data<T>() + qv.base + t * qv.row, k.data<T>() + kv.base, kv.row, v.data<T>() + vv.base, vv.row,
-                     z.visible(t, s.causal), z.d, static_cast<T>(s.scale), p.data(), y.data<T>() + yv.base + t * yv.row,
+        plain_row<T>(q.data<T>() + qv.base + t * qv.row, k.data<T>() + kv.base, kv.row,
+                     v.data<T>() + vv.base, vv.row, z.visible(t, s.causal), z.d,
+                     static_cast<T>(s.scale), p.data(), y.data<T>() + yv.base + t * yv.row,
                      lse.data<T>() + i * z.T + t);
     }
   });
@@ -101,10 +118,12 @@ struct HeadGrads {  // of one query head; dk and dv are this head's share
 };
 
 // One head's gradient. dk, dv [S, d] dense; dq through its view.
-void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out, const Tensor& q, const Tensor& k,
-                   const Tensor& v, const Tensor& y, const Tensor& lse, const Tensor& dy, int64_t b, int64_t h) {
+void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& y, const Tensor& lse,
+                   const Tensor& dy, int64_t b, int64_t h) {
   static thread_local std::vector<float> p_buffer, ds_buffer;
-  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group), yv = head(y, b, h);
+  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
+             yv = head(y, b, h);
   const View dv = head(dy, b, h);
   std::fill_n(out.dk, z.S * z.d, 0.0f);
   std::fill_n(out.dv, z.S * z.d, 0.0f);
@@ -116,7 +135,8 @@ void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out,
     const float scale = static_cast<float>(s.scale);
     tile_scores(z, q.data<float>(), qv, k.data<float>(), kv, t0, rows, seen, scale, p);
     const float* grad = dy.data<float>() + dv.base + t0 * dv.row;
-    gemm_tile(rows, seen, z.d, grad, dv.row, 1, v.data<float>() + vv.base, 1, vv.row, ds, seen);  // dy vᵀ
+    gemm_tile(rows, seen, z.d, grad, dv.row, 1, v.data<float>() + vv.base, 1, vv.row, ds,
+              seen);  // dy vᵀ
     const float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
     for (int64_t r = 0; r < rows; ++r) {
       float *prow = p + r * seen, *drow = ds + r * seen;
@@ -129,29 +149,33 @@ void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out,
       std::fill(drow + n, drow + seen, 0.0f);
     }
     gemm_tile(seen, z.d, rows, p, 1, seen, grad, dv.row, 1, out.dv, z.d, true);
-    gemm_tile(seen, z.d, rows, ds, 1, seen, q.data<float>() + qv.base + t0 * qv.row, qv.row, 1, out.dk, z.d, true);
-    gemm_tile(rows, z.d, seen, ds, seen, 1, k.data<float>() + kv.base, kv.row, 1, out.dq + t0 * out.dqv.row,
-              out.dqv.row);
+    gemm_tile(seen, z.d, rows, ds, 1, seen, q.data<float>() + qv.base + t0 * qv.row, qv.row, 1,
+              out.dk, z.d, true);
+    gemm_tile(rows, z.d, seen, ds, seen, 1, k.data<float>() + kv.base, kv.row, 1,
+              out.dq + t0 * out.dqv.row, out.dqv.row);
   }
 }
 
 // The definition, for gradient checks in F64.
-void backward_head_f64(const Sizes& z, const AttentionSpec& s, double* dq, double* dk, double* dv, View dqv,
-                       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y, const Tensor& lse,
-                       const Tensor& dy, int64_t b, int64_t h) {
-  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group), yv = head(y, b, h);
+void backward_head_f64(const Sizes& z, const AttentionSpec& s, double* dq, double* dk, double* dv,
+                       View dqv, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y,
+                       const Tensor& lse, const Tensor& dy, int64_t b, int64_t h) {
+  const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
+             yv = head(y, b, h);
   const View gv = head(dy, b, h);
   std::fill_n(dk, z.S * z.d, 0.0);
   std::fill_n(dv, z.S * z.d, 0.0);
   for (int64_t t = 0; t < z.T; ++t) {
     const double* query = q.data<double>() + qv.base + t * qv.row;
-    const double *out = y.data<double>() + yv.base + t * yv.row, *grad = dy.data<double>() + gv.base + t * gv.row;
+    const double *out = y.data<double>() + yv.base + t * yv.row,
+                 *grad = dy.data<double>() + gv.base + t * gv.row;
     double* dquery = dq + t * dqv.row;
     std::fill_n(dquery, z.d, 0.0);
     double dot = 0;
     for (int64_t i = 0; i < z.d; ++i) dot += out[i] * grad[i];
     for (int64_t n = 0; n < z.visible(t, s.causal); ++n) {
-      const double *key = k.data<double>() + kv.base + n * kv.row, *value = v.data<double>() + vv.base + n * vv.row;
+      const double *key = k.data<double>() + kv.base + n * kv.row,
+                   *value = v.data<double>() + vv.base + n * vv.row;
       double score = 0, dp = 0;
       for (int64_t i = 0; i < z.d; ++i) score += query[i] * key[i], dp += grad[i] * value[i];
       const double p = std::exp(s.scale * score - lse.data<double>()[(b * z.H + h) * z.T + t]);
@@ -167,23 +191,27 @@ void backward_head_f64(const Sizes& z, const AttentionSpec& s, double* dq, doubl
 
 }  // namespace
 
-void attention(Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec s) {
+void attention(Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+               AttentionSpec s) {
   const Sizes z(q, k);
   if (q.dtype() == DType::F64) return attention_rows<double>(z, s, y, lse, q, k, v);
   if (z.T < kFewQueries) return attention_rows<float>(z, s, y, lse, q, k, v);
   const int64_t tiles = (z.T + kTile - 1) / kTile;
   parallel_for(z.B * z.H * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)  // the longest tiles first: they see the most keys
-      attention_tile(z, s, y, lse, q, k, v, i / (z.H * tiles), i % z.H, (tiles - 1 - i / z.H % tiles) * kTile);
+      attention_tile(z, s, y, lse, q, k, v, i / (z.H * tiles), i % z.H,
+                     (tiles - 1 - i / z.H % tiles) * kTile);
   });
 }
 
-void attention_vjp(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& y, const Tensor& lse, const Tensor& dy, AttentionSpec s) {
+void attention_vjp(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& y, const Tensor& lse, const Tensor& dy,
+                   AttentionSpec s) {
   const Sizes z(q, k);
   visit_float("attention_vjp", q.dtype(), [&]<class T>() {
     const int64_t share = z.S * z.d;
-    Tensor dk_heads = Tensor::empty({z.B, z.H, z.S, z.d}, q.dtype()), dv_heads = empty_like(dk_heads);
+    Tensor dk_heads = Tensor::empty({z.B, z.H, z.S, z.d}, q.dtype()),
+           dv_heads = empty_like(dk_heads);
     parallel_for(z.B * z.H, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / z.H, h = i % z.H;
@@ -192,23 +220,25 @@ void attention_vjp(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Te
         if constexpr (std::is_same_v<T, float>)
           backward_head(z, s, {dq.data<float>() + at.base, hk, hv, at}, q, k, v, y, lse, dy, b, h);
         else
-          backward_head_f64(z, s, dq.data<double>() + at.base, hk, hv, at, q, k, v, y, lse, dy, b, h);
+          backward_head_f64(z, s, dq.data<double>() + at.base, hk, hv, at, q, k, v, y, lse, dy, b,
+                            h);
       }
     });
     auto fold = [&](Tensor& out, const Tensor& parts) {  // [B,H,S,d] → [B,S,K,d]
       T* o = out.data<T>();
       const T* p = parts.data<T>();
-      parallel_for(z.B * z.S, std::max<int64_t>(1, kGrain / (z.H * z.d)), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-          for (int64_t kh = 0; kh < z.K; ++kh) {
-            T* row = o + (r * z.K + kh) * z.d;
-            std::fill_n(row, z.d, T(0));
-            for (int64_t g = 0; g < z.group; ++g) {
-              const T* part = p + ((r / z.S * z.H + kh * z.group + g) * z.S + r % z.S) * z.d;
-              for (int64_t i = 0; i < z.d; ++i) row[i] += part[i];
-            }
-          }
-      });
+      parallel_for(
+          z.B * z.S, std::max<int64_t>(1, kGrain / (z.H * z.d)), [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r)
+              for (int64_t kh = 0; kh < z.K; ++kh) {
+                T* row = o + (r * z.K + kh) * z.d;
+                std::fill_n(row, z.d, T(0));
+                for (int64_t g = 0; g < z.group; ++g) {
+                  const T* part = p + ((r / z.S * z.H + kh * z.group + g) * z.S + r % z.S) * z.d;
+                  for (int64_t i = 0; i < z.d; ++i) row[i] += part[i];
+                }
+              }
+          });
     };
     fold(dk, dk_heads);
     fold(dv, dv_heads);

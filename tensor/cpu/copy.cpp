@@ -5,12 +5,15 @@
 namespace omq::cpu {
 namespace {
 
-template <class To, class From>
-To convert(From v) {
-  if constexpr (std::is_same_v<To, From>) return v;
-  else if constexpr (std::is_same_v<From, bf16_t> || std::is_same_v<From, f16_t>) return convert<To>(static_cast<float>(v));
-  else if constexpr (std::is_same_v<To, bf16_t> || std::is_same_v<To, f16_t>) return To(static_cast<float>(v));
-  else return static_cast<To>(v);
+template <class To, class From> To convert(From v) {
+  if constexpr (std::is_same_v<To, From>)
+    return v;
+  else if constexpr (std::is_same_v<From, bf16_t> || std::is_same_v<From, f16_t>)
+    return convert<To>(static_cast<float>(v));
+  else if constexpr (std::is_same_v<To, bf16_t> || std::is_same_v<To, f16_t>)
+    return To(static_cast<float>(v));
+  else
+    return static_cast<To>(v);
 }
 
 }  // namespace
@@ -21,8 +24,10 @@ void fill(Tensor& y, double value) {
     const T v = convert<T>(value);
     for_each_row<1>(y.shape(), {y.strides()}, [&](auto at, int64_t n, auto step) {
       T* o = out + at[0];
-      if (step[0] == 1) std::fill_n(o, n, v);
-      else for (int64_t i = 0; i < n; ++i) o[i * step[0]] = v;
+      if (step[0] == 1)
+        std::fill_n(o, n, v);
+      else
+        for (int64_t i = 0; i < n; ++i) o[i * step[0]] = v;
     });
   });
 }

@@ -1,5 +1,5 @@
-// Scalar functions over strided tensors. The functors are in tensor/elementwise.h; inner loops are written for the
-// strides that matter (1 and 0), so that they vectorise.
+// Scalar functions over strided tensors. The functors are in tensor/elementwise.h; inner loops are
+// written for the strides that matter (1 and 0), so that they vectorise.
 #include "tensor/cpu/loops.h"
 #include "tensor/kernels.h"
 
@@ -7,8 +7,7 @@ namespace omq::cpu {
 namespace {
 
 // Calls body(step_a, step_b) with compile-time strides where both are 0 or 1.
-template <class F>
-void with_steps(int64_t a, int64_t b, F&& body) {
+template <class F> void with_steps(int64_t a, int64_t b, F&& body) {
   using One = std::integral_constant<int64_t, 1>;
   using Zero = std::integral_constant<int64_t, 0>;
   if (a == 1 && b == 1) return body(One{}, One{});
@@ -60,22 +59,25 @@ void binary(Tensor& y, const Tensor& a, const Tensor& b, Binary kind) {
     T* out = y.data<T>();
     const T *pa = a.data<T>(), *pb = b.data<T>();
     visit_binary(kind, [&](auto f) {
-      for_each_row<3>(y.shape(), {y.strides(), a.strides(), b.strides()}, [&](auto at, int64_t n, auto step) {
-        T* o = out + at[0];
-        const T *l = pa + at[1], *r = pb + at[2];
-        if (step[0] != 1) {
-          for (int64_t i = 0; i < n; ++i) o[i * step[0]] = f.fwd(l[i * step[1]], r[i * step[2]]);
-          return;
-        }
-        with_steps(step[1], step[2], [&](auto sl, auto sr) {
-          for (int64_t i = 0; i < n; ++i) o[i] = f.fwd(l[i * sl], r[i * sr]);
-        });
-      });
+      for_each_row<3>(y.shape(), {y.strides(), a.strides(), b.strides()},
+                      [&](auto at, int64_t n, auto step) {
+                        T* o = out + at[0];
+                        const T *l = pa + at[1], *r = pb + at[2];
+                        if (step[0] != 1) {
+                          for (int64_t i = 0; i < n; ++i)
+                            o[i * step[0]] = f.fwd(l[i * step[1]], r[i * step[2]]);
+                          return;
+                        }
+                        with_steps(step[1], step[2], [&](auto sl, auto sr) {
+                          for (int64_t i = 0; i < n; ++i) o[i] = f.fwd(l[i * sl], r[i * sr]);
+                        });
+                      });
     });
   });
 }
 
-void binary_vjp(Tensor& da, Tensor& db, const Tensor& a, const Tensor& b, const Tensor& dy, Binary kind) {
+void binary_vjp(Tensor& da, Tensor& db, const Tensor& a, const Tensor& b, const Tensor& dy,
+                Binary kind) {
   visit_float("binary_vjp", a.dtype(), [&]<class T>() {
     const T *pa = a.data<T>(), *pb = b.data<T>(), *pd = dy.data<T>();
     auto run = [&](Tensor& out_tensor, auto slope) {
@@ -86,7 +88,8 @@ void binary_vjp(Tensor& da, Tensor& db, const Tensor& a, const Tensor& b, const 
                         const T *l = pa + at[1], *r = pb + at[2], *d = pd + at[3];
                         if (step[0] == 1 && step[3] == 1) {
                           with_steps(step[1], step[2], [&](auto sl, auto sr) {
-                            for (int64_t i = 0; i < n; ++i) o[i] = d[i] * slope(l[i * sl], r[i * sr]);
+                            for (int64_t i = 0; i < n; ++i)
+                              o[i] = d[i] * slope(l[i * sl], r[i * sr]);
                           });
                         } else {
                           for (int64_t i = 0; i < n; ++i)

@@ -1,5 +1,6 @@
-// Fake quantisation of a weight matrix by groups of a row, its straight-through gradient, and the codes themselves
-// (spec omniquant §2.4, §2.6). Rounds x/h first, adds the whole number z, then clamps.
+// Fake quantisation of a weight matrix by groups of a row, its straight-through gradient, and the
+// codes themselves (spec omniquant §2.4, §2.6). Rounds x/h first, adds the whole number z, then
+// clamps.
 #include "tensor/cpu/loops.h"
 #include "tensor/kernels.h"
 
@@ -7,8 +8,7 @@ namespace omq::cpu {
 namespace {
 
 // Calls body(group, first column, columns) for each group of the rows in parallel.
-template <class F>
-void for_each_group(int64_t rows, int64_t cols, const GroupSpec& s, F&& body) {
+template <class F> void for_each_group(int64_t rows, int64_t cols, const GroupSpec& s, F&& body) {
   const int64_t width = s.group_cols(cols), groups = s.groups(cols);
   parallel_for(rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
@@ -17,8 +17,7 @@ void for_each_group(int64_t rows, int64_t cols, const GroupSpec& s, F&& body) {
   });
 }
 
-template <class T>
-T code(T x, T h, T z, T top) {
+template <class T> T code(T x, T h, T z, T top) {
   const T t = round_even(x / h) + z;
   return t < T(0) ? T(0) : t > top ? top : t;
 }
@@ -39,9 +38,10 @@ void fake_quant(Tensor& y, const Tensor& x, const Tensor& scale, const Tensor& z
   });
 }
 
-// S = Σ g · [(q − z) − in · x/h] is the gradient of h; in · g that of x, where `in` says that no clamp was active.
-void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& scale, const Tensor& zero,
-                    const Tensor& dy, GroupSpec s) {
+// S = Σ g · [(q − z) − in · x/h] is the gradient of h; in · g that of x, where `in` says that no
+// clamp was active.
+void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& scale,
+                    const Tensor& zero, const Tensor& dy, GroupSpec s) {
   visit_float("fake_quant_vjp", x.dtype(), [&]<class T>() {
     const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>(), *pd = dy.data<T>();
     T* out = dx.defined() ? dx.data<T>() : nullptr;
@@ -66,13 +66,15 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
   });
 }
 
-void quantize_codes(Tensor& codes, const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
+void quantize_codes(Tensor& codes, const Tensor& x, const Tensor& scale, const Tensor& zero,
+                    GroupSpec s) {
   visit_float("quantize_codes", x.dtype(), [&]<class T>() {
     const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>();
     uint8_t* out = codes.data<uint8_t>();
     const T top = static_cast<T>(s.max_code());
     for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) out[at + i] = static_cast<uint8_t>(code(in[at + i], hs[g], zs[g], top));
+      for (int64_t i = 0; i < n; ++i)
+        out[at + i] = static_cast<uint8_t>(code(in[at + i], hs[g], zs[g], top));
     });
   });
 }

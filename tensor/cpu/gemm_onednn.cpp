@@ -1,7 +1,8 @@
 // gemm_tile by oneDNN's matmul primitive, run by the calling thread alone.
 //
-// oneDNN is built with OpenMP; each of our threads tells its OpenMP runtime once to use a single thread. Primitives are
-// kept per thread and shape: a primitive owns its scratchpad, so two threads must not share one.
+// oneDNN is built with OpenMP; each of our threads tells its OpenMP runtime once to use a single
+// thread. Primitives are kept per thread and shape: a primitive owns its scratchpad, so two threads
+// must not share one.
 #include <omp.h>
 
 #include <dnnl.hpp>
@@ -40,7 +41,8 @@ struct ThreadState {
   ThreadState() { omp_set_num_threads(1); }
 };
 
-constexpr size_t kMaxProducts = 4096;  // per thread; ragged prompts would otherwise grow the table for ever
+constexpr size_t kMaxProducts =
+    4096;  // per thread; ragged prompts would otherwise grow the table for ever
 
 Product make(ThreadState& s, const Key& key) {
   using dt = dnnl::memory::data_type;
@@ -61,8 +63,9 @@ Product make(ThreadState& s, const Key& key) {
 
 }  // namespace
 
-void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
-               int64_t b_row, int64_t b_col, float* c, int64_t c_row, bool accumulate) {
+void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
+               const float* b, int64_t b_row, int64_t b_col, float* c, int64_t c_row,
+               bool accumulate) {
   if (m == 0 || n == 0 || k == 0) {
     if (!accumulate)
       for (int64_t i = 0; i < m; ++i)
@@ -82,15 +85,16 @@ void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, i
     try {
       it = state.products.emplace(key, make(state, key)).first;
     } catch (const dnnl::error& e) {
-      fail("gemm: oneDNN refuses {}x{}x{} with strides ({}, {}) ({}, {}): {}", m, n, k, a_row, a_col, b_row, b_col,
-           e.what());
+      fail("gemm: oneDNN refuses {}x{}x{} with strides ({}, {}) ({}, {}): {}", m, n, k, a_row,
+           a_col, b_row, b_col, e.what());
     }
   }
   Product& p = it->second;
   p.a.set_data_handle(const_cast<float*>(a));
   p.b.set_data_handle(const_cast<float*>(b));
   p.c.set_data_handle(c);
-  p.primitive.execute(state.stream, {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}});
+  p.primitive.execute(state.stream,
+                      {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}});
   state.stream.wait();
 }
 

@@ -1,4 +1,5 @@
-// Loops that the CPU kernels share: strided walks over up to three tensors, and sums whose order is fixed.
+// Loops that the CPU kernels share: strided walks over up to three tensors, and sums whose order is
+// fixed.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +11,12 @@
 
 namespace omq::cpu {
 
-inline constexpr int64_t kGrain = 16384;  // elements of cheap work worth a chunk of its own
+inline constexpr int64_t kGrain =
+    65536;  // elements of cheap work that are worth waking a thread for
 
-// Calls row(offsets, n, strides) for every innermost run of n elements, in parallel; offsets and strides (elements) of
-// each of the N tensors. Dims that are jointly contiguous are merged first, so plain tensors become one long run.
+// Calls row(offsets, n, strides) for every innermost run of n elements, in parallel; offsets and
+// strides (elements) of each of the N tensors. Dims that are jointly contiguous are merged first,
+// so plain tensors become one long run.
 template <size_t N, class Row>
 void for_each_row(const Shape& shape, const std::array<Strides, N>& strides, Row&& row) {
   Dims size;
@@ -61,19 +64,19 @@ void for_each_row(const Shape& shape, const std::array<Strides, N>& strides, Row
   });
 }
 
-// Σ f(i) for i in [0, n), in eight running lanes (so that it vectorises) that are folded in a fixed order.
-template <class T, class F>
-T lane_sum(int64_t n, F&& f) {
+// Σ f(i) for i in [0, n), in eight running lanes (so that it vectorises) that are folded in a fixed
+// order.
+template <class T, class F> T lane_sum(int64_t n, F&& f) {
   T lanes[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     for (int64_t j = 0; j < 8; ++j) lanes[j] += f(i + j);
   for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += f(i);
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+         ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-template <class T, class F>
-T lane_max(int64_t n, T start, F&& f) {
+template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
   T lanes[8];
   for (T& l : lanes) l = start;
   int64_t i = 0;
@@ -90,6 +93,8 @@ T lane_max(int64_t n, T start, F&& f) {
   return lanes[0];
 }
 
-inline int64_t rows_of(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel() / x.shape().back(); }
+inline int64_t rows_of(const Tensor& x) {
+  return x.numel() == 0 ? 0 : x.numel() / x.shape().back();
+}
 
 }  // namespace omq::cpu

@@ -1,4 +1,5 @@
-// Cross-entropy per row, in nats: loss = log Σ exp(x) − x[target]. Row sums run in double over short float runs.
+// Cross-entropy per row, in nats: loss = log Σ exp(x) − x[target]. Row sums run in double over
+// short float runs.
 #include "tensor/cpu/loops.h"
 #include "tensor/kernels.h"
 
@@ -8,7 +9,8 @@ void cross_entropy(Tensor& loss, Tensor& lse, const Tensor& logits, const Tensor
   const int64_t rows = logits.dim(0), n = logits.dim(1);
   const int32_t* target = targets.data<int32_t>();
   for (int64_t r = 0; r < rows; ++r)
-    check(target[r] >= -1 && target[r] < n, "cross_entropy: target {} outside the {} classes", target[r], n);
+    check(target[r] >= -1 && target[r] < n, "cross_entropy: target {} outside the {} classes",
+          target[r], n);
   visit_float("cross_entropy", logits.dtype(), [&]<class T>() {
     const T* in = logits.data<T>();
     T *out = loss.data<T>(), *norm = lse.data<T>();
@@ -19,8 +21,8 @@ void cross_entropy(Tensor& loss, Tensor& lse, const Tensor& logits, const Tensor
         double total = 0;
         constexpr int64_t kRun = 512;
         for (int64_t s = 0; s < n; s += kRun)
-          total += static_cast<double>(
-              lane_sum<T>(std::min(kRun, n - s), [p, s, top](int64_t i) { return exp_fast(p[s + i] - top); }));
+          total += static_cast<double>(lane_sum<T>(
+              std::min(kRun, n - s), [p, s, top](int64_t i) { return exp_fast(p[s + i] - top); }));
         const double log_sum = std::log(total) + static_cast<double>(top);
         norm[r] = static_cast<T>(log_sum);
         out[r] = target[r] < 0 ? T(0) : static_cast<T>(log_sum - static_cast<double>(p[target[r]]));
@@ -29,8 +31,8 @@ void cross_entropy(Tensor& loss, Tensor& lse, const Tensor& logits, const Tensor
   });
 }
 
-void cross_entropy_vjp(Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& targets,
-                       const Tensor& dloss) {
+void cross_entropy_vjp(Tensor& dlogits, const Tensor& logits, const Tensor& lse,
+                       const Tensor& targets, const Tensor& dloss) {
   const int64_t rows = logits.dim(0), n = logits.dim(1);
   const int32_t* target = targets.data<int32_t>();
   visit_float("cross_entropy_vjp", logits.dtype(), [&]<class T>() {

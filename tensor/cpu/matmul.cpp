@@ -1,5 +1,6 @@
-// The dense product. F32 is cut into a grid of tiles whose size depends on the shape alone; each tile is one
-// gemm_tile by one thread, so the result has the same bits on any number of threads. F64 is the plain loop.
+// The dense product. F32 is cut into a grid of tiles whose size depends on the shape alone; each
+// tile is one gemm_tile by one thread, so the result has the same bits on any number of threads.
+// F64 is the plain loop.
 #include <bit>
 
 #include "tensor/cpu/gemm.h"
@@ -28,7 +29,8 @@ void choose_tiles(int64_t m, int64_t n, int64_t k, Cut& rows, Cut& cols) {
   cols = cut(n, pn);
 }
 
-// gemm_tile wants one of the two strides to be 1 and rows that do not overlap (as those of an expanded tensor do).
+// gemm_tile wants one of the two strides to be 1 and rows that do not overlap (as those of an
+// expanded tensor do).
 Tensor usable(const Tensor& x) {
   const int64_t rows = x.dim(-2), cols = x.dim(-1), down = x.stride(-2), along = x.stride(-1);
   const bool by_rows = (along == 1 || cols == 1) && (down >= cols || rows == 1);
@@ -79,7 +81,8 @@ void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
   const int64_t tiles = rows.parts * cols.parts;
   parallel_for(batches * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t batch = i / tiles, r0 = i % tiles / cols.parts * rows.size, c0 = i % cols.parts * cols.size;
+      const int64_t batch = i / tiles, r0 = i % tiles / cols.parts * rows.size,
+                    c0 = i % cols.parts * cols.size;
       gemm_tile(std::min(rows.size, m - r0), std::min(cols.size, n - c0), k,
                 pa + batch_offset(a, batch) + r0 * a.stride(-2), a.stride(-2), a.stride(-1),
                 pb + batch_offset(b, batch) + c0 * b.stride(-1), b.stride(-2), b.stride(-1),

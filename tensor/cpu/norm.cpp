@@ -7,9 +7,9 @@
 namespace omq::cpu {
 namespace {
 
-template <class T>
-T inverse_rms(const T* p, int64_t n, double eps) {
-  const double ss = lane_sum<double>(n, [p](int64_t i) { return static_cast<double>(p[i]) * static_cast<double>(p[i]); });
+template <class T> T inverse_rms(const T* p, int64_t n, double eps) {
+  const double ss = lane_sum<double>(
+      n, [p](int64_t i) { return static_cast<double>(p[i]) * static_cast<double>(p[i]); });
   return static_cast<T>(1.0 / std::sqrt(ss / static_cast<double>(n) + eps));
 }
 
@@ -38,7 +38,8 @@ void rms_norm(Tensor& y, const Tensor& x, const Tensor& w, const Tensor& b, doub
 }
 
 // With x̂ = x·r and u = dy ⊙ w:  dx = r (u − x̂ · mean(u ⊙ x̂)),  dw = Σ dy ⊙ x̂,  db = Σ dy.
-void rms_norm_vjp(Tensor& dx, Tensor& dw, Tensor& db, const Tensor& x, const Tensor& w, const Tensor& dy, double eps) {
+void rms_norm_vjp(Tensor& dx, Tensor& dw, Tensor& db, const Tensor& x, const Tensor& w,
+                  const Tensor& dy, double eps) {
   const int64_t n = x.shape().back(), rows = rows_of(x);
   visit_float("rms_norm_vjp", x.dtype(), [&]<class T>() {
     const T *in = x.data<T>(), *pd = dy.data<T>();
@@ -56,7 +57,8 @@ void rms_norm_vjp(Tensor& dx, Tensor& dw, Tensor& db, const Tensor& x, const Ten
           const T s = inverse_rms(p, n, eps);
           if (out) {
             T* o = out + r * n;
-            const T dot = lane_sum<T>(n, [&](int64_t i) { return d[i] * (gain ? gain[i] : T(1)) * p[i]; });
+            const T dot =
+                lane_sum<T>(n, [&](int64_t i) { return d[i] * (gain ? gain[i] : T(1)) * p[i]; });
             const T c = dot * s * s * s / static_cast<T>(n);
             for (int64_t i = 0; i < n; ++i) o[i] = d[i] * (gain ? gain[i] : T(1)) * s - p[i] * c;
           }
@@ -74,7 +76,8 @@ void rms_norm_vjp(Tensor& dx, Tensor& dw, Tensor& db, const Tensor& x, const Ten
       T* o = sum.data<T>();
       for (int64_t i = 0; i < n; ++i) {
         double total = 0;
-        for (int64_t block = 0; block < blocks; ++block) total += parts[static_cast<size_t>(block * n + i)];
+        for (int64_t block = 0; block < blocks; ++block)
+          total += parts[static_cast<size_t>(block * n + i)];
         o[i] = static_cast<T>(total);
       }
     };
@@ -93,7 +96,8 @@ void silu_mul(Tensor& y, const Tensor& gate, const Tensor& up) {
   });
 }
 
-void silu_mul_vjp(Tensor& dgate, Tensor& dup, const Tensor& gate, const Tensor& up, const Tensor& dy) {
+void silu_mul_vjp(Tensor& dgate, Tensor& dup, const Tensor& gate, const Tensor& up,
+                  const Tensor& dy) {
   visit_float("silu_mul_vjp", gate.dtype(), [&]<class T>() {
     const T *g = gate.data<T>(), *u = up.data<T>(), *d = dy.data<T>();
     T *og = dgate.data<T>(), *ou = dup.data<T>();

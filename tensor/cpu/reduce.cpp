@@ -1,5 +1,5 @@
-// Sums over dims, and the extremes of groups of a row. Sums run in double and in an order that does not depend on the
-// number of threads.
+// Sums over dims, and the extremes of groups of a row. Sums run in double and in an order that does
+// not depend on the number of threads.
 #include <vector>
 
 #include "tensor/cpu/loops.h"
@@ -21,16 +21,15 @@ std::vector<int64_t> offsets_of(const Tensor& x, const std::vector<int>& dims) {
   return out;
 }
 
-template <class T>
-double run_sum(const T* p, int64_t n, int64_t step) {
+template <class T> double run_sum(const T* p, int64_t n, int64_t step) {
   if (step == 1) return lane_sum<double>(n, [p](int64_t i) { return static_cast<double>(p[i]); });
   return lane_sum<double>(n, [p, step](int64_t i) { return static_cast<double>(p[i * step]); });
 }
 
 // The last dim is summed away: one output per kept index.
 template <class T>
-void sum_rows(T* out, const T* in, const std::vector<int64_t>& kept, const std::vector<int64_t>& outer, int64_t n,
-              int64_t step) {
+void sum_rows(T* out, const T* in, const std::vector<int64_t>& kept,
+              const std::vector<int64_t>& outer, int64_t n, int64_t step) {
   const int64_t per_output = static_cast<int64_t>(outer.size()) * n;
   if (kept.size() == 1 && per_output > kGrain) {  // a full reduction: partial sums of fixed pieces
     const int64_t pieces = (n + kGrain - 1) / kGrain;
@@ -39,7 +38,8 @@ void sum_rows(T* out, const T* in, const std::vector<int64_t>& kept, const std::
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i % pieces * kGrain;
         partial[static_cast<size_t>(i)] =
-            run_sum(in + kept[0] + outer[static_cast<size_t>(i / pieces)] + start * step, std::min(kGrain, n - start), step);
+            run_sum(in + kept[0] + outer[static_cast<size_t>(i / pieces)] + start * step,
+                    std::min(kGrain, n - start), step);
       }
     });
     double total = 0;
@@ -47,11 +47,13 @@ void sum_rows(T* out, const T* in, const std::vector<int64_t>& kept, const std::
     out[0] = static_cast<T>(total);
     return;
   }
-  parallel_for(static_cast<int64_t>(kept.size()), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, per_output)),
+  parallel_for(static_cast<int64_t>(kept.size()),
+               std::max<int64_t>(1, kGrain / std::max<int64_t>(1, per_output)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    double total = 0;
-                   for (int64_t o : outer) total += run_sum(in + kept[static_cast<size_t>(i)] + o, n, step);
+                   for (int64_t o : outer)
+                     total += run_sum(in + kept[static_cast<size_t>(i)] + o, n, step);
                    out[i] = static_cast<T>(total);
                  }
                });
@@ -59,8 +61,8 @@ void sum_rows(T* out, const T* in, const std::vector<int64_t>& kept, const std::
 
 // The last dim stays: columns are summed side by side.
 template <class T>
-void sum_columns(T* out, const T* in, const std::vector<int64_t>& kept, const std::vector<int64_t>& reduced, int64_t n,
-                 int64_t step) {
+void sum_columns(T* out, const T* in, const std::vector<int64_t>& kept,
+                 const std::vector<int64_t>& reduced, int64_t n, int64_t step) {
   constexpr int64_t kWidth = 64;
   const int64_t strips = (n + kWidth - 1) / kWidth;
   parallel_for(static_cast<int64_t>(kept.size()) * strips, 1, [&](int64_t begin, int64_t end) {
@@ -96,7 +98,8 @@ void sum_to(Tensor& y, const Tensor& x) {
 }
 
 void group_range(Tensor& hi, Tensor& lo, const Tensor& x, GroupSpec s) {
-  const int64_t rows = x.dim(0), cols = x.dim(1), width = s.group_cols(cols), groups = s.groups(cols);
+  const int64_t rows = x.dim(0), cols = x.dim(1), width = s.group_cols(cols),
+                groups = s.groups(cols);
   visit_float("group_range", x.dtype(), [&]<class T>() {
     const T* in = x.data<T>();
     T *top = hi.data<T>(), *bottom = lo.data<T>();
@@ -107,30 +110,36 @@ void group_range(Tensor& hi, Tensor& lo, const Tensor& x, GroupSpec s) {
           const int64_t n = std::min(width, cols - g * width), step = x.stride(1);
           const T start = s.include_zero ? T(0) : p[0], negated = s.include_zero ? T(0) : -p[0];
           top[r * groups + g] = lane_max<T>(n, start, [&](int64_t i) { return p[i * step]; });
-          bottom[r * groups + g] = -lane_max<T>(n, negated, [&](int64_t i) { return -p[i * step]; });
+          bottom[r * groups + g] =
+              -lane_max<T>(n, negated, [&](int64_t i) { return -p[i * step]; });
         }
     });
   });
 }
 
-void group_range_vjp(Tensor& dx, const Tensor& x, const Tensor& hi, const Tensor& lo, const Tensor& dhi,
-                     const Tensor& dlo, GroupSpec s) {
-  const int64_t rows = x.dim(0), cols = x.dim(1), width = s.group_cols(cols), groups = s.groups(cols);
+void group_range_vjp(Tensor& dx, const Tensor& x, const Tensor& hi, const Tensor& lo,
+                     const Tensor& dhi, const Tensor& dlo, GroupSpec s) {
+  const int64_t rows = x.dim(0), cols = x.dim(1), width = s.group_cols(cols),
+                groups = s.groups(cols);
   visit_float("group_range_vjp", x.dtype(), [&]<class T>() {
-    const T *in = x.data<T>(), *top = hi.data<T>(), *bottom = lo.data<T>(), *dt = dhi.data<T>(), *db = dlo.data<T>();
+    const T *in = x.data<T>(), *top = hi.data<T>(), *bottom = lo.data<T>(), *dt = dhi.data<T>(),
+            *db = dlo.data<T>();
     T* out = dx.data<T>();
     parallel_for(rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t g = 0; g < groups; ++g) {
-          const int64_t at = r * groups + g, n = std::min(width, cols - g * width), step = x.stride(1);
+          const int64_t at = r * groups + g, n = std::min(width, cols - g * width),
+                        step = x.stride(1);
           const T* p = in + r * x.stride(0) + g * width * step;
           T* o = out + r * cols + g * width;
           int64_t n_hi = 0, n_lo = 0;
-          for (int64_t i = 0; i < n; ++i) n_hi += p[i * step] == top[at], n_lo += p[i * step] == bottom[at];
+          for (int64_t i = 0; i < n; ++i)
+            n_hi += p[i * step] == top[at], n_lo += p[i * step] == bottom[at];
           const T share_hi = n_hi ? dt[at] / static_cast<T>(n_hi) : T(0);
           const T share_lo = n_lo ? db[at] / static_cast<T>(n_lo) : T(0);
           for (int64_t i = 0; i < n; ++i)
-            o[i] = (p[i * step] == top[at] ? share_hi : T(0)) + (p[i * step] == bottom[at] ? share_lo : T(0));
+            o[i] = (p[i * step] == top[at] ? share_hi : T(0)) +
+                   (p[i * step] == bottom[at] ? share_lo : T(0));
         }
     });
   });

@@ -1,4 +1,5 @@
-// Perplexity: how each protocol cuts its text, what it counts, and published values of small models.
+// Perplexity: how each protocol cuts its text, what it counts, and published values of small
+// models.
 #include "models/evaluate.h"
 
 #include <doctest/doctest.h>
@@ -18,7 +19,8 @@ namespace {
 using Ids = std::vector<int32_t>;
 
 const Model& golden_model() {
-  static const Model model = Model::load(*open_checkpoint(source_path("tests/golden/llama3-sharded")));
+  static const Model model =
+      Model::load(*open_checkpoint(source_path("tests/golden/llama3-sharded")));
   return model;
 }
 
@@ -44,16 +46,17 @@ std::string error_of(const Ids& ids, const PerplexityOptions& o) {
 TEST_CASE("gptq joins the rows of a file as Hugging Face has them") {
   CHECK(gptq_text("") == "");
   CHECK(gptq_text("one") == "one");
-  CHECK(gptq_text(" \n = Title = \n\nText.\n") == "\n\n = Title = \n\n\n\n\n\nText.\n");
+  CHECK(gptq_text(" \n = Title = \n\nText.\n") == "\n\n = Title = \n\n\n\n\nText.\n");
   // Python counts these as white space: no-break space, U+001F, ideographic space, carriage return.
   CHECK(gptq_text("a\n\xC2\xA0\x1F\xE3\x80\x80\r\nb\n") == "a\n\n\n\n\nb\n");
-  CHECK(gptq_text("a\n\xE2\x80\x8B\nb") == "a\n\n\n\xE2\x80\x8B\n\n\nb");  // a zero-width space is not one
+  CHECK(gptq_text("a\n\xE2\x80\x8B\nb") ==
+        "a\n\n\n\xE2\x80\x8B\n\n\nb");  // a zero-width space is not one
 }
 
 TEST_CASE("documents lie between lines that are the separator") {
   using Texts = std::vector<std::string>;
-  CHECK(split_documents(" one\nmore \n<|end|>\n\n<|end|>\ntwo<|end|>\n <|end|> \nthree", "<|end|>") ==
-        Texts{"one\nmore", "two<|end|>", "three"});
+  CHECK(split_documents(" one\nmore \n<|end|>\n\n<|end|>\ntwo<|end|>\n <|end|> \nthree",
+                        "<|end|>") == Texts{"one\nmore", "two<|end|>", "three"});
   CHECK(split_documents("", "<|end|>").empty());
   CHECK(split_documents("<|end|>", "<|end|>").empty());
 }
@@ -77,7 +80,8 @@ TEST_CASE("gptq: every prediction of every whole window") {
   const auto r = evaluate_windows(golden_model(), ids, {.context = 16});
   std::vector<double> means;
   for (int w = 0; w < 3; ++w)
-    means.push_back(mean(token_losses(golden_model(), Ids(ids.begin() + w * 16, ids.begin() + (w + 1) * 16))));
+    means.push_back(
+        mean(token_losses(golden_model(), Ids(ids.begin() + w * 16, ids.begin() + (w + 1) * 16))));
   CHECK(r.mean_nll == doctest::Approx(mean(means)).epsilon(1e-5));
   CHECK(r.perplexity == std::exp(r.mean_nll));
   CHECK(r.tokens == 50);
@@ -101,7 +105,8 @@ TEST_CASE("llama.cpp: the second half of each window, BOS in the place of its fi
       Ids window(ids.begin() + w * 16, ids.begin() + (w + 1) * 16);
       if (bos >= 0) window[0] = bos;
       const auto losses = token_losses(golden_model(), window);
-      wanted.insert(wanted.end(), losses.begin() + 8, losses.end());  // 8 sees nine tokens and predicts the tenth
+      wanted.insert(wanted.end(), losses.begin() + 8,
+                    losses.end());  // 8 sees nine tokens and predicts the tenth
     }
     CHECK(r.predicted == 3 * 7);
     CHECK(r.mean_nll == doctest::Approx(mean(wanted)).epsilon(1e-5));
@@ -113,9 +118,12 @@ TEST_CASE("what cannot be measured is said") {
         "perplexity: the text has 15 tokens, less than one window of 16; lower -c");
   CHECK(error_of(some_ids(600), {.context = 600}) ==
         "perplexity: windows of 600 tokens, but the model is good for 512; lower -c");
-  CHECK(error_of(some_ids(5), {.context = 1}) == "perplexity: windows of 1 tokens; at least 2 are needed (-c)");
-  CHECK_THROWS_WITH_AS(protocol_from("wikitext"),
-                       "perplexity protocol \"wikitext\" is not known; there are gptq, llama.cpp and documents", Error);
+  CHECK(error_of(some_ids(5), {.context = 1}) ==
+        "perplexity: windows of 1 tokens; at least 2 are needed (-c)");
+  CHECK_THROWS_WITH_AS(
+      protocol_from("wikitext"),
+      "perplexity protocol \"wikitext\" is not known; there are gptq, llama.cpp and documents",
+      Error);
   CHECK(protocol_from("llama.cpp") == Protocol::LlamaCpp);
 }
 
@@ -125,14 +133,15 @@ TEST_CASE("the bundled model on its own test text") {
   const Model model = Model::load(*reader);
   const auto text = read_text_file(folder / "test.txt");
   int64_t calls = 0, last = 0;
-  const auto r = evaluate_perplexity(model, reader->tokenizer(), text, {.context = 128, .max_windows = 20},
-                                     [&](int64_t done, int64_t total, double perplexity) {
-                                       ++calls;
-                                       CHECK(done > last);
-                                       CHECK(total == 20);
-                                       CHECK(perplexity > 1);
-                                       last = done;
-                                     });
+  const auto r =
+      evaluate_perplexity(model, reader->tokenizer(), text, {.context = 128, .max_windows = 20},
+                          [&](int64_t done, int64_t total, double perplexity) {
+                            ++calls;
+                            CHECK(done > last);
+                            CHECK(total == 20);
+                            CHECK(perplexity > 1);
+                            last = done;
+                          });
   CHECK(last == 20);
   CHECK(r.perplexity > 1.0);
   CHECK(r.perplexity < 4.0);  // a text of the kind that it was trained on

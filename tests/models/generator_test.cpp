@@ -1,4 +1,5 @@
-// Generation on the bundled model: the cache changes nothing, text leaves whole, and every way to end.
+// Generation on the bundled model: the cache changes nothing, text leaves whole, and every way to
+// end.
 #include "models/generator.h"
 
 #include <doctest/doctest.h>
@@ -86,7 +87,8 @@ TEST_CASE("the greedy continuation of transformers, with cache and without") {
     Ids ids(input.begin(), input.begin() + 8), made;
     for (size_t i = 0; i < wanted.size(); ++i) {
       const std::vector<float> logits = generator.next_logits(ids);
-      ids.push_back(static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
+      ids.push_back(
+          static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
       made.push_back(ids.back());
     }
     CHECK(made == wanted);
@@ -149,15 +151,17 @@ TEST_CASE("streamed pieces are the text, and stop strings end it") {
 
 TEST_CASE("the model ends the text, unless told to ignore that") {
   Generator g(tiny().model, tiny().tokenizer);
-  const GenerateResult r = g.generate(prompt(), greedy(-1));
+  const Ids ids = tiny().tokenizer.encode("Tom");
+  const GenerateResult r = g.generate(ids, greedy(-1));
   CHECK(r.finish == FinishReason::EndOfText);
   CHECK(g.ends_text(r.tokens.back()));
   CHECK(r.text.find("<|") == std::string::npos);
   GenerateOptions o = greedy(static_cast<int64_t>(r.tokens.size()) + 5);
   o.ignore_eos = true;
-  const GenerateResult on = g.generate(prompt(), o);
+  const GenerateResult on = g.generate(ids, o);
   CHECK(on.finish == FinishReason::MaxTokens);
-  CHECK(std::none_of(on.tokens.begin(), on.tokens.end(), [&](int32_t id) { return g.ends_text(id); }));
+  CHECK(std::none_of(on.tokens.begin(), on.tokens.end(),
+                     [&](int32_t id) { return g.ends_text(id); }));
 }
 
 TEST_CASE("a full context ends the text and is said; a prompt that does not fit is refused") {
@@ -177,7 +181,8 @@ TEST_CASE("a full context ends the text and is said; a prompt that does not fit 
   o.sampling.top_k = -1;
   CHECK(error_of(g, ids, o) == "--top-k -1 is negative; 0 keeps all tokens");
   // None of this harmed the cache.
-  CHECK(g.generate(ids, greedy(5)).tokens == Generator(tiny().model, tiny().tokenizer).generate(ids, greedy(5)).tokens);
+  CHECK(g.generate(ids, greedy(5)).tokens ==
+        Generator(tiny().model, tiny().tokenizer).generate(ids, greedy(5)).tokens);
   CHECK_THROWS_AS(Generator(tiny().model, tiny().tokenizer, 257), Error);
 }
 
@@ -196,7 +201,30 @@ TEST_CASE("cancelling ends at the next token and leaves the generator usable") {
   CHECK(g.generate(prompt(), o).tokens.empty());
   stop = false;
   o.on_text = nullptr;
-  CHECK(g.generate(prompt(), o).tokens == Generator(tiny().model, tiny().tokenizer).generate(prompt(), greedy(50)).tokens);
+  CHECK(g.generate(prompt(), o).tokens ==
+        Generator(tiny().model, tiny().tokenizer).generate(prompt(), greedy(50)).tokens);
+}
+
+TEST_CASE("stories260K: greedy text begins as published") {
+  const auto file = shared_path("data/model-stories260k/stories260K.gguf");
+  if (!file) {
+    MESSAGE("skipped: no shared/data/model-stories260k");
+    return;
+  }
+  const auto reader = open_checkpoint(*file);
+  const Model model = Model::load(*reader, 512);
+  const Tokenizer tokenizer = reader->tokenizer();
+  const std::string sample =
+      "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+      "park. One day, she saw a "
+      "big, red ball.";
+  // From BOS alone, and behind the first words.
+  CHECK(Generator(model, tokenizer)
+            .generate(tokenizer.encode(""), greedy(100))
+            .text.starts_with(sample));
+  const std::string opening = sample.substr(0, 16);
+  CHECK((opening + Generator(model, tokenizer).generate(tokenizer.encode(opening), greedy(95)).text)
+            .starts_with(sample));
 }
 
 TEST_CASE("one seed gives one text") {

@@ -41,7 +41,8 @@ std::string message_of(const SamplerOptions& o) {
 }
 
 // Probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1, not in order.
-const std::vector<float> kHalves = {std::log(0.125f), std::log(0.5f), std::log(0.125f), std::log(0.25f)};
+const std::vector<float> kHalves = {std::log(0.125f), std::log(0.5f), std::log(0.125f),
+                                    std::log(0.25f)};
 using Ids = std::vector<int32_t>;
 
 TEST_CASE("temperature 0 is the largest logit, the lowest id on ties") {
@@ -116,7 +117,8 @@ TEST_CASE("bias moves and forbids tokens") {
 
 TEST_CASE("NaN logits are an error that names the token") {
   CHECK_THROWS_WITH_AS(Sampler({}).sample(std::vector<float>{0, std::nanf("")}, {}),
-                       "sampling: the logit of token 1 is NaN; the model's weights are broken", Error);
+                       "sampling: the logit of token 1 is NaN; the model's weights are broken",
+                       Error);
 }
 
 TEST_CASE("random numbers: the published sequence, one seed one text") {

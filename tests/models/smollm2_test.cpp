@@ -1,5 +1,6 @@
-// SmolLM2-135M-Instruct against transformers: token losses, logits, greedy text, perplexities (reference values of
-// shared/smollm2/README.md). Everything here is slow, and skipped without the model (`make smollm2`).
+// SmolLM2-135M-Instruct against transformers: token losses, logits, greedy text, perplexities
+// (reference values of shared/smollm2/README.md). Everything here is slow, and skipped without the
+// model (`make smollm2`).
 //
 // OMQ_SMOLLM2_HF names a folder made by shared/smollm2/to_hf.py, the same weights by another way.
 #include <doctest/doctest.h>
@@ -31,7 +32,8 @@ std::shared_ptr<Loaded> load(const std::filesystem::path& path) {
   auto reader = open_checkpoint(path);
   Tokenizer tokenizer = reader->tokenizer();
   Model model = Model::load(*reader, 2048);
-  return std::make_shared<Loaded>(Loaded{std::move(reader), std::move(tokenizer), std::move(model)});
+  return std::make_shared<Loaded>(
+      Loaded{std::move(reader), std::move(tokenizer), std::move(model)});
 }
 
 // Null, and a message, without the model.
@@ -111,8 +113,9 @@ std::map<int64_t, double> wikitext(const Loaded& m, const PerplexityOptions& opt
     MESSAGE("skipped: no shared/data/wikitext2");
     return after;
   }
-  const auto r = evaluate_perplexity(m.model, m.tokenizer, read_text_file(*file), options,
-                                     [&](int64_t done, int64_t, double perplexity) { after[done] = perplexity; });
+  const auto r = evaluate_perplexity(
+      m.model, m.tokenizer, read_text_file(*file), options,
+      [&](int64_t done, int64_t, double perplexity) { after[done] = perplexity; });
   CHECK(r.tokens == (options.protocol == Protocol::Gptq ? 304978 : 303415));
   after[r.windows] = r.perplexity;
   return after;
@@ -133,7 +136,8 @@ TEST_CASE("slow: SmolLM2: perplexities by the GPTQ protocol") {
 TEST_CASE("slow: SmolLM2: perplexity by llama.cpp's protocol") {
   const auto m = smollm2();
   if (!m) return;
-  const auto after = wikitext(*m, {.context = 512, .protocol = Protocol::LlamaCpp, .max_windows = 40});
+  const auto after =
+      wikitext(*m, {.context = 512, .protocol = Protocol::LlamaCpp, .max_windows = 40});
   if (!after.empty()) check_close(after.at(40), 23.5113);
 }
 

@@ -1,4 +1,5 @@
-// omq-run as its users meet it: exit codes, messages, and a stdout that holds the result and nothing else.
+// omq-run as its users meet it: exit codes, messages, and a stdout that holds the result and
+// nothing else.
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -34,9 +35,11 @@ std::string slurp(const std::filesystem::path& file) {
 
 // `before` stands in front of the program in the shell: a variable, or a pipe that feeds it.
 Outcome omq_run(const std::string& arguments, const std::string& before = "") {
-  const auto err = std::filesystem::temp_directory_path() / fmt::format("omq-run-test-{}", getpid());
-  const std::string command = fmt::format("{} '{}/omq-run' {} 2>'{}'{}", before, OMQ_BIN_DIR, arguments, err.string(),
-                                          before.empty() ? " </dev/null" : "");
+  const auto err =
+      std::filesystem::temp_directory_path() / fmt::format("omq-run-test-{}", getpid());
+  const std::string command =
+      fmt::format("{} '{}/omq-run' {} 2>'{}'{}", before, OMQ_BIN_DIR, arguments, err.string(),
+                  before.empty() ? " </dev/null" : "");
   Outcome o;
   FILE* pipe = popen(command.c_str(), "r");
   REQUIRE(pipe != nullptr);
@@ -49,10 +52,14 @@ Outcome omq_run(const std::string& arguments, const std::string& before = "") {
   return o;
 }
 
-bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 std::string model() { return "-m '" + source_path("tests/fixtures/tiny-llama").string() + "'"; }
-std::string test_text() { return "'" + source_path("tests/fixtures/tiny-llama/test.txt").string() + "'"; }
+std::string test_text() {
+  return "'" + source_path("tests/fixtures/tiny-llama/test.txt").string() + "'";
+}
 const std::string kStory = " -p 'Ella was a cheerful girl.' --temp 0 ";
 
 TEST_CASE("help and version go to stdout with code 0") {
@@ -85,7 +92,8 @@ TEST_CASE("wrong usage: code 2, the flag named, the nearest one suggested") {
       {"generate -m x -p a -ngl 99", "runs models on the CPU only"},
       {"generate -m x -p a -ctk q8_0", "cache type q8_0: only f32 is there"},
       {"generate -m x -p a --isa z80", "--isa z80: this machine runs"},
-      {"ppl -m x -f y --protocol wiki", "protocol \"wiki\" is not known; there are gptq, llama.cpp and documents"},
+      {"ppl -m x -f y --protocol wiki",
+       "protocol \"wiki\" is not known; there are gptq, llama.cpp and documents"},
       {"bench -m x -p 5,a", "--n-prompt: \"5,a\" is not a list of whole numbers"},
       {"bench -m x -o xml", "--output xml: there are md, json, jsonl and csv"},
       {"bench -m x -p 0 -n 0", "nothing to measure"},
@@ -129,10 +137,14 @@ TEST_CASE("generate: stdout is the text alone, by every way to give a prompt") {
   CHECK(has(o.err, "ended by: token limit"));
   const std::string rest = " --temp 0 -n 20 -q";
   CHECK(omq_run("generate " + model() + kStory + "-n 20 -q").err.empty());
-  CHECK(omq_run("generate --n_predict 20 --no_perf" + kStory + model().substr(3)).out == o.out);  // positional, _ for -
-  CHECK(omq_run("generate " + model() + rest, "printf 'Ella was a cheerful girl.\\n' |").out == o.out);
-  CHECK(omq_run("generate -f - " + model() + rest, "printf 'Ella was a cheerful girl.' |").out == o.out);
-  CHECK(omq_run("generate " + model() + kStory + "-n 20 --display-prompt").out == "Ella was a cheerful girl." + o.out);
+  CHECK(omq_run("generate --n_predict 20 --no_perf" + kStory + model().substr(3)).out ==
+        o.out);  // positional, _ for -
+  CHECK(omq_run("generate " + model() + rest, "printf 'Ella was a cheerful girl.\\n' |").out ==
+        o.out);
+  CHECK(omq_run("generate -f - " + model() + rest, "printf 'Ella was a cheerful girl.' |").out ==
+        o.out);
+  CHECK(omq_run("generate " + model() + kStory + "-n 20 --display-prompt").out ==
+        "Ella was a cheerful girl." + o.out);
   CHECK(omq_run("generate " + model() + kStory + "-n 20 -t 2").out == o.out);
   CHECK(omq_run("generate " + model() + kStory + "-n 0").out.empty());
 }
@@ -144,10 +156,12 @@ TEST_CASE("generate: seeds, stop strings, bias") {
   const std::string whole = omq_run("generate -q " + model() + kStory + "-n 40").out;
   const size_t at = std::min(whole.find('.'), whole.find(" w"));
   REQUIRE(at != std::string::npos);
-  CHECK(omq_run("generate -q " + model() + kStory + "-n 40 --stop . -r ' w'").out == whole.substr(0, at));
+  CHECK(omq_run("generate -q " + model() + kStory + "-n 40 --stop . -r ' w'").out ==
+        whole.substr(0, at));
   const json first = json::parse(omq_run("generate --json " + model() + kStory + "-n 1").out);
   const int id = first["tokens"][0].get<int>();
-  const json other = json::parse(omq_run(fmt::format("generate --json {}{}-n 1 -l {}=-inf", model(), kStory, id)).out);
+  const json other = json::parse(
+      omq_run(fmt::format("generate --json {}{}-n 1 -l {}=-inf", model(), kStory, id)).out);
   CHECK(other["tokens"][0] != id);
   CHECK(omq_run("generate " + model() + kStory + "-l banana").code == 2);
 }
@@ -166,8 +180,9 @@ TEST_CASE("generate: a full context is said") {
 
 TEST_CASE("--json gives one object") {
   const json g = json::parse(omq_run("generate --json " + model() + kStory + "-n 5").out);
-  for (const char* key : {"text", "prompt_tokens", "generated_tokens", "generated_tokens_per_second",
-                          "time_to_first_token_seconds", "peak_memory_bytes", "finish_reason", "seed"})
+  for (const char* key :
+       {"text", "prompt_tokens", "generated_tokens", "generated_tokens_per_second",
+        "time_to_first_token_seconds", "peak_memory_bytes", "finish_reason", "seed"})
     CHECK(g.contains(key));
   CHECK(g["generated_tokens"] == 5);
 
@@ -193,11 +208,14 @@ TEST_CASE("--json gives one object") {
 TEST_CASE("ppl prints its method; the same on any number of threads") {
   const std::string arguments = "ppl " + model() + " -c 128 --chunks 6 -f " + test_text();
   const Outcome o = omq_run(arguments);
-  for (const char* part : {"protocol    gptq: 6 windows", "of 128 tokens", "762 predictions", "sha256 ", "perplexity  "})
+  for (const char* part : {"protocol    gptq: 6 windows", "of 128 tokens", "762 predictions",
+                           "sha256 ", "perplexity  "})
     CHECK(has(o.out, part));
   CHECK(omq_run(arguments + " -t 2").out == o.out);
   CHECK(has(omq_run(arguments + " --protocol llama.cpp").out, "llama.cpp: 6 windows"));
-  CHECK(has(omq_run("ppl " + model() + " --protocol documents --separator '' --chunks 3 -f " + test_text()).out,
+  CHECK(has(omq_run("ppl " + model() + " --protocol documents --separator '' --chunks 3 -f " +
+                    test_text())
+                .out,
             "documents: 3 documents"));
 }
 
@@ -208,8 +226,9 @@ TEST_CASE("bench: llama-bench's fields, lists multiplied out") {
   const json rows = json::parse(o.out);
   REQUIRE(rows.size() == 6);
   for (const json& r : rows) {
-    for (const char* key : {"model_filename", "model_type", "model_size", "model_n_params", "n_prompt", "n_gen",
-                            "n_threads", "avg_ts", "stddev_ts", "avg_ns", "samples_ts"})
+    for (const char* key :
+         {"model_filename", "model_type", "model_size", "model_n_params", "n_prompt", "n_gen",
+          "n_threads", "avg_ts", "stddev_ts", "avg_ns", "samples_ts"})
       CHECK(r.contains(key));
     CHECK(r["avg_ts"].get<double>() > 0);
     CHECK(r["samples_ts"].size() == 2);
@@ -242,7 +261,8 @@ TEST_CASE("chat: answers on stdout, commands, and a model without a template") {
   CHECK(unknown.out.empty());
   CHECK(has(unknown.err, "unknown command /dance"));
 
-  const auto file = std::filesystem::temp_directory_path() / fmt::format("omq-run-chat-{}.json", getpid());
+  const auto file =
+      std::filesystem::temp_directory_path() / fmt::format("omq-run-chat-{}.json", getpid());
   omq_run(chat + " -sys 'Be brief.'", fmt::format("printf 'hello\\n/save {}\\n' |", file.string()));
   const json saved = json::parse(slurp(file));
   std::filesystem::remove(file);

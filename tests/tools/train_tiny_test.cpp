@@ -141,6 +141,7 @@ TEST_CASE("the program writes a folder that the library opens; wrong usage exits
   CHECK(read_text_file(log).find("--out") != std::string::npos);
   CHECK(run("--out x --steps none", log) == 2);
   CHECK(run("--out x --stepz 3", log) == 2);
+  CHECK(read_text_file(log).find("--steps") != std::string::npos);
   CHECK(run("--heads 5 --out " + (dir.path / "y").string(), log) == 1);
   CHECK_FALSE(fs::exists(dir.path / "y"));
   CHECK(run("--help", log) == 0);
