@@ -1,4 +1,5 @@
-// Writing beside the target and renaming at the end; every system call is checked.
+// Writing beside the target and renaming at the end; every system call is checked, and made in a
+// statement of its own, since the arguments of check() are evaluated in any order and one is errno.
 #include "models/atomic_dir.h"
 
 #include <fcntl.h>
@@ -38,8 +39,8 @@ void sync_path(const fs::path& p, bool folder) {
 }
 
 void rename_path(const fs::path& from, const fs::path& to) {
-  check(::rename(from.c_str(), to.c_str()) == 0, "{}: cannot rename {} to it: {}", to.string(),
-        from.string(), std::strerror(errno));
+  const bool ok = ::rename(from.c_str(), to.c_str()) == 0;
+  check(ok, "{}: cannot rename {} to it: {}", to.string(), from.string(), std::strerror(errno));
 }
 
 }  // namespace
@@ -89,20 +90,21 @@ void AtomicFile::read_at(uint64_t offset, std::span<std::byte> bytes) const {
 }
 
 void AtomicFile::truncate(uint64_t bytes) {
-  check(::ftruncate(fd_, static_cast<off_t>(bytes)) == 0, "{}: cannot set its size to {} bytes: {}",
-        file_.string(), bytes, std::strerror(errno));
+  const bool ok = ::ftruncate(fd_, static_cast<off_t>(bytes)) == 0;
+  check(ok, "{}: cannot set its size to {} bytes: {}", file_.string(), bytes, std::strerror(errno));
   size_ = bytes;
 }
 
 void AtomicFile::commit() {
   check(fd_ >= 0, "{}: finished twice", file_.string());
-  check(::fsync(fd_) == 0, "{}: cannot flush to the disk: {}", file_.string(),
-        std::strerror(errno));
+  const bool flushed = ::fsync(fd_) == 0;
+  check(flushed, "{}: cannot flush to the disk: {}", file_.string(), std::strerror(errno));
   rename_path(partial_, file_);
   const int fd = fd_;
   fd_ = -1;  // the partial is gone: nothing to remove any more
   // Some network file systems report a full disk only here.
-  check(::close(fd) == 0, "{}: cannot close: {}", file_.string(), std::strerror(errno));
+  const bool closed = ::close(fd) == 0;
+  check(closed, "{}: cannot close: {}", file_.string(), std::strerror(errno));
 }
 
 // ---- AtomicDir
@@ -129,8 +131,9 @@ AtomicDir::AtomicDir(const fs::path& out, bool force) : out_(without_slash(out))
   partial_ = out_;
   partial_ += fmt::format(".partial-{}", ::getpid());
   fs::remove_all(partial_, error);  // left over from a process of the same number that was killed
-  check(::mkdir(partial_.c_str(), 0777) == 0, "output folder {}: cannot create {}: {}",
-        out.string(), partial_.string(), std::strerror(errno));
+  const bool made = ::mkdir(partial_.c_str(), 0777) == 0;
+  check(made, "output folder {}: cannot create {}: {}", out.string(), partial_.string(),
+        std::strerror(errno));
 }
 
 AtomicDir::~AtomicDir() {

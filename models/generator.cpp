@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "autograd/ops.h"
+#include "tensor/parallel.h"
 
 namespace omq {
 namespace {
@@ -13,6 +14,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+void use_threads(int n) {
+  if (n > 0 && n != num_threads()) set_num_threads(n);
 }
 
 bool cancelled(const std::atomic<bool>* flag) {
@@ -194,6 +199,7 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   const auto start = Clock::now();
   GenerateResult result;
   options.sampling.validate(model_.config().vocab_size);
+  use_threads(options.batch_threads);
   Prefill prompt_done = prefill(prompt, options.batch, options.cancel);
   GenerateStats& stats = result.stats;
   stats.prompt_tokens = static_cast<int64_t>(prompt.size());
@@ -220,6 +226,7 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
     if (id < tokenizer_.vocab_size()) emit(filter.push(decoder.push(id)));
     return !filter.met();
   };
+  use_threads(options.threads);
   result.finish = decode(std::move(prompt_done.logits), prompt, options, write, result);
   stats.generated_tokens = static_cast<int64_t>(result.tokens.size());
   if (!filter.met()) emit(filter.push(decoder.flush()));

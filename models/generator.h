@@ -26,10 +26,11 @@ std::string_view to_string(FinishReason reason);  // "end of text", "stop string
 
 struct GenerateOptions {
   SamplerOptions sampling;
-  int64_t max_tokens = -1;        // −1: until the model ends the text or the context is full
-  std::vector<std::string> stop;  // text ends before any of these
-  bool ignore_eos = false;        // tokens that end the text are forbidden
-  int64_t batch = 512;            // prompt tokens at a time
+  int64_t max_tokens = -1;             // −1: until the model ends the text or the context is full
+  std::vector<std::string> stop;       // text ends before any of these
+  bool ignore_eos = false;             // tokens that end the text are forbidden
+  int threads = 0, batch_threads = 0;  // for single tokens and for the prompt; 0: as they are
+  int64_t batch = 512;                 // prompt tokens at a time
   std::function<void(std::string_view text)> on_text;  // each new piece as soon as it is certain
   const std::atomic<bool>* cancel =
       nullptr;  // ends the work at the next token when it becomes true

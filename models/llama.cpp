@@ -55,13 +55,34 @@ LlamaBlock empty_block(const ModelConfig& c) {
   return b;
 }
 
+namespace {
+
+// Scales and zero points are the only floating-point values of a packed matrix (tensor/packed.h).
+void check_grid(const PackedInt& w) {
+  for (int64_t p = 0; p < w.panels(); ++p)
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      const uint8_t* grid = w.data.data<uint8_t>() + p * w.panel_bytes() + g * w.block_bytes(0) +
+                            PackedInt::code_bytes(w.group_columns(g), w.spec.bits);
+      for (int64_t i = 0; i < w.grid_bytes() / 2; ++i) {
+        const bool finite = (grid[2 * i + 1] & 0x7c) != 0x7c;
+        check(finite, "the {} of row {}, group {} is not a finite number",
+              i < kPanelRows ? "scale" : "zero point", p * kPanelRows + i % kPanelRows, g);
+      }
+    }
+}
+
+}  // namespace
+
 nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packed,
                        const std::string& module, int64_t rows, int64_t cols, LoadAs as) {
   const std::string stored = module + ".packed";
   if (packed && reader.has(stored))
     return with_context(fmt::format("reading {} of {}", stored, reader.path().string()), [&] {
-      return nn::Weight(
-          nn::packed_int_weight(reader.get(stored), rows, cols, packed->spec_of(module).stored()));
+      const GroupSpec spec = packed->spec_of(module).stored();
+      const Tensor data = reader.get(stored);
+      nn::Weight weight = nn::packed_int_weight(data, rows, cols, spec);  // checks the size
+      check_grid({.data = data, .rows = rows, .cols = cols, .spec = spec});
+      return weight;
     });
   const Tensor w = reader.get(module + ".weight", {rows, cols});
   return as == LoadAs::F32 ? to(w, DType::F32) : w;

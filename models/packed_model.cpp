@@ -21,8 +21,10 @@ MatrixSpec read_matrix(const json& j, const std::string& where) {
   field("bits", j.contains("bits") && j["bits"].is_number_integer());
   field("group_size", j.contains("group_size") && j["group_size"].is_number_integer());
   field("symmetric", j.contains("symmetric") && j["symmetric"].is_boolean());
-  MatrixSpec s{j["bits"].get<int>(), j["group_size"].get<int64_t>(), j["symmetric"].get<bool>()};
-  check(s.bits >= 2 && s.bits <= 8, "{}: bits = {}, 2 to 8 wanted", where, s.bits);
+  const auto bits =
+      j["bits"].get<int64_t>();  // not int: a huge number must not wrap to a small one
+  check(bits >= 2 && bits <= 8, "{}: bits = {}, 2 to 8 wanted", where, bits);
+  MatrixSpec s{static_cast<int>(bits), j["group_size"].get<int64_t>(), j["symmetric"].get<bool>()};
   check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 24), "{}: group_size = {}", where,
         s.group_size);
   return s;

@@ -37,6 +37,20 @@ struct Streams {
 
 Tensor f16_rounded(const Tensor& scale) { return to(to(scale, DType::F16), DType::F32); }
 
+// On any device, in one pass: 0 · x is NaN where x is NaN or infinite.
+bool all_finite(const Tensor& x) { return sum(x * 0.0).item<float>() == 0.0f; }
+
+// Codes of w on its grid, packed. Scales become f16 values before codes are chosen.
+std::shared_ptr<nn::PackedIntWeight> pack(const Tensor& w, Grid grid, const Rounder& rounder,
+                                          const GroupSpec& spec) {
+  check(all_finite(w), "a weight is not finite");
+  check(all_finite(grid.scale), "the scales are not finite; lower the learning rate");
+  grid.scale = f16_rounded(grid.scale);
+  const Tensor codes = rounder.codes(w, grid, spec);
+  return std::make_shared<nn::PackedIntWeight>(
+      pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
+}
+
 // How far the packed block's kernels are from the simulated block on one sample x, as a share of
 // what the block adds to its input. Rounding alone gives about 1e-6; anything large is a fault, and
 // must not reach a file.
@@ -114,13 +128,10 @@ BlockMethod::Committed BlockMethod::commit(const nn::Block& fp) const {
   out.packed = out.simulated->clone();
   const auto dense = out.simulated->linears(), packed = out.packed->linears();
   for (size_t i = 0; i < dense.size(); ++i) {
-    const Tensor w = dense[i].linear->dense();
-    const GroupSpec spec = recipe_.spec.weight();
-    Grid grid = clips_[i]->grid(w);
-    grid.scale = f16_rounded(grid.scale);
-    const Tensor codes = recipe_.rounder->codes(w, grid, spec);
-    auto weight = std::make_shared<nn::PackedIntWeight>(
-        pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
+    const auto weight = with_context("packing " + dense[i].name, [&] {
+      const Tensor w = dense[i].linear->dense();
+      return pack(w, clips_[i]->grid(w), *recipe_.rounder, recipe_.spec.weight());
+    });
     dense[i].linear->weight = weight->dequantize();
     packed[i].linear->weight = weight;
   }
@@ -130,10 +141,7 @@ BlockMethod::Committed BlockMethod::commit(const nn::Block& fp) const {
 std::shared_ptr<nn::PackedWeight> pack_nearest(const Tensor& w, const QuantSpec& spec) {
   NoGrad off;
   const GroupSpec group = spec.weight();
-  Grid grid = minmax_clip(w, group)->grid(w);
-  grid.scale = f16_rounded(grid.scale);
-  return std::make_shared<nn::PackedIntWeight>(pack_codes(
-      round_nearest()->codes(w, grid, group), grid.scale, grid.zero, stored_spec(group)));
+  return pack(w, minmax_clip(w, group)->grid(w), *round_nearest(), group);
 }
 
 namespace {
@@ -167,12 +175,12 @@ BlockReport quantize_block(const Recipe& recipe, nn::Block& fp, Streams* streams
     NoGrad off;
     const Tensor input = batch_of(streams->quant, 0, 1);
     streams->quant = run(*committed.simulated, streams->quant, at);  // ⑥ the next block's inputs
-    report.packed_error =
-        packed_error(*committed.packed, input, batch_of(streams->quant, 0, 1), at);
     streams->fp = targets.of_fp;
     report.committed_loss = static_cast<double>(mse(streams->quant, streams->fp).item<float>());
     report.target_mean_square = static_cast<double>(mean(square(streams->fp)).item<float>());
     check(std::isfinite(report.committed_loss), "the committed block's output is not finite");
+    report.packed_error =
+        packed_error(*committed.packed, input, batch_of(streams->quant, 0, 1), at);
   }
   report.seconds = seconds_since(start);
   report.peak_bytes = cpu_memory_use().peak;

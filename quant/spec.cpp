@@ -37,7 +37,7 @@ QuantSpec QuantSpec::parse(std::string_view text) {
         text);
   check(w >= 2 && w <= 8, "quantisation setting \"{}\": weights of {} bits, 2 to 8 wanted", text,
         w);
-  check(a >= 2 && a <= 16, "quantisation setting \"{}\": activations of {} bits, 4 to 16 wanted",
+  check(a >= 2 && a <= 16, "quantisation setting \"{}\": activations of {} bits, 2 to 16 wanted",
         text, a);
   spec.wbits = static_cast<int>(w);
   spec.abits = static_cast<int>(a);

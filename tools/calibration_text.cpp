@@ -89,6 +89,8 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
   check(total > length,
         "{}: {} tokens, one calibration window needs {}; give more text or a smaller --seqlen",
         names, total, length + 1);
+  check(count <= (int64_t{1} << 31) / length,
+        "{} calibration windows of {} tokens are more than memory holds", count, length);
   PythonRandom random(seed);
   std::vector<int32_t> ids;
   ids.reserve(static_cast<size_t>(count * length));

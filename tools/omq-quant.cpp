@@ -206,7 +206,8 @@ json evaluate(const QuantOptions& o, const std::string& item, const Model& model
 }
 
 // Opens the written folder and runs a few tokens: a file that cannot be used must not get its name.
-void check_written(const std::filesystem::path& folder) {
+// Returns the sizes that were found in it.
+ModelSize check_written(const std::filesystem::path& folder) {
   NoGrad off;
   const auto reader = open_checkpoint(folder);
   reader->tokenizer();
@@ -217,22 +218,20 @@ void check_written(const std::filesystem::path& folder) {
   std::iota(ids.begin(), ids.end(), 0);
   check_finite(model.logits(model.forward(Tensor::from<int32_t>(ids, {1, tokens}))),
                "logits of the written model");
+  return model_size(model);
 }
 
-// What is on disk now, measured; then the evaluations that were asked for.
+json size_json(const ModelSize& size) {
+  return {{"bits_per_weight", size.bits_per_weight()},
+          {"block_bits_per_weight", size.block_bits_per_weight()},
+          {"weight_bytes", size.bytes},
+          {"weights", size.weights}};
+}
+
+// The evaluations that were asked for, on what is on disk now.
 void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& report) {
   const auto reader = open_checkpoint(o.out);
   Model model = Model::load(*reader, std::min(o.eval_context, reader->config().usable_context()));
-  const ModelSize size = model_size(model);
-  report["size"] = {{"bits_per_weight", size.bits_per_weight()},
-                    {"block_bits_per_weight", size.block_bits_per_weight()},
-                    {"weight_bytes", size.bytes},
-                    {"weights", size.weights}};
-  fmt::print(stderr,
-             "{}: {:.3f} bits a weight in the blocks, {:.3f} with embedding and head ({})\n",
-             o.out.string(), size.block_bits_per_weight(), size.bits_per_weight(),
-             cli::human_bytes(static_cast<double>(size.bytes)));
-  report["evaluation"] = json::array();
   const Tokenizer tokenizer = reader->tokenizer();
   auto run = [&](std::string_view kind) {
     for (const std::string& item : o.eval)
@@ -246,6 +245,21 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
   run("sim:");
 }
 
+std::string report_text(json& report) {
+  report["peak_memory_bytes"] = cli::peak_memory_bytes();
+  return report.dump(2) + "\n";
+}
+
+// --force must not let the result take the place of what it is made from.
+void check_not_source(const QuantOptions& o) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  const fs::path folder = fs::is_directory(o.model, ignored) ? o.model : o.model.parent_path();
+  check(!fs::equivalent(folder.empty() ? "." : folder, o.out, ignored),
+        "output folder {}: holds the model that is to be quantised; choose another name",
+        o.out.string());
+}
+
 int quantize_checkpoint(const cli::Args& args) {
   QuantOptions o;
   if (!parse_quant_options(args, o)) return 0;
@@ -255,6 +269,7 @@ int quantize_checkpoint(const cli::Args& args) {
   const auto reader = open_checkpoint(o.model);
   check(!PackedConfig::of(reader->config()), "{}: is quantised already; quantise the original",
         o.model.string());
+  check_not_source(o);
   const CalibrationWindows data = calibration(o, *reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe);
   for (const std::string& item : o.eval)
@@ -278,21 +293,29 @@ int quantize_checkpoint(const cli::Args& args) {
                              simulate ? &simulated : nullptr);
   }
   writer.close();
-  check_written(writer.unfinished());
-  writer.commit();
+  const ModelSize size = check_written(writer.unfinished());
   json report = {{"omq_version", OMQ_VERSION},
                  {"recipe", recipe_json(o, recipe, data)},
                  {"source", files_json(reader->files())},
                  {"calibration_seconds", seconds_since(start)},
                  {"threads", num_threads()},
-                 {"blocks", blocks_json(blocks)}};
+                 {"blocks", blocks_json(blocks)},
+                 {"size", size_json(size)},
+                 {"evaluation", json::array()},
+                 {"model_sha256", sha256_file(writer.unfinished() / "model.safetensors")}};
   for (const auto& [module, keep] : ends.tables) report["kept"][module] = keep.to_string();
-  report["peak_memory_bytes"] = cli::peak_memory_bytes();
-  evaluate_written(o, simulate ? &simulated : nullptr, report);
-  report["model_sha256"] = sha256_file(o.out / "model.safetensors");
-  AtomicFile file(o.out / "report.json");
-  file.write(report.dump(2) + "\n");
-  file.commit();
+  writer.add_file("report.json", report_text(report));  // the folder is whole before it has a name
+  writer.commit();
+  fmt::print(stderr,
+             "{}: {:.3f} bits a weight in the blocks, {:.3f} with embedding and head ({})\n",
+             o.out.string(), size.block_bits_per_weight(), size.bits_per_weight(),
+             cli::human_bytes(static_cast<double>(size.bytes)));
+  if (!o.eval.empty()) {
+    evaluate_written(o, simulate ? &simulated : nullptr, report);
+    AtomicFile file(o.out / "report.json");
+    file.write(report_text(report));
+    file.commit();
+  }
   fmt::print(stderr, "done in {}, peak memory {}\n", cli::human_seconds(seconds_since(start)),
              cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())));
   return 0;

@@ -26,11 +26,11 @@ KeepSpec parse_keep(std::string_view text) {
 }
 
 struct Raw {
-  std::string preset, calib_dataset;
+  std::string preset;
   std::optional<int> wbits, abits;
   std::optional<int64_t> group_size;
-  bool symmetric = false, lwc = false, let = false, aug = false, no_aug = false, list = false,
-       version = false;
+  bool symmetric = false, aug = false, no_aug = false, list = false, version = false;
+  std::filesystem::path output_dir;
   bool unused = false;
   std::string unused_text;
   std::vector<std::string> keep;
@@ -115,18 +115,51 @@ void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
 }
 
 // The reference's own flags (spec omniquant §13), so that its users' commands work or say why not.
+struct OfficialFlag {
+  const char* name;
+  bool has_value;
+  const char* refusal;  // null: accepted, and without effect here
+};
+constexpr OfficialFlag kOfficialFlags[] = {
+    {"--let", false, "the equivalent transformation is not available yet; --lwc is"},
+    {"--calib-dataset", true, "nothing is downloaded here; give the text with --calib FILE"},
+    {"--eval-ppl", false, "nothing is downloaded here; name the text: --eval ppl:FILE"},
+    {"--tasks", true, "not available; perplexity is: --eval ppl:FILE"},
+    {"--resume", true, "not available; a run begins at the first block"},
+    {"--disable-zero-point", false, "--symmetric stores no zero points"},
+    {"--lwc", false, nullptr},  // what --method omniquant does
+    {"--real-quant", false, nullptr},
+    {"--deactive-amp", false, nullptr},
+    {"--multigpu", false, nullptr},
+    {"--let-lr", true, nullptr},  // of --let
+    {"--alpha", true, nullptr},
+    {"--act-scales", true, nullptr},
+    {"--act-shifts", true, nullptr},
+    {"--net", true, nullptr},
+    {"--cache-dir", true, nullptr},
+    {"--limit", true, nullptr},
+    {"--num-fewshot", true, nullptr},
+    {"--attn-implementation", true, nullptr},
+    {"--a-dynamic-method", true, nullptr},
+    {"--w-dynamic-method", true, nullptr},
+};
+
 void add_official_options(CLI::App& app, Raw& raw) {
   const char* group = "Names of the official project";
-  app.add_flag("--lwc", raw.lwc, "learnable weight clipping: what --method omniquant does")
+  app.add_option("--output-dir", raw.output_dir, "the same as -o where that is not given")
       ->group(group);
-  app.add_flag("--let", raw.let, "learnable equivalent transformation: refused, not available yet")
-      ->group(group);
-  app.add_option("--calib-dataset", raw.calib_dataset, "refused: give the text itself with --calib")
-      ->group(group);
-  for (const char* name : {"--real-quant", "--deactive-amp"})
-    app.add_flag(name, raw.unused, "accepted: always so here")->group(group);
-  for (const char* name : {"--net", "--cache-dir"})
-    app.add_option(name, raw.unused_text, "accepted: not needed here")->group(group);
+  for (const OfficialFlag& f : kOfficialFlags) {
+    const std::string help = f.refusal ? fmt::format("refused: {}", f.refusal) : "accepted";
+    auto* option = f.has_value ? app.add_option(f.name, raw.unused_text, help)
+                               : app.add_flag(f.name, raw.unused, help);
+    option->group(group);
+  }
+}
+
+void refuse_official(const CLI::App& app) {
+  for (const OfficialFlag& f : kOfficialFlags)
+    if (f.refusal && app.get_option(f.name)->count() > 0)
+      throw UsageError(fmt::format("{}: {}", f.name, f.refusal));
 }
 
 void settle_spec(const Raw& raw, QuantOptions& o) {
@@ -156,19 +189,15 @@ void check_numbers(const QuantOptions& o) {
 
 void settle(const Raw& raw, QuantOptions& o) {
   if (o.model.empty()) throw UsageError("-m MODEL is missing");
+  if (o.out.empty()) o.out = raw.output_dir;
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
-  if (raw.let)
-    throw UsageError("--let: the equivalent transformation is not available yet; --lwc is");
-  if (!raw.calib_dataset.empty())
-    throw UsageError(fmt::format(
-        "--calib-dataset {}: nothing is downloaded here; give the text with --calib FILE",
-        raw.calib_dataset));
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
   try {
     settle_spec(raw, o);
+    (void)quant::make_recipe(o.method, o.recipe);  // is there such a method?
   } catch (const UsageError&) {
     throw;
   } catch (const Error& e) {
@@ -213,6 +242,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   }
   o.nsamples_given = app.get_option("--nsamples")->count() > 0;
   o.seqlen_given = app.get_option("--seqlen")->count() > 0;
+  refuse_official(app);
   settle(raw, o);
   return true;
 }

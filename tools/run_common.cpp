@@ -18,10 +18,10 @@
 
 namespace omq::run {
 
-const cli::Aliases kAliases = {{"-sys", "--system"},        {"-ngl", "--gpu-layers"},
-                               {"-dev", "--device"},        {"-ctk", "--cache-type-k"},
-                               {"-ctv", "--cache-type-v"},  {"-ub", "--batch-size"},
-                               {"-ubatch", "--batch-size"}, {"-st", "--single-turn"}};
+const cli::Aliases kAliases = {
+    {"-sys", "--system"},       {"-ngl", "--gpu-layers"},    {"-dev", "--device"},
+    {"-ctk", "--cache-type-k"}, {"-ctv", "--cache-type-v"},  {"-ub", "--batch-size"},
+    {"-tb", "--threads-batch"}, {"-ubatch", "--batch-size"}, {"-st", "--single-turn"}};
 
 // ---- the model ----
 
@@ -140,6 +140,8 @@ void add_sampling_options(CLI::App& app, SamplingOptions& o) {
   app.add_option("-n,--n-predict,--predict,--max-tokens", o.max_tokens,
                  "tokens to make; -1 (default): until the model ends the text")
       ->type_name("N");
+  app.add_option("--threads-batch", o.batch_threads, "-tb: threads for the prompt (default: -t)")
+      ->type_name("N");
   app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
       ->type_name("N");
   app.add_option("--temp,--temperature", s.temperature, "0: greedy, exactly (default 0.8)");
@@ -196,6 +198,10 @@ GenerateOptions generate_options(const SamplingOptions& o, int64_t vocab_size) {
   g.stop = o.stop;
   g.ignore_eos = o.ignore_eos;
   g.batch = o.batch;
+  g.batch_threads = o.batch_threads;
+  if (o.batch_threads > 0) g.threads = num_threads();
+  if (o.batch_threads < 0 || o.batch_threads > 1024)
+    throw cli::UsageError(fmt::format("--threads-batch {}: 1 to 1024", o.batch_threads));
   if (o.batch < 1) throw cli::UsageError(fmt::format("--batch-size {}: at least 1", o.batch));
   if (o.max_tokens < -1)
     throw cli::UsageError(fmt::format("--n-predict {}: -1 or more", o.max_tokens));

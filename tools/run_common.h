@@ -66,6 +66,7 @@ struct SamplingOptions {
   std::vector<std::string> stop;
   int64_t seed = -1;  // −1: a new one each time, printed with the figures
   int64_t max_tokens = -1, batch = 512;
+  int batch_threads = 0;  // 0: as for single tokens
   bool ignore_eos = false;
 };
 void add_sampling_options(CLI::App& app, SamplingOptions& options);

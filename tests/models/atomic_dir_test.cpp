@@ -77,6 +77,15 @@ TEST_CASE("atomic dir: force replaces an old model, and only on commit") {
   CHECK(dir.entries() == 2);
 }
 
+TEST_CASE("atomic dir: the reason of a failed system call is the one that is told") {
+  TempDir dir;
+  const std::string name(250, 'x');  // ".partial-PID" makes it longer than a name may be
+  CHECK(contains(message_of([&] { AtomicDir out(dir / name); }), "File name too long"));
+  AtomicFile file(dir / "f");
+  std::filesystem::create_directory(dir / "f");
+  CHECK(contains(message_of([&] { file.commit(); }), "Is a directory"));
+}
+
 TEST_CASE("atomic dir: a parent without permission") {
   if (::geteuid() == 0) {
     MESSAGE("skipped: root may write everywhere");

@@ -27,7 +27,7 @@ struct RandomModel {
   int layers = 2;
   uint64_t seed = 1;
   // Called for every tensor before it is written; false leaves it out.
-  std::function<bool(const std::string& name, Tensor& tensor)> edit;
+  std::function<bool(const std::string& name, Tensor& tensor)> edit = {};
 };
 
 inline constexpr int64_t kRandomVocab = 257, kRandomHidden = 32, kRandomFfn = 72;

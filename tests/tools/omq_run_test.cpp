@@ -145,7 +145,7 @@ TEST_CASE("generate: stdout is the text alone, by every way to give a prompt") {
         o.out);
   CHECK(omq_run("generate " + model() + kStory + "-n 20 --display-prompt").out ==
         "Ella was a cheerful girl." + o.out);
-  CHECK(omq_run("generate " + model() + kStory + "-n 20 -t 2").out == o.out);
+  CHECK(omq_run("generate " + model() + kStory + "-n 20 -t 2 -tb 1").out == o.out);
   CHECK(omq_run("generate " + model() + kStory + "-n 0").out.empty());
 }
 
