@@ -190,7 +190,7 @@ TEST_CASE("packed model: a GGUF becomes a whole folder") {
   pack_model(model, packing);
   write_packed(*reader, model, packed_config(packing, false), dir / "packed");
   for (const std::string name : {"config.json", "model.safetensors", "tokenizer.json",
-                           "tokenizer_config.json", "generation_config.json"})
+                                 "tokenizer_config.json", "generation_config.json"})
     CHECK(fs::exists(dir / "packed" / name));
   const auto written = open_checkpoint(dir / "packed");
   Model loaded = Model::load(*written);

@@ -41,9 +41,10 @@ TEST_CASE("spec: every setting is printed as it is read") {
 }
 
 TEST_CASE("spec: what is not a setting says what one looks like") {
-  for (const std::string text : {"", "w", "w4", "4a16", "w4a", "W4A16", "w4a16g", "w4a16 ", " w4a16",
-                           "w4a16g64x", "w4a16g64g64", "w4a16symg64", "w4a16symsym", "w4.5a16",
-                           "w+4a16", "w99999999999999999999a16", "w4a16g99999999999999999999"}) {
+  for (const std::string text :
+       {"", "w", "w4", "4a16", "w4a", "W4A16", "w4a16g", "w4a16 ", " w4a16", "w4a16g64x",
+        "w4a16g64g64", "w4a16symg64", "w4a16symsym", "w4.5a16", "w+4a16",
+        "w99999999999999999999a16", "w4a16g99999999999999999999"}) {
     CAPTURE(text);
     CHECK(refused(text) ==
           fmt::format("quantisation setting \"{}\": wanted something like w4a16 or "

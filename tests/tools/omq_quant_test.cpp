@@ -95,7 +95,7 @@ TEST_CASE("omq-quant: a whole folder, and a stdout of results alone") {
   CAPTURE(o.err);
   REQUIRE(o.code == 0);
   for (const std::string name : {"config.json", "model.safetensors", "tokenizer.json",
-                           "tokenizer_config.json", "report.json"})
+                                 "tokenizer_config.json", "report.json"})
     CHECK(fs::is_regular_file(w.dir / "out" / name));
   CHECK(w.dir.entries() == 4);  // model, two texts, out
   CHECK(contains(o.err, "block 2/2"));
@@ -173,7 +173,8 @@ TEST_CASE("omq-quant: the report") {
 TEST_CASE("omq-quant: the same seed gives the same bytes on one and on two threads") {
   const Workshop w;
   std::vector<std::string> models;
-  for (const std::string more : {"--threads 1", "--threads 2 --force", "--threads 1 --seed 3 --force"}) {
+  for (const std::string more :
+       {"--threads 1", "--threads 2 --force", "--threads 1 --seed 3 --force"}) {
     REQUIRE(w.quant(w.quick(more)).code == 0);
     models.push_back(read_file(w.dir / "out/model.safetensors"));
   }
@@ -213,8 +214,8 @@ TEST_CASE("omq-quant: round-to-nearest needs no text; widths, tables, GGUF") {
   const std::string rtn =
       fmt::format("--method rtn -m {} -o {} --force ", w.path("model"), w.path("out"));
   for (const std::string more : {"--wbits 2", "--wbits 8 --symmetric", "--wbits 5 --group-size 40",
-                           "--preset w3a16g32", "--preset w4a16 --wbits 2 --group_size -1",
-                           "--keep lm_head=f16 embed_tokens=w4g32", "--keep lm_head=w2"}) {
+                                 "--preset w3a16g32", "--preset w4a16 --wbits 2 --group_size -1",
+                                 "--keep lm_head=f16 embed_tokens=w4g32", "--keep lm_head=w2"}) {
     CAPTURE(more);
     const Outcome o = w.quant(rtn + more);
     CAPTURE(o.err);
@@ -360,7 +361,7 @@ TEST_CASE("omq-quant: models that are broken") {
   };
   const std::string up = "model.layers.1.mlp.up_proj.weight";
   for (const std::string tensor : {"model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight",
-                             "model.norm.weight", "model.layers.0.input_layernorm.weight"}) {
+                                   "model.norm.weight", "model.layers.0.input_layernorm.weight"}) {
     refused({.edit =
                  [&](const std::string& name, Tensor& t) {
                    if (name == tensor) t.data<float>()[5] = std::nanf("");
