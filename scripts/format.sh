@@ -8,9 +8,7 @@ tool=$(command -v clang-format-14 || command -v clang-format) || {
   exit 0
 }
 files() {
-  find tensor autograd nn quant models cuda tools tests include \
-    \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 2>/dev/null |
-    sort -z
+  git ls-files -z -co --exclude-standard -- '*.h' '*.cpp' '*.cu' '*.cuh' | sort -z
 }
 case ${1:-} in
   fix) files | xargs -0 -r "$tool" -i ;;
