@@ -7,6 +7,7 @@ SHELL := /bin/bash
 JOBS ?= $(shell nproc)
 export JOBS
 PREFIX ?= /usr/local
+PYTHON ?= python3
 BUILD = cmake --build $(1) --parallel $(JOBS)
 
 .DEFAULT_GOAL := programs
@@ -21,7 +22,7 @@ help:
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
 	@echo "make bench       run the benchmarks"
 	@echo "make smollm2     fetch the real model (SmolLM2-135M, 98 MB) to .cache/smollm2"
-	@echo "make golden      write tests/golden again with PyTorch (needs transformers)"
+	@echo "make golden      write tests/golden again (PYTHON=… with torch and transformers)"
 	@echo "make format      clang-format everything;  make lint: clang-tidy;  make lines: lines per folder"
 	@echo "make tiny        small static programs in build-tiny/bin"
 	@echo "make asan        build with sanitizers and run the fast tests"
@@ -81,7 +82,7 @@ lines:
 	@scripts/lines.sh
 
 golden:
-	python3 tests/golden/make_golden.py
+	$(PYTHON) tests/golden/make_golden.py
 
 smollm2:
 	@scripts/fetch-smollm2.sh

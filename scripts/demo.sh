@@ -9,7 +9,7 @@ bin=${1:-build/bin}
 model=tests/fixtures/tiny-llama
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-group=32 window=128 samples=64 epochs=20
+group=128 window=128 samples=64 epochs=20
 start=$SECONDS
 
 [ -d "$model" ] || { echo "demo: $model is missing from this tree" >&2; exit 1; }

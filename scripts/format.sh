@@ -7,8 +7,14 @@ tool=$(command -v clang-format-14 || command -v clang-format) || {
   echo "omq: format ${1}: SKIPPED, no clang-format here (Debian: apt-get install clang-format)" >&2
   exit 0
 }
+# What git knows; all there is in a tree without git.
 files() {
-  git ls-files -z -co --exclude-standard -- '*.h' '*.cpp' '*.cu' '*.cuh' | sort -z
+  if git rev-parse --git-dir >/dev/null 2>&1; then
+    git ls-files -z -co --exclude-standard -- '*.h' '*.cpp' '*.cu' '*.cuh'
+  else
+    find . -path './build*' -prune -o -path './.cache' -prune -o \
+      -regex '.*\.\(h\|cpp\|cu\|cuh\)' -printf '%P\0'
+  fi | sort -z
 }
 case ${1:-} in
   fix) files | xargs -0 -r "$tool" -i ;;
