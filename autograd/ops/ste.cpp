@@ -11,7 +11,12 @@ Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& z
   const int64_t groups = s.groups(x.dim(1));
   const Shape grouped{x.dim(0), groups, x.dim(1) / groups}, grid{x.dim(0), groups, 1};
   const Tensor h = reshape(scale, grid), z = reshape(zero.detach(), grid);
-  const Tensor codes = clamp(round_ste(reshape(x, grouped) / h) + z, 0, s.max_code());
+  const Tensor t = round_ste(reshape(x, grouped) / h) + z;
+  Tensor codes = clamp(t, 0, s.max_code());
+  if (!s.end_codes_learn) {  // halves keep the end codes out of the gradient, not out of the value
+    const Tensor inner = clamp(t, 0.5, s.max_code() - 0.5);
+    codes = inner + (codes - inner).detach();
+  }
   return reshape((codes - z) * h, x.shape());
 }
 

@@ -17,6 +17,16 @@ template <class F> void for_each_group(int64_t rows, int64_t cols, const GroupSp
   });
 }
 
+// Codes strictly inside (first, last) let gradient through: the end codes are clamped, or about to
+// be.
+template <class T> struct Inside {
+  T first, last;
+  explicit Inside(const GroupSpec& s)
+      : first(s.end_codes_learn ? T(-0.5) : T(0)),
+        last(static_cast<T>(s.max_code()) + (s.end_codes_learn ? T(0.5) : T(0))) {}
+  bool operator()(T t) const { return t > first && t < last; }
+};
+
 template <class T> T code(T x, T h, T z, T top) {
   const T t = round_even(x / h) + z;
   return t < T(0) ? T(0) : t > top ? top : t;
@@ -38,8 +48,8 @@ void fake_quant(Tensor& y, const Tensor& x, const Tensor& scale, const Tensor& z
   });
 }
 
-// S = Σ g · [(q − z) − in · x/h] is the gradient of h; in · g that of x, where `in` says that no
-// clamp was active.
+// S = Σ g · [(q − z) − in · x/h] is the gradient of h; in · g that of x, where `in` says that
+// the code lies inside the range.
 void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& scale,
                     const Tensor& zero, const Tensor& dy, GroupSpec s) {
   visit_float("fake_quant_vjp", x.dtype(), [&]<class T>() {
@@ -47,20 +57,21 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
     T* out = dx.defined() ? dx.data<T>() : nullptr;
     T* ds = dscale.defined() ? dscale.data<T>() : nullptr;
     const T top = static_cast<T>(s.max_code());
+    const Inside<T> inside(s);
     for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
       const T h = hs[g], z = zs[g];
       const T *p = in + at, *d = pd + at;
       if (ds)
         ds[g] = lane_sum<T>(n, [&](int64_t i) {
           const T r = p[i] / h, t = round_even(r) + z;
-          const T inner = t >= T(0) && t <= top ? r : T(0);
+          const T inner = inside(t) ? r : T(0);
           const T q = t < T(0) ? T(0) : t > top ? top : t;
           return d[i] * ((q - z) - inner);
         });
       if (out)
         for (int64_t i = 0; i < n; ++i) {
           const T t = round_even(p[i] / h) + z;
-          out[at + i] = t >= T(0) && t <= top ? d[i] : T(0);
+          out[at + i] = inside(t) ? d[i] : T(0);
         }
     });
   });

@@ -59,7 +59,7 @@ struct Vector {  // a row of §2.7
 };
 
 void check_vector(const Vector& want, Device d) {
-  const GroupSpec spec{.bits = want.bits, .include_zero = false};
+  const GroupSpec spec{.bits = want.bits, .include_zero = false, .end_codes_learn = true};
   const Tensor x = parameter(Tensor::from<float>(kRow, {1, 8}, d));
   const Tensor u = parameter(Tensor::full({1, 1}, want.u, DType::F32, d));
   const Tensor l = parameter(Tensor::full({1, 1}, want.l, DType::F32, d));
@@ -101,8 +101,8 @@ ClosedForm closed_form(const Tensor& x, const Tensor& u, const Tensor& l, const 
       double* dx = out.dx.data<double>() + r * cols + g * width;
       for (int64_t j = 0; j < n; ++j) {
         const double t = std::nearbyint(p[j] / h) + z, q = std::clamp(t, 0.0, top);
-        const bool inside = t >= 0 && t <= top;
-        out.extremes_hit = out.extremes_hit || !inside;
+        const bool inside = s.end_codes_learn ? t >= 0 && t <= top : t > 0 && t < top;
+        out.extremes_hit = out.extremes_hit || t != q;
         S += up[j] * ((q - z) - (inside ? p[j] / h : 0));
         dx[j] = inside ? up[j] : 0;
       }
@@ -126,7 +126,8 @@ Weights random_weights(Rng& rng) {
   Weights w;
   w.spec = {.bits = static_cast<int>(rng.between(2, 8)),
             .group_size = rng.between(0, 3) * 7,
-            .include_zero = rng.coin()};
+            .include_zero = rng.coin(),
+            .end_codes_learn = rng.coin()};
   const Shape shape{rng.between(1, 4), rng.between(3, 40)};
   const Shape grid{shape[0], w.spec.groups(shape[1])};
   w.x = normal_tensor(rng, shape);
@@ -168,7 +169,8 @@ TEST_CASE("the official test vectors, asymmetric") {
 }
 
 TEST_CASE("the official test vectors, symmetric") {
-  const GroupSpec spec{.bits = 4, .symmetric = true, .include_zero = false};
+  const GroupSpec spec{
+      .bits = 4, .symmetric = true, .include_zero = false, .end_codes_learn = true};
   const Tensor x = Tensor::from<float>(kRow, {1, 8}), up = Tensor::from<float>(kUpstream, {1, 8});
   struct {
     double zero, du;
@@ -248,7 +250,7 @@ TEST_CASE("fake_quant equals its composition, values and gradients") {
       for (int64_t group : {0, 8, 24}) {
         CAPTURE(bits);
         CAPTURE(group);
-        const GroupSpec spec{.bits = bits, .group_size = group};
+        const GroupSpec spec{.bits = bits, .group_size = group, .end_codes_learn = bits % 2 == 1};
         Rng rng(static_cast<uint64_t>(bits));
         const Shape grid{5, spec.groups(24)};
         const Tensor x = parameter(normal_tensor(rng, {5, 24}, dtype));

@@ -71,7 +71,7 @@ TEST_CASE("clip: learned clipping gives the official vectors, gradients too") {
   };
   for (const auto& c : cases) {
     CAPTURE(c.bits);
-    const GroupSpec spec{.bits = c.bits};
+    const GroupSpec spec{.bits = c.bits, .end_codes_learn = true};
     const auto clip = learned(row(), spec, c.u, c.l);
     const Grid g = clip->grid(row());
     CHECK(g.scale.item<float>() == doctest::Approx(c.h).epsilon(1e-6));
@@ -106,7 +106,7 @@ TEST_CASE("clip: the factors start at sigma(4), one pair for each row and group"
 
 TEST_CASE("clip: symmetric uses every code around the middle one") {
   // h = max|w|/(2ᵇ⁻¹ − ½): the ends lie half a step beyond the last codes on either side.
-  const GroupSpec spec{.bits = 4, .symmetric = true};
+  const GroupSpec spec{.bits = 4, .symmetric = true, .end_codes_learn = true};
   const auto clip = learned(row(), spec, 1, 2);
   const Grid g = clip->grid(row());
   const double sigma1 = 1 / (1 + std::exp(-1.0));

@@ -45,24 +45,6 @@ LlamaBlock official_block(const SafetensorsFile& f) {
 
 Tensor sample(const Tensor& stream, int64_t i) { return slice(stream, 0, i, i + 1); }
 
-// The official quantiser as PyTorch 2.15, which made these files, differentiates it: its clamp
-// passes no gradient where a code stands exactly on an end of the range, while ours (as in spec
-// omniquant §2.6 and PyTorch 1.13) counts the end codes as inside. Values are the same.
-Tensor official_fake_quant(const Tensor& w, const Grid& grid, const GroupSpec& s) {
-  const int64_t groups = s.groups(w.dim(1));
-  const Shape grouped{w.dim(0), groups, w.dim(1) / groups}, column{w.dim(0), groups, 1};
-  const Tensor h = reshape(grid.scale, column), z = reshape(grid.zero, column);
-  const Tensor t = round_ste(reshape(w, grouped) / h) + z;
-  Tensor inside = empty_like(t), outside = empty_like(t);
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    const float code = t.data<float>()[i], top = static_cast<float>(s.max_code());
-    const bool in = code > 0 && code < top;
-    inside.data<float>()[i] = in ? 1 : 0;
-    outside.data<float>()[i] = in ? 0 : std::clamp(code, 0.0f, top);
-  }
-  return reshape((t * inside + outside - z) * h, w.shape());
-}
-
 // One clip for each linear, as BlockMethod holds them.
 struct OfficialMethod {
   GroupSpec spec;
@@ -77,7 +59,8 @@ struct OfficialMethod {
     const auto linears = block->linears();
     for (size_t i = 0; i < linears.size(); ++i) {
       const Tensor w = linears[i].linear->dense();
-      linears[i].linear->weight = official_fake_quant(w, clips[i]->grid(w), spec);
+      const Grid grid = clips[i]->grid(w);
+      linears[i].linear->weight = fake_quant(w, grid.scale, grid.zero, spec);
     }
     return block;
   }
