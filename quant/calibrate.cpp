@@ -71,6 +71,7 @@ double packed_error(const nn::Block& packed, const Tensor& x, const Tensor& y,
 double train_epoch(const BlockMethod& method, const nn::Block& fp, const Recipe& recipe,
                    nn::AdamW& optimizer, const Tensor& x, const Targets& targets,
                    const nn::Positions& at) {
+  const ComputeScope compute(recipe.train.compute);
   double total = 0;
   const int64_t n = x.dim(0), step = recipe.train.batch_size;
   for (int64_t i = 0; i + step <= n; i += step) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "autograd/compute.h"
 #include "quant/clip.h"
 #include "quant/objective.h"
 #include "quant/rounder.h"
@@ -24,6 +25,7 @@ struct Options {
   int batch_size = 1;
   double lwc_lr = 1e-2, weight_decay = 0;
   int aug_loss = -1;  // -1: the method's; 0 or 1
+  Compute compute = Compute::F32;
 };
 
 struct TrainPlan {
@@ -31,6 +33,7 @@ struct TrainPlan {
   int batch_size = 1;
   std::map<std::string, double> lr;  // by ParamGroup name
   double weight_decay = 0;
+  Compute compute = Compute::F32;  // of the products of a training step; streams and targets: F32
 };
 
 struct Recipe {

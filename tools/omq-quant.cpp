@@ -140,6 +140,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"augmented_loss", r.augmented},
             {"learning_rates", r.train.lr},
             {"weight_decay", r.train.weight_decay},
+            {"compute", r.train.compute == Compute::BF16 ? "bf16" : "f32"},
             {"seed", o.seed}};
   if (data.ids.defined())
     j["calibration"] = {{"source", data.description},

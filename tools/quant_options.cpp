@@ -4,6 +4,8 @@
 
 #include <optional>
 
+#include "tensor/cpu/gemm.h"
+
 namespace omq {
 namespace {
 
@@ -32,7 +34,7 @@ struct Raw {
   bool symmetric = false, aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
   bool unused = false;
-  std::string unused_text;
+  std::string unused_text, compute = "f32";
   std::vector<std::string> keep;
 };
 
@@ -91,6 +93,11 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->group(group);
   app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
       ->type_name("X")
+      ->group(group);
+  app.add_option("--compute", raw.compute,
+                 "products of a training step in f32 (default) or bf16 (faster where the "
+                 "processor multiplies it)")
+      ->type_name("TYPE")
       ->group(group);
   app.add_flag("--aug-loss", raw.aug,
                "add the loss against the block on its quantised inputs (default at 2 bits)")
@@ -187,10 +194,20 @@ void check_numbers(const QuantOptions& o) {
          "--eval-context: at least 2; --eval-chunks: 0 or more");
 }
 
+Compute parse_compute(const std::string& text) {
+  if (text == "f32" || text == "fp32") return Compute::F32;
+  if (text != "bf16") throw UsageError(fmt::format("--compute {}: f32 or bf16 wanted", text));
+  if (!cpu::gemm_has_bf16())
+    throw UsageError(
+        "--compute bf16: this processor (or this build) has no bf16 products; use f32");
+  return Compute::BF16;
+}
+
 void settle(const Raw& raw, QuantOptions& o) {
   if (o.model.empty()) throw UsageError("-m MODEL is missing");
   if (o.out.empty()) o.out = raw.output_dir;
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
+  o.recipe.compute = parse_compute(raw.compute);
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
   if (!o.calib.empty() && !o.calib_ids.empty())

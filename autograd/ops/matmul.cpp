@@ -1,4 +1,6 @@
-// Matrix products. Transposes are strides, so every gradient is again the same kernel.
+// Matrix products. Transposes are strides, so every gradient is again the same kernel. Operands are
+// rounded to the type of the ComputeScope; results and gradients stay in F32.
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -12,10 +14,18 @@ Tensor transposed(const Tensor& x) {
   return x.alias(shape, strides);
 }
 
+// x in the type of the operands, without history.
+Tensor rounded(const Tensor& x, DType type) {
+  if (x.dtype() == type) return x.detach();
+  Tensor y = Tensor::empty(x.shape(), type, x.device());
+  on(x).copy(y, x);
+  return y;
+}
+
 Tensor product(const Tensor& a, const Tensor& b) {
   Shape shape = a.shape();
   shape[a.ndim() - 1] = b.dim(-1);
-  Tensor y = Tensor::empty(shape, a.dtype(), a.device());
+  Tensor y = Tensor::empty(shape, a.dtype() == DType::F64 ? DType::F64 : DType::F32, a.device());
   on(a).matmul(y, a, b);
   return y;
 }
@@ -31,9 +41,12 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
   check(a.dtype() == b.dtype(), "matmul: dtypes differ: {} and {}", dtype_name(a.dtype()),
         dtype_name(b.dtype()));
   const bool need_a = needs_grad(a), need_b = needs_grad(b);
-  return record("matmul", product(a, b), {a, b},
-                [a = need_b ? a.detach() : Tensor{}, b = need_a ? b.detach() : Tensor{}, need_a,
-                 need_b](const Tensor& dy) -> Grads {
+  const DType type = operand_dtype(a.dtype());
+  const Tensor la = rounded(a, type), lb = rounded(b, type);
+  return record("matmul", product(la, lb), {a, b},
+                [a = need_b ? la : Tensor{}, b = need_a ? lb : Tensor{}, need_a, need_b,
+                 type](const Tensor& dy_any) -> Grads {
+                  const Tensor dy = rounded(dy_any, type);
                   Grads g(2);
                   if (need_a) g[0] = product(dy, transposed(b));
                   if (need_b) g[1] = product(transposed(a), dy);
@@ -52,15 +65,17 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
   const bool need_x = needs_grad(rows), need_w = needs_grad(w);
   // Not matmul(rows, wᵀ): its gradient in w would come out transposed and have to be copied back
   // into rows.
-  const Tensor y =
-      record("linear", product(rows, transposed(w)), {rows, w},
-             [x = need_w ? rows.detach() : Tensor{}, w = need_x ? w.detach() : Tensor{}, need_x,
-              need_w](const Tensor& dy) -> Grads {
-               Grads g(2);
-               if (need_x) g[0] = product(dy, w);              // dx = dy · W
-               if (need_w) g[1] = product(transposed(dy), x);  // dW = dyᵀ · x
-               return g;
-             });
+  const DType type = operand_dtype(x.dtype());
+  const Tensor lx = rounded(rows, type), lw = rounded(w, type);
+  const Tensor y = record("linear", product(lx, transposed(lw)), {rows, w},
+                          [x = need_w ? lx : Tensor{}, w = need_x ? lw : Tensor{}, need_x, need_w,
+                           type](const Tensor& dy_any) -> Grads {
+                            const Tensor dy = rounded(dy_any, type);
+                            Grads g(2);
+                            if (need_x) g[0] = product(dy, w);              // dx = dy · W
+                            if (need_w) g[1] = product(transposed(dy), x);  // dW = dyᵀ · x
+                            return g;
+                          });
   const Tensor out = reshape(y, shape);
   return bias.defined() ? add(out, bias) : out;
 }

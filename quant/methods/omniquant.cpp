@@ -21,7 +21,8 @@ Recipe omniquant(const Options& o) {
                                         : 20,
                 .batch_size = o.batch_size,
                 .lr = {{"lwc", o.lwc_lr}},
-                .weight_decay = o.weight_decay}};
+                .weight_decay = o.weight_decay,
+                .compute = o.compute}};
 }
 
 }  // namespace omq::quant

@@ -74,6 +74,12 @@ void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, i
   }
 }
 
+void gemm_tile(int64_t, int64_t, int64_t, const bf16_t*, int64_t, int64_t, const bf16_t*, int64_t,
+               int64_t, float*, int64_t, bool) {
+  fail("gemm: this build has no bf16 product");
+}
+bool gemm_has_bf16() { return false; }
+
 const char* gemm_name() { return "built-in"; }
 
 }  // namespace omq::cpu

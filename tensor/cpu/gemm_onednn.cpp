@@ -16,14 +16,14 @@ namespace {
 
 struct Key {
   int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
-  bool accumulate;
+  bool accumulate, bf16;
   bool operator==(const Key&) const = default;
 };
 struct KeyHash {
   size_t operator()(const Key& key) const {
     uint64_t h = 0x9e3779b97f4a7c15u;
     for (int64_t v : {key.m, key.n, key.k, key.a_row, key.a_col, key.b_row, key.b_col, key.c_row,
-                      static_cast<int64_t>(key.accumulate)})
+                      static_cast<int64_t>(key.accumulate), static_cast<int64_t>(key.bf16)})
       h = (h ^ static_cast<uint64_t>(v)) * 0xff51afd7ed558ccdu, h ^= h >> 32;
     return static_cast<size_t>(h);
   }
@@ -46,8 +46,9 @@ constexpr size_t kMaxProducts =
 
 Product make(ThreadState& s, const Key& key) {
   using dt = dnnl::memory::data_type;
-  const dnnl::memory::desc a({key.m, key.k}, dt::f32, dnnl::memory::dims{key.a_row, key.a_col});
-  const dnnl::memory::desc b({key.k, key.n}, dt::f32, dnnl::memory::dims{key.b_row, key.b_col});
+  const dt operand = key.bf16 ? dt::bf16 : dt::f32;
+  const dnnl::memory::desc a({key.m, key.k}, operand, dnnl::memory::dims{key.a_row, key.a_col});
+  const dnnl::memory::desc b({key.k, key.n}, operand, dnnl::memory::dims{key.b_row, key.b_col});
   const dnnl::memory::desc c({key.m, key.n}, dt::f32, dnnl::memory::dims{key.c_row, 1});
   dnnl::primitive_attr attributes;
   if (key.accumulate) {
@@ -61,11 +62,9 @@ Product make(ThreadState& s, const Key& key) {
           dnnl::memory(c, s.engine, nullptr)};
 }
 
-}  // namespace
-
-void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
-               const float* b, int64_t b_row, int64_t b_col, float* c, int64_t c_row,
-               bool accumulate) {
+template <class T>
+void run_tile(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b,
+              int64_t b_row, int64_t b_col, float* c, int64_t c_row, bool accumulate) {
   if (m == 0 || n == 0 || k == 0) {
     if (!accumulate)
       for (int64_t i = 0; i < m; ++i)
@@ -78,7 +77,7 @@ void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, i
   if (n == 1) b_col = b_row == 1 ? k : 1;
   if (m == 1) c_row = n;
   static thread_local ThreadState state;
-  const Key key{m, n, k, a_row, a_col, b_row, b_col, c_row, accumulate};
+  const Key key{m, n, k, a_row, a_col, b_row, b_col, c_row, accumulate, std::is_same_v<T, bf16_t>};
   auto it = state.products.find(key);
   if (it == state.products.end()) {
     if (state.products.size() >= kMaxProducts) state.products.clear();
@@ -90,12 +89,32 @@ void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, i
     }
   }
   Product& p = it->second;
-  p.a.set_data_handle(const_cast<float*>(a));
-  p.b.set_data_handle(const_cast<float*>(b));
+  p.a.set_data_handle(const_cast<T*>(a));
+  p.b.set_data_handle(const_cast<T*>(b));
   p.c.set_data_handle(c);
   p.primitive.execute(state.stream,
                       {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}});
   state.stream.wait();
+}
+
+}  // namespace
+
+void gemm_tile(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col,
+               const float* b, int64_t b_row, int64_t b_col, float* c, int64_t c_row,
+               bool accumulate) {
+  run_tile(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, accumulate);
+}
+void gemm_tile(int64_t m, int64_t n, int64_t k, const bf16_t* a, int64_t a_row, int64_t a_col,
+               const bf16_t* b, int64_t b_row, int64_t b_col, float* c, int64_t c_row,
+               bool accumulate) {
+  run_tile(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, accumulate);
+}
+
+bool gemm_has_bf16() {
+  static const bool has = (static_cast<int>(dnnl::get_effective_cpu_isa()) &
+                           static_cast<int>(dnnl::cpu_isa::avx512_core_bf16)) ==
+                          static_cast<int>(dnnl::cpu_isa::avx512_core_bf16);
+  return has;
 }
 
 const char* gemm_name() { return "oneDNN"; }

@@ -1,6 +1,7 @@
 // The dense product. F32 is cut into a grid of tiles whose size depends on the shape alone; each
 // tile is one gemm_tile by one thread, so the result has the same bits on any number of threads.
-// F64 is the plain loop.
+// 16-bit operands are multiplied as they are where the processor can, else widened first. F64 is
+// the plain loop.
 #include <bit>
 
 #include "tensor/cpu/gemm.h"
@@ -66,15 +67,17 @@ void matmul_f64(Tensor& y, const Tensor& a, const Tensor& b, int64_t batches) {
   }
 }
 
-}  // namespace
+Tensor widened(const Tensor& x) {
+  Tensor y = Tensor::empty(x.shape(), DType::F32);
+  copy(y, x);
+  return y;
+}
 
-void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
+template <class T>
+void matmul_tiles(Tensor& y, const Tensor& a_any, const Tensor& b_any, int64_t batches) {
   const int64_t m = a_any.dim(-2), k = a_any.dim(-1), n = b_any.dim(-1);
-  if (y.numel() == 0) return;
-  const int64_t batches = y.numel() / (m * n);
-  if (y.dtype() == DType::F64) return matmul_f64(y, a_any, b_any, batches);
   const Tensor a = usable(a_any), b = usable(b_any);
-  const float *pa = a.data<float>(), *pb = b.data<float>();
+  const T *pa = a.data<T>(), *pb = b.data<T>();
   float* out = y.data<float>();
   Cut rows, cols;
   choose_tiles(m, n, k, rows, cols);
@@ -89,6 +92,19 @@ void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
                 out + batch * m * n + r0 * n + c0, n);
     }
   });
+}
+
+}  // namespace
+
+void matmul(Tensor& y, const Tensor& a, const Tensor& b) {
+  if (y.numel() == 0) return;
+  const int64_t batches = y.numel() / (a.dim(-2) * b.dim(-1));
+  if (y.dtype() == DType::F64) return matmul_f64(y, a, b, batches);
+  const bool narrow = a.dtype() != DType::F32;
+  if (narrow && a.dtype() == DType::BF16 && gemm_has_bf16())
+    return matmul_tiles<bf16_t>(y, a, b, batches);
+  if (narrow) return matmul_tiles<float>(y, widened(a), widened(b), batches);
+  matmul_tiles<float>(y, a, b, batches);
 }
 
 }  // namespace omq::cpu
