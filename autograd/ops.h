@@ -80,7 +80,9 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up);  // silu(gate) ⊙ up
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions);
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
                  AttentionSpec s);  // see kernels.h → [B,T,H,d]
-Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec s);
+// on_probabilities (optional) is applied to the probabilities [B,H,T,S].
+Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec s,
+                          const std::function<Tensor(const Tensor&)>& on_probabilities = {});
 Tensor embedding(const Tensor& table, const Tensor& ids);  // [V,D], I32 [...] → [...,D]
 
 // ---- losses ----
@@ -93,5 +95,8 @@ Tensor mse(const Tensor& a, const Tensor& b);  // mean of squared differences �
 // never z.
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
+// Each row of x [..., N] on a grid of its own extremes (tensor/row_quant.h), which gradients reach.
+Tensor fake_quant_rows(const Tensor& x, RowQuant s);
+Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s);
 
 }  // namespace omq

@@ -26,6 +26,9 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
   if (k_norm) k = (*k_norm)(k);
   q = rope(q, at.tables.cos, at.tables.sin, at.index);
   k = rope(k, at.tables.cos, at.tables.sin, at.index);
+  if (taps.q) q = taps.q(q);
+  if (taps.k) k = taps.k(k);
+  if (taps.v) v = taps.v(v);
   if (cache) {
     check(!needs_grad(k) && !needs_grad(v),
           "attention: no gradient goes through a KV cache; train without one");
@@ -34,7 +37,8 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
     v = stored.v;
   }
   const AttentionSpec spec{.scale = 1.0 / std::sqrt(static_cast<double>(head_dim)), .causal = true};
-  return o_proj(reshape(attention(q, k, v, spec), {B, T, heads * head_dim}));
+  const Tensor y = taps.p ? attention_composed(q, k, v, spec, taps.p) : attention(q, k, v, spec);
+  return o_proj(reshape(y, {B, T, heads * head_dim}));
 }
 
 }  // namespace omq::nn

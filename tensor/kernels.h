@@ -7,6 +7,7 @@
 
 #include "tensor/elementwise.h"
 #include "tensor/packed.h"
+#include "tensor/row_quant.h"
 #include "tensor/tensor.h"
 
 namespace omq {

@@ -70,8 +70,8 @@ struct f16_t {
 };
 
 // Half to even.
-inline float round_even(float x) { return std::nearbyintf(x); }
-inline double round_even(double x) { return std::nearbyint(x); }
+OMQ_HD inline float round_even(float x) { return std::nearbyintf(x); }
+OMQ_HD inline double round_even(double x) { return std::nearbyint(x); }
 
 // Calls f.template operator()<T>() with the C++ type of t.
 template <class F> decltype(auto) visit_dtype(DType t, F&& f) {

@@ -29,7 +29,8 @@ Tensor causal_mask(int64_t t, int64_t s, DType dtype, Device device) {
 
 }  // namespace
 
-Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec spec) {
+Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec spec,
+                          const std::function<Tensor(const Tensor&)>& on_probabilities) {
   check_shapes(q, k, v);
   const int64_t B = q.dim(0), T = q.dim(1), H = q.dim(2), d = q.dim(3), S = k.dim(1), K = k.dim(2);
   auto heads = [&](const Tensor&
@@ -39,7 +40,9 @@ Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, Att
   };
   Tensor scores = matmul(transpose(q, 1, 2), transpose(heads(k), 2, 3)) * spec.scale;  // [B,H,T,S]
   if (spec.causal) scores = scores + causal_mask(T, S, q.dtype(), q.device());
-  return contiguous(transpose(matmul(softmax(scores), heads(v)), 1, 2));
+  Tensor p = softmax(scores);
+  if (on_probabilities) p = on_probabilities(p);
+  return contiguous(transpose(matmul(p, heads(v)), 1, 2));
 }
 
 Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,

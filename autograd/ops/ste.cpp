@@ -41,4 +41,32 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
                 });
 }
 
+Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {
+  const Tensor rows = reshape(x, {-1, x.dim(-1)});
+  const GroupSpec spec{
+      .bits = s.bits, .include_zero = s.include_zero, .end_codes_learn = s.end_codes_learn};
+  const Range r = group_range(rows, spec);
+  const Tensor levels = Tensor::full({1, 1}, s.max_code(), x.dtype(), x.device());
+  const double floor = s.include_zero ? 1e-30 : 1e-5, ceiling = s.include_zero ? 1e30 : 1e4;
+  const Tensor h = clamp((r.hi - r.lo) / levels, floor, ceiling);
+  const Tensor z = -r.lo.detach() / h.detach();
+  const Tensor zero =
+      s.include_zero ? clamp(round(z), 0, s.max_code()) : round(clamp(z, -1e4, 1e4));
+  return reshape(fake_quant_composed(rows, h, zero, spec), x.shape());
+}
+
+Tensor fake_quant_rows(const Tensor& x, RowQuant s) {
+  check(x.ndim() >= 1 && x.dim(-1) > 0, "fake_quant_rows: wants [..., N], got {}", x.shape());
+  check(s.bits >= 2 && s.bits <= 8, "fake_quant_rows: {} bits, 2 to 8 wanted", s.bits);
+  const Tensor source = contiguous(x);
+  Tensor y = empty_like(source);
+  on(x).fake_quant_rows(y, source, s);
+  return record("fake_quant_rows", y, {source},
+                [x = needs_grad(x) ? source.detach() : Tensor{}, s](const Tensor& dy) -> Grads {
+                  Tensor dx = empty_like(x);
+                  on(x).fake_quant_rows_vjp(dx, x, contiguous(dy), s);
+                  return {dx};
+                });
+}
+
 }  // namespace omq

@@ -32,6 +32,7 @@ Outcome outcome(const TensorFunction& f, const Inputs& exact, DType dtype, Devic
 
 TEST_CASE("backward agrees with differences, op by op") {
   for (const OpCase& c : op_cases()) {
+    if (c.straight_through) continue;
     CAPTURE(c.name);
     CHECK(gradcheck(c.f, case_inputs(c)));
   }

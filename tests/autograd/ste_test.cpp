@@ -324,6 +324,93 @@ TEST_CASE("a tied extreme shares its gradient, the zero point has none") {
   CHECK(through_z[l].item<double>() == 2.0);
 }
 
+// §2.6 for activations in double: each row's own extremes, σ = 1.
+Tensor rows_closed_form(const Tensor& x, const Tensor& upstream, RowQuant s) {
+  Tensor dx = empty_like(x);
+  const int64_t n = x.dim(-1);
+  const double top = s.max_code();
+  for (int64_t at = 0; at < x.numel(); at += n) {
+    const double *p = x.data<double>() + at, *up = upstream.data<double>() + at;
+    double* d = dx.data<double>() + at;
+    double hi = s.include_zero ? 0 : p[0], lo = hi, n_hi = 0, n_lo = 0, S = 0;
+    for (int64_t j = 0; j < n; ++j) hi = std::max(hi, p[j]), lo = std::min(lo, p[j]);
+    for (int64_t j = 0; j < n; ++j) n_hi += p[j] == hi, n_lo += p[j] == lo;
+    const double h = std::max((hi - lo) / top, s.include_zero ? 1e-30 : 1e-5);
+    const double z = std::nearbyint(std::clamp(-lo / h, -1e4, 1e4));
+    for (int64_t j = 0; j < n; ++j) {
+      const double t = std::nearbyint(p[j] / h) + z;
+      const bool inside = s.end_codes_learn ? t >= 0 && t <= top : t > 0 && t < top;
+      S += up[j] * (std::clamp(t, 0.0, top) - z - (inside ? p[j] / h : 0));
+      d[j] = inside ? up[j] : 0;
+    }
+    if ((hi - lo) / top != h) S = 0;
+    for (int64_t j = 0; j < n; ++j)
+      d[j] += (p[j] == hi ? S / top / n_hi : 0) - (p[j] == lo ? S / top / n_lo : 0);
+  }
+  return dx;
+}
+
+TEST_CASE("gradients of quantised rows equal the closed form") {
+  struct Rows {
+    Tensor x, upstream;
+    RowQuant s;
+  };
+  const auto random_rows = [](Rng& rng) {
+    const Shape shape{rng.between(1, 3), rng.between(1, 4), rng.between(1, 40)};
+    Rows r{normal_tensor(rng, shape),
+           normal_tensor(rng, shape),
+           {.bits = static_cast<int>(rng.between(2, 8)),
+            .include_zero = rng.coin(),
+            .end_codes_learn = rng.coin()}};
+    const bool ties = rng.coin();
+    const double shift = rng.coin() ? 3 : 0;  // rows on one side of zero
+    for (int64_t i = 0; i < r.x.numel(); ++i) {
+      double& v = r.x.data<double>()[i];
+      v = (ties ? std::nearbyint(v) + 0.25 : v) + shift;
+    }
+    return r;
+  };
+  for_all(200, random_rows, [&](const Rows& r) {
+    const Tensor x = parameter(r.x);
+    const Tensor y = fake_quant_rows(x, r.s);
+    CAPTURE(r.s.bits);
+    CAPTURE(r.s.include_zero);
+    CAPTURE(r.x.shape());
+    CHECK(bit_equal(y, fake_quant_rows_composed(r.x, r.s)));
+    CHECK(close(backward(sum(y * r.upstream))[x], rows_closed_form(r.x, r.upstream, r.s), 1e-24));
+  });
+}
+
+TEST_CASE("quantised rows: constant, silent and strided ones") {
+  for (Device d : test_devices())
+    for (const int bits : {2, 4, 8}) {
+      CAPTURE(d);
+      CAPTURE(bits);
+      for (const double c : {1.0, -3.7, 1e-12, 6e4, 0.0}) {
+        const Tensor x = to(Tensor::full({2, 5}, c), d);
+        CHECK(within(fake_quant_rows(x, {.bits = bits}), x, std::abs(c) * 2e-7));
+      }
+    }
+  const Tensor token = Tensor::from<float>({0.5f, -1, 2, 3.3f}, {1, 4});
+  const Tensor official =
+      Tensor::from<float>({0.57333338f, -0.86f, 2.0066669f, 3.4400003f}, {1, 4});
+  CHECK(within(fake_quant_rows(token, {.bits = 4}), official, 3e-7));
+  CHECK(within(fake_quant_rows(token, {.bits = 4, .include_zero = false}), official, 3e-7));
+  const RowQuant old{.bits = 4, .include_zero = false};
+  CHECK(within(fake_quant_rows(Tensor::full({1, 4}, 1), old), Tensor::full({1, 4}, 0.10015), 1e-6));
+  Rng rng(4);
+  const Tensor x = normal_tensor(rng, {6, 3}), p = parameter(x), q = parameter(x);
+  const Tensor dy = normal_tensor(rng, {3, 6});
+  const Tensor plain = fake_quant_rows(contiguous(transpose(p, 0, 1)), {.bits = 3}),
+               strided = fake_quant_rows(transpose(q, 0, 1), {.bits = 3});
+  CHECK(bit_equal(plain, strided));
+  CHECK(bit_equal(backward(sum(plain * dy))[p], backward(sum(strided * dy))[q]));
+  CHECK_THROWS_WITH_AS(fake_quant_rows(Tensor::zeros({2, 0}), {}),
+                       "fake_quant_rows: wants [..., N], got [2, 0]", Error);
+  CHECK_THROWS_WITH_AS(fake_quant_rows(x, {.bits = 9}), "fake_quant_rows: 9 bits, 2 to 8 wanted",
+                       Error);
+}
+
 TEST_CASE("fake_quant refuses grids that do not fit") {
   const Tensor x = Tensor::zeros({2, 8}), grid = Tensor::full({2, 2}, 1),
                row = Tensor::full({2, 1}, 1);

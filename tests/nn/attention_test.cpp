@@ -79,6 +79,33 @@ TEST_CASE("with a cache, pieces of a sequence give what the whole gives") {
     }
 }
 
+TEST_CASE("taps see queries, keys, values and probabilities, whole or piece by piece") {
+  const Sizes z;
+  Rng rng(6);
+  const Attention plain = make(z, rng, DType::F32, {});
+  const RopeTables rope = tables(z, DType::F32, {});
+  const Tensor x = normal_tensor(rng, {2, 7, z.D}, DType::F32);
+  std::vector<Shape> seen;
+  const auto watch = [&](int bits) {
+    return [&seen, bits](const Tensor& t) {
+      seen.push_back(t.shape());
+      return bits > 0 ? fake_quant_rows(t, {.bits = bits}) : t;
+    };
+  };
+  Attention layer = plain;
+  layer.taps = {watch(0), watch(0), watch(0), watch(0)};
+  CHECK(close(layer(x, at(0, 7, rope), nullptr), plain(x, at(0, 7, rope), nullptr), 1e-12));
+  CHECK(seen == std::vector<Shape>{{2, 7, 4, 8}, {2, 7, 2, 8}, {2, 7, 2, 8}, {2, 4, 7, 7}});
+
+  layer.taps = {watch(4), watch(5), watch(6), watch(8)};
+  const Tensor whole = layer(x, at(0, 7, rope), nullptr);
+  CHECK_FALSE(close(whole, plain(x, at(0, 7, rope), nullptr), 1e-6));
+  KVCache cache(2, 7, z.kv_heads, z.head_dim);
+  for (int64_t t = 0; t < 7; ++t)  // a token's codes do not depend on its neighbours
+    CHECK(close(layer(slice(x, 1, t, t + 1), at(t, 1, rope), &cache), slice(whole, 1, t, t + 1),
+                1e-10));
+}
+
 TEST_CASE("a truncated cache goes on as if the rest had never been") {
   const Sizes z;
   Rng rng(2);

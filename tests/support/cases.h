@@ -2,7 +2,7 @@
 // (F64 against differences), the precision check (F32 against F64, on every device) and
 // fused-against-composed all walk this list, so a new op is covered by adding a line here. Scalar
 // functions come from the lists of tensor/elementwise.h instead; straight-through ops, which
-// differences cannot check, from tests/autograd/ste_test.cpp.
+// differences cannot check, are held by tests/autograd/ste_test.cpp.
 #pragma once
 
 #include <functional>
@@ -22,6 +22,7 @@ struct OpCase {
   std::function<Tensor(const Inputs&)> f;
   std::function<Tensor(const Inputs&)> composed;  // the definition of a fused op, or empty
   double nmse = 1e-12;                            // of y and of the gradients: F32 against F64
+  bool straight_through = false;  // its gradient is none of differences; ste_test.cpp has its form
 };
 
 // Inputs of a case in F64, uniform in [−1.5, 1.5].
@@ -324,10 +325,29 @@ inline std::vector<OpCase> attention_cases() {
   };
 }
 
+inline std::vector<OpCase> straight_through_cases() {
+  const auto rows = [](const std::string& name, Shape shape, RowQuant s, double shift) -> OpCase {
+    return {
+        .name = name,
+        .shapes = {shape},
+        .f = [=](const Inputs& in) { return fake_quant_rows(in[0] + shift, s); },
+        .composed = [=](const Inputs& in) { return fake_quant_rows_composed(in[0] + shift, s); },
+        .straight_through = true};
+  };
+  return {
+      rows("fake_quant_rows at 4 bits", {2, 3, 20}, {.bits = 4}, 0),
+      rows("fake_quant_rows of heads at 8 bits", {2, 3, 2, 9}, {.bits = 8}, 0),
+      rows("fake_quant_rows above zero", {4, 11}, {.bits = 6}, 4),
+      rows("fake_quant_rows of one element", {5, 1}, {.bits = 3}, 0),
+      rows("fake_quant_rows, official range", {4, 11}, {.bits = 4, .include_zero = false}, 2),
+      rows("fake_quant_rows, end codes learn", {4, 17}, {.bits = 2, .end_codes_learn = true}, 0),
+  };
+}
+
 inline std::vector<OpCase> op_cases() {
   std::vector<OpCase> all;
-  for (auto list :
-       {view_cases(), reduction_cases(), product_cases(), layer_cases(), attention_cases()})
+  for (auto list : {view_cases(), reduction_cases(), product_cases(), layer_cases(),
+                    attention_cases(), straight_through_cases()})
     all.insert(all.end(), list.begin(), list.end());
   return all;
 }
