@@ -105,8 +105,9 @@ cuda-check: packages
 	  echo "cuda-check: SKIPPED, there is no cuda/*.cu in this tree yet"; \
 	elif ! command -v nvcc >/dev/null && ! [ -x /usr/local/cuda/bin/nvcc ]; then \
 	  echo "cuda-check: SKIPPED, no nvcc here"; \
-	else scripts/configure.sh cuda -DCMAKE_CUDA_ARCHITECTURES=90a -DOMQ_TESTS=OFF && \
-	  $(call BUILD,build-cuda) --target omq_cuda; fi
+	else OMQ_BUILD=build-cuda-check scripts/configure.sh cuda \
+	    -DCMAKE_CUDA_ARCHITECTURES=90a-real -DOMQ_TESTS=OFF && \
+	  $(call BUILD,build-cuda-check) --target omq_cuda; fi
 
 # In order, stopping at the first failure; ends in ctest's summary of the sanitizer run.
 ci:
@@ -116,4 +117,4 @@ install: programs
 	cmake --install build --prefix "$(PREFIX)"
 
 clean:
-	rm -rf build build-tiny build-asan build-cuda
+	rm -rf build build-tiny build-asan build-cuda build-cuda-check

@@ -48,6 +48,11 @@ endif()
 if(OMQ_WERROR)
   target_compile_options(omq_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
+# nvcc: constexpr functions of the standard library in kernels; line numbers for profilers and
+# checkers; no remark on libstdc++'s long double. Never -use_fast_math: codes must equal the CPU's.
+target_compile_options(omq_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo -diag-suppress=20208
+                             -Xcompiler=-Wall,-Wextra>)
 if(OMQ_PORTABLE_BASELINE)
   target_compile_options(omq_flags INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-march=${OMQ_PORTABLE_BASELINE}>)

@@ -61,8 +61,12 @@ foreach(folder models quant)
     target_link_libraries(omq_${folder} PUBLIC nlohmann_json::nlohmann_json)
   endif()
 endforeach()
+# The runtime goes into the program, so that it starts on machines without CUDA; cuBLASLt is 400 MB
+# and stays a shared library.
+set(OMQ_CUDA_LIBRARIES "")
 if(OMQ_HAVE_CUDA)
-  target_link_libraries(omq_cuda PUBLIC CUDA::cudart_static CUDA::cublasLt_static)
+  set(OMQ_CUDA_LIBRARIES CUDA::cudart_static CUDA::cublasLt)
+  target_link_libraries(omq_cuda PUBLIC ${OMQ_CUDA_LIBRARIES})
 endif()
 
 # omq_link(target folder…): the objects of these folders that exist, and what they need.
@@ -97,7 +101,5 @@ if(OMQ_OBJECTS)
   if(OMQ_HAVE_PCRE2)
     target_link_libraries(omq PRIVATE PCRE2::PCRE2)
   endif()
-  if(OMQ_HAVE_CUDA)
-    target_link_libraries(omq PRIVATE CUDA::cudart_static CUDA::cublasLt_static)
-  endif()
+  target_link_libraries(omq PRIVATE ${OMQ_CUDA_LIBRARIES})
 endif()

@@ -92,8 +92,10 @@ void cpu_copy(void* dst, Device dst_device, const void* src, Device src_device, 
 }
 
 void cpu_sync(int) {}
+MemoryUse cpu_memory(int) { return cpu_memory_use(); }
+void cpu_reset_peak(int) { reset_cpu_memory_peak(); }
 
-constexpr DeviceApi kCpuApi{cpu_alloc, cpu_free, cpu_copy, cpu_sync};
+constexpr DeviceApi kCpuApi{cpu_alloc, cpu_free, cpu_copy, cpu_sync, cpu_memory, cpu_reset_peak};
 
 }  // namespace
 

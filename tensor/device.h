@@ -1,7 +1,7 @@
 // Device: where bytes live, and the table of functions that a device offers.
 //
 // A DeviceApi is a plain struct of function pointers (no virtual classes, no registry): device.cpp
-// holds the CPU's, cuda/device.cu the GPU's. A build without CUDA links cuda/absent.cpp, whose
+// holds the CPU's, cuda/device.cpp the GPU's. A build without CUDA links cuda/absent.cpp, whose
 // table pointer is null, and every attempt to use such a device ends in one clear error. See
 // kernels.h for the compute tables.
 #pragma once
@@ -23,26 +23,31 @@ struct Device {
 // "cpu", "cuda:0".
 std::string to_string(Device d);
 
+// Bytes now and at most held by live tensors.
+struct MemoryUse {
+  size_t now = 0, peak = 0;
+};
+
 // Memory functions of one device kind; sizes in bytes. alloc returns 64-byte aligned memory or
-// throws Error.
+// throws Error. copy takes any pair of devices and may be given page-locked host memory; when it
+// returns, host memory holds the bytes, or may be written again.
 struct DeviceApi {
   void* (*alloc)(size_t bytes, int index);
   void (*free)(void* p, size_t bytes, int index);
   void (*copy)(void* dst, Device dst_device, const void* src, Device src_device, size_t bytes);
   void (*sync)(int index);
+  MemoryUse (*memory)(int index);
+  void (*reset_memory_peak)(int index);  // the peak starts again from the present
 };
 
 // Throws Error when this build has no back end for d.
 const DeviceApi& device_api(Device d);
 
-// The CUDA memory table, or null in a build without CUDA (defined in cuda/: device.cu or
+// The CUDA memory table, or null in a build without CUDA (defined in cuda/: device.cpp or
 // absent.cpp).
 const DeviceApi* cuda_device_api();
 
-// Bytes now and at most held by live CPU tensors; the peak can be set back to the present.
-struct MemoryUse {
-  size_t now = 0, peak = 0;
-};
+// The CPU's entries of its table, by name.
 MemoryUse cpu_memory_use();
 void reset_cpu_memory_peak();
 

@@ -115,8 +115,10 @@ Tensor empty_like(const Tensor& x);
 
 }  // namespace omq
 
+#ifndef __CUDACC__
 template <> struct fmt::formatter<omq::Dims> : fmt::formatter<std::string> {
   template <class C> auto format(const omq::Dims& d, C& c) const {
     return fmt::formatter<std::string>::format(omq::to_string(d), c);
   }
 };
+#endif

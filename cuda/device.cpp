@@ -1,0 +1,212 @@
+// The CUDA memory table: one compute stream per device, allocation through the device's
+// stream-ordered pool (which keeps what is freed), copies, and the errors of a machine without a
+// usable GPU.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "cuda/stream.h"
+#include "tensor/device.h"
+#include "tensor/error.h"
+
+namespace omq {
+namespace cuda {
+namespace {
+
+struct State {
+  DeviceInfo info;
+  cudaStream_t stream = nullptr;
+  cudaMemPool_t pool = nullptr;
+  std::mutex mutex;  // of use
+  MemoryUse use;
+};
+
+constexpr int kMaxDevices = 128;  // Device::index is 8 bits wide
+thread_local int current = -1;    // this thread's current device, so that it is set only on change
+
+std::string version_text(int v) { return fmt::format("{}.{}", v / 1000, v % 1000 / 10); }
+
+// Devices of this machine; throws when there is none that can be used.
+int device_count(int wanted) {
+  int driver = 0, count = 0;
+  cudaDriverGetVersion(&driver);
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) cudaGetLastError();
+  check(driver != 0, "cuda:{}: no CUDA device found (no NVIDIA driver on this machine)", wanted);
+  check(status != cudaErrorInsufficientDriver,
+        "cuda:{}: the NVIDIA driver is too old: it runs CUDA {}, this build needs {}", wanted,
+        version_text(driver), version_text(CUDART_VERSION));
+  check(status == cudaSuccess || status == cudaErrorNoDevice, "cuda:{}: {} (driver for CUDA {})",
+        wanted, cudaGetErrorString(status), version_text(driver));
+  check(count > 0, "cuda:{}: no CUDA device found (driver for CUDA {})", wanted,
+        version_text(driver));
+  return count;
+}
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  OMQ_CUDA(cudaDeviceGetAttribute(&value, which, index));
+  return value;
+}
+
+std::unique_ptr<State> open_device(int index) {
+  const int count = device_count(index);
+  check(index >= 0 && index < count, "cuda:{}: this machine has {} CUDA device{} (cuda:0{})", index,
+        count, count == 1 ? "" : "s", count == 1 ? "" : fmt::format(" … cuda:{}", count - 1));
+  auto s = std::make_unique<State>();
+  s->info.index = index;
+  s->info.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  s->info.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+  check(s->info.major >= 8, "cuda:{}: compute capability {}.{}; this build needs 8.0 or newer",
+        index, s->info.major, s->info.minor);
+  s->info.sms = attribute(cudaDevAttrMultiProcessorCount, index);
+  s->info.l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize, index));
+  s->info.shared_optin =
+      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  OMQ_CUDA(cudaSetDevice(index));
+  current = index;
+  check(attribute(cudaDevAttrMemoryPoolsSupported, index) != 0,
+        "cuda:{}: no stream-ordered allocation; the driver is too old or a restricted one", index);
+  OMQ_CUDA(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+  OMQ_CUDA(cudaDeviceGetDefaultMemPool(&s->pool, index));
+  uint64_t keep = UINT64_MAX;  // freed memory stays with the process until it is trimmed
+  OMQ_CUDA(cudaMemPoolSetAttribute(s->pool, cudaMemPoolAttrReleaseThreshold, &keep));
+  return s;
+}
+
+// The device's state, opened at first use; the device becomes this thread's current one.
+State& use(int index) {
+  static std::mutex mutex;
+  static auto* states = new std::array<std::unique_ptr<State>, kMaxDevices>;  // never destroyed
+  check(index >= 0 && index < kMaxDevices, "cuda:{}: no such device", index);
+  std::unique_ptr<State>& slot = (*states)[static_cast<size_t>(index)];
+  {
+    std::lock_guard lock(mutex);
+    if (!slot) slot = open_device(index);
+  }
+  if (current != index) {
+    OMQ_CUDA(cudaSetDevice(index));
+    current = index;
+  }
+  return *slot;
+}
+
+void* cuda_alloc(size_t bytes, int index) {
+  State& s = use(index);
+  void* block = nullptr;
+  const size_t size = std::max<size_t>(bytes, 1);
+  cudaError_t status = cudaMallocAsync(&block, size, s.stream);
+  if (status == cudaErrorMemoryAllocation) {  // blocks kept for other sizes may stand in the way
+    cudaGetLastError();
+    OMQ_CUDA(cudaStreamSynchronize(s.stream));
+    OMQ_CUDA(cudaMemPoolTrimTo(s.pool, 0));
+    status = cudaMallocAsync(&block, size, s.stream);
+  }
+  std::lock_guard lock(s.mutex);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free_bytes = 0, total = 0;
+    cudaMemGetInfo(&free_bytes, &total);
+    fail("cuda:{}: out of memory: {} bytes wanted, {} in use by tensors, {} of {} free", index,
+         bytes, s.use.now, free_bytes, total);
+  }
+  OMQ_CUDA(status);
+  s.use.now += bytes;
+  s.use.peak = std::max(s.use.peak, s.use.now);
+  return block;
+}
+
+// Called by destructors, also while the process ends and the driver is gone: it never throws.
+void cuda_free(void* block, size_t bytes, int index) {
+  if (!block) return;
+  try {
+    State& s = use(index);
+    if (cudaFreeAsync(block, s.stream) != cudaSuccess) cudaGetLastError();
+    std::lock_guard lock(s.mutex);
+    s.use.now -= bytes;
+  } catch (const Error&) {
+  }
+}
+
+// Page-locked host memory is read by the device after the call returns, pageable memory is not.
+bool pinned(const void* p) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, p) != cudaSuccess) {
+    cudaGetLastError();
+    return true;  // unknown: wait
+  }
+  return attributes.type != cudaMemoryTypeUnregistered;
+}
+
+void cuda_copy(void* dst, Device dst_device, const void* src, Device src_device, size_t bytes) {
+  if (bytes == 0) return;
+  const bool to_gpu = dst_device.type == DeviceType::CUDA,
+             from_gpu = src_device.type == DeviceType::CUDA;
+  if (!to_gpu && !from_gpu) {
+    std::memcpy(dst, src, bytes);
+  } else if (to_gpu && from_gpu && dst_device.index != src_device.index) {
+    State& from = use(src_device.index);
+    OMQ_CUDA(cudaStreamSynchronize(from.stream));
+    State& to = use(dst_device.index);
+    OMQ_CUDA(cudaMemcpyPeerAsync(dst, dst_device.index, src, src_device.index, bytes, to.stream));
+    OMQ_CUDA(cudaStreamSynchronize(to.stream));  // the source may be freed on its own stream next
+  } else {
+    State& s = use(to_gpu ? dst_device.index : src_device.index);
+    OMQ_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, s.stream));
+    if (!to_gpu || (!from_gpu && pinned(src))) OMQ_CUDA(cudaStreamSynchronize(s.stream));
+  }
+}
+
+void cuda_sync(int index) { OMQ_CUDA(cudaStreamSynchronize(use(index).stream)); }
+
+MemoryUse cuda_memory(int index) {
+  State& s = use(index);
+  std::lock_guard lock(s.mutex);
+  return s.use;
+}
+
+void cuda_reset_peak(int index) {
+  State& s = use(index);
+  std::lock_guard lock(s.mutex);
+  s.use.peak = s.use.now;
+}
+
+constexpr DeviceApi kCudaApi{cuda_alloc, cuda_free,   cuda_copy,
+                             cuda_sync,  cuda_memory, cuda_reset_peak};
+
+}  // namespace
+
+const DeviceInfo& device_info(int index) { return use(index).info; }
+cudaStream_t stream_of(int index) { return use(index).stream; }
+
+void check_status(cudaError_t status, const char* call, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // the next call starts clean, unless the error is one that stays
+  fail("{} failed: {} ({}) at {}:{}", call, cudaGetErrorString(status), cudaGetErrorName(status),
+       file, line);
+}
+
+void check_launch(const char* op, cudaStream_t stream) {
+  static const bool wait = [] {
+    const char* text = std::getenv("OMQ_SYNC");
+    return text && *text && std::strcmp(text, "0") != 0;
+  }();
+  cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess && wait) status = cudaStreamSynchronize(stream);
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  fail("{}: CUDA kernel failed: {} ({}){}", op, cudaGetErrorString(status),
+       cudaGetErrorName(status), wait ? "" : "; OMQ_SYNC=1 finds the kernel that caused it");
+}
+
+}  // namespace cuda
+
+const DeviceApi* cuda_device_api() { return &cuda::kCudaApi; }
+
+}  // namespace omq
