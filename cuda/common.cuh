@@ -13,12 +13,15 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/stream.h"
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 
 namespace omq::cuda {
+
+template <int N> using Int = std::integral_constant<int, N>;
 
 // ---- launches ----
 
@@ -44,6 +47,12 @@ __device__ inline int64_t grid_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 __device__ inline int64_t grid_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// a / b for 0 ≤ a, 0 < b: the 32-bit division where both fit, which costs a fraction.
+__device__ inline int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
 
 // ---- operands ----
 
@@ -81,9 +90,8 @@ constexpr int kPack = 8;
 struct Raw {
   uint4 lo, hi;  // 16-bit types fill lo alone
 };
-struct Pack {
-  float v[kPack];
-};
+template <int W> struct Piece { float v[W]; };
+using Pack = Piece<kPack>;
 
 // Elements [8i, 8i + 8); x.data is 16-byte aligned.
 __device__ inline Raw load_raw(Operand x, int64_t i) {
@@ -143,6 +151,36 @@ __device__ inline void store_pack(Operand y, int64_t i, const Pack& v) {
   }
 }
 
+// The same with a compile-time width: W = 8, or 1 where sizes or addresses do not allow packs. i
+// counts pieces.
+template <int W> __device__ auto fetch(Operand x, int64_t i) {
+  static_assert(W == kPack || W == 1);
+  if constexpr (W == 1)
+    return load(x, i);
+  else
+    return load_raw(x, i);
+}
+template <int W, class R> __device__ Piece<W> expand(const R& raw, Operand x) {
+  if constexpr (W == 1)
+    return {{raw}};
+  else
+    return unpack(raw, x.dtype);
+}
+template <int W> __device__ Piece<W> load_piece(Operand x, int64_t i) {
+  return expand<W>(fetch<W>(x, i), x);
+}
+template <int W> __device__ void store_piece(Operand y, int64_t i, const Piece<W>& p) {
+  if constexpr (W == 1)
+    store(y, i, p.v[0]);
+  else
+    store_pack(y, i, p);
+}
+
+// Whether runs of n elements, all starting on multiples of n, can be walked in packs.
+template <class... O> bool in_packs(int64_t n, const O&... operands) {
+  return n % kPack == 0 && (... && aligned16(operands.data));
+}
+
 // ---- reductions ----
 
 struct Plus {
@@ -173,5 +211,40 @@ template <int kTeam, class T, class F> __device__ T team_fold(T v, F fold) {
 }
 template <int kTeam, class T> __device__ T team_sum(T v) { return team_fold<kTeam>(v, Plus{}); }
 template <int kTeam, class T> __device__ T team_max(T v) { return team_fold<kTeam>(v, Larger{}); }
+
+// Rows (or groups of a row) one team each: calls body(row, lane, valid). A block's threads stay
+// together, so that body may fold; where valid is false there is no row to touch.
+constexpr int kRowThreads = 256;
+template <int kTeam, class F> __device__ void for_each_team(int64_t rows, F&& body) {
+  constexpr int kTeams = kRowThreads / kTeam;
+  const int lane = static_cast<int>(threadIdx.x) % kTeam,
+            team = static_cast<int>(threadIdx.x) / kTeam;
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kTeams; base < rows;
+       base += static_cast<int64_t>(gridDim.x) * kTeams)
+    body(base + team, lane, base + team < rows);
+}
+
+// Host side: calls body(Int<kTeam>, Int<W>) with the team and the width for rows of n elements.
+template <class F> void with_team(int64_t n, bool packs, F&& body) {
+  const auto with_width = [&](auto team) {
+    if (packs)
+      body(team, Int<kPack>{});
+    else
+      body(team, Int<1>{});
+  };
+  if (n <= 256)
+    with_width(Int<8>{});
+  else if (n <= 2048)
+    with_width(Int<32>{});
+  else
+    with_width(Int<kRowThreads>{});
+}
+template <int kTeam> unsigned team_blocks(int64_t rows) {
+  return blocks_for(rows, kRowThreads / kTeam);
+}
+
+inline int64_t rows_of(const Tensor& x) {
+  return x.numel() == 0 ? 0 : x.numel() / x.shape().back();
+}
 
 }  // namespace omq::cuda

@@ -39,12 +39,6 @@ template <int N> Walk<N> make_walk(const Shape& shape, const std::array<Strides,
   return w;
 }
 
-// a / b for 0 ≤ a, 0 < b: the 32-bit division where both fit, which costs a fraction.
-__device__ inline int64_t divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
-
 // Offsets (elements) of the i-th element in row-major order.
 template <int N> __device__ void offsets(const Walk<N>& w, int64_t i, int64_t (&at)[N]) {
 #pragma unroll
