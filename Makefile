@@ -20,6 +20,7 @@ help:
 	@echo "make test        build and run the tests"
 	@echo "make test-all    the same with the slow ones, and an outside project built against an install"
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
+	@echo "                 (CUDA_ARCH=90a-real: for one architecture only)"
 	@echo "make bench       run the benchmarks"
 	@echo "make smollm2     fetch the real model (SmolLM2-135M, 98 MB) to .cache/smollm2"
 	@echo "make golden      write tests/golden again (PYTHON=… with torch and transformers)"
@@ -55,8 +56,11 @@ embed: all
 
 test-gpu: packages
 	@if ls cuda/*.cu >/dev/null 2>&1; then \
-	  scripts/configure.sh cuda && $(call BUILD,build-cuda) --target omq-test-gpu && \
-	  echo "build-cuda/bin/omq-test-gpu: carry it, with tests/, to the machine with the GPU"; \
+	  scripts/configure.sh cuda \
+	    $(if $(CUDA_ARCH),-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH)) && \
+	  $(call BUILD,build-cuda) --target omq-test-gpu omq-bench-device && \
+	  ls -l build-cuda/bin/omq-test-gpu build-cuda/bin/omq-bench-device && \
+	  echo "carry both to the machine with the GPU; there: scripts/test-gpu.sh"; \
 	else echo "test-gpu: SKIPPED, there is no cuda/*.cu in this tree yet"; fi
 
 bench: all

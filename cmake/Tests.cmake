@@ -34,14 +34,12 @@ file(GLOB test_folders CONFIGURE_DEPENDS LIST_DIRECTORIES true
 list(REMOVE_ITEM test_folders support embed fixtures golden)
 file(GLOB support_sources CONFIGURE_DEPENDS tests/support/*.cpp)
 list(FILTER support_sources EXCLUDE REGEX "/main\\.cpp$")
-set(all_test_sources "")
 
 foreach(folder IN LISTS test_folders)
   file(GLOB sources CONFIGURE_DEPENDS tests/${folder}/*.cpp)
   if(NOT sources OR (folder STREQUAL "tools" AND NOT OMQ_TOOLS))
     continue()
   endif()
-  list(APPEND all_test_sources ${sources})
   add_executable(omq-test-${folder} ${sources} ${support_sources})
   if(DEFINED ${folder}_links)
     omq_link(omq-test-${folder} ${${folder}_links})
@@ -67,15 +65,16 @@ if(OMQ_ISA_FILES AND TARGET omq_tensor AND NOT OMQ_SANITIZE)
            $<TARGET_OBJECTS:omq_tensor> COMMAND_EXPAND_LISTS)
 endif()
 
-# With a GPU back end: every test in one program, which is carried to the machine that has the GPU.
-if(OMQ_HAVE_CUDA AND all_test_sources)
-  add_executable(omq-test-gpu EXCLUDE_FROM_ALL ${all_test_sources} ${support_sources})
+# With a GPU back end: the tests of the layers that run on it, in one program that is carried to the
+# machine with the GPU (run from the root of the tree there, with OMQ_SOURCE_DIR=.).
+if(OMQ_HAVE_CUDA)
+  file(GLOB gpu_test_sources CONFIGURE_DEPENDS tests/tensor/*.cpp tests/autograd/*.cpp tests/nn/*.cpp
+       tests/quant/*.cpp)
+  add_executable(omq-test-gpu EXCLUDE_FROM_ALL ${gpu_test_sources} ${support_sources})
   omq_link(omq-test-gpu tools)
   target_link_libraries(omq-test-gpu PRIVATE omq omq_test_main nlohmann_json::nlohmann_json)
-  if(OMQ_TOOLS)
-    target_link_libraries(omq-test-gpu PRIVATE omq_tools_flags)
-  endif()
   target_compile_definitions(omq-test-gpu PRIVATE OMQ_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
+  target_link_options(omq-test-gpu PRIVATE -static-libstdc++ -static-libgcc)
 endif()
 
 # An outside project, built against an install of this tree.
