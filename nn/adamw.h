@@ -13,6 +13,7 @@ struct ParamGroup {
   std::vector<Tensor> params;  // made by parameter()
   double lr = 1e-3;
   double weight_decay = 0;
+  std::vector<std::string> names = {};  // of params, for reports: "gamma_logit"
 };
 
 struct AdamWOptions {

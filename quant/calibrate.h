@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "nn/block.h"
+#include "quant/hooks.h"
 #include "quant/recipe.h"
+#include "quant/report.h"
 
 namespace omq::quant {
 
@@ -20,6 +22,8 @@ class BlockMethod {
   // in the learnables.
   std::unique_ptr<nn::Block> quantized(const nn::Block& fp) const;
   std::vector<nn::ParamGroup> param_groups() const;
+  // Every parameter of those groups under a name of its own.
+  std::vector<Learnable> learnables() const;
 
   struct Committed {
     std::unique_ptr<nn::Block> simulated;  // dense, dequantised: what the packed block computes
@@ -33,21 +37,11 @@ class BlockMethod {
   const Recipe& recipe_;
   std::vector<std::unique_ptr<Transform>> transforms_;
   std::vector<std::unique_ptr<Clip>> clips_;  // in the order of Block::linears()
+  std::vector<std::string> linears_;          // their names
 };
 
 // One matrix by round-to-nearest: codes, then packed. For tables outside the blocks.
 std::shared_ptr<nn::PackedWeight> pack_nearest(const Tensor& w, const QuantSpec& spec);
-
-struct BlockReport {
-  int index = 0;
-  std::string name;
-  std::vector<double> epoch_loss;  // mean objective of each epoch
-  double committed_loss = 0;  // mean squared error of the committed block on the quantised stream
-  double target_mean_square = 0;  // of the full-precision output, to read the loss against
-  double packed_error = 0;  // ‖packed − simulated‖ / ‖simulated − input‖ on the first sample
-  double seconds = 0;
-  size_t peak_bytes = 0;  // tensors alive at most during this block
-};
 
 // Called after every epoch (epoch counts from 1) and, with epoch = -1, when the block is done.
 using Progress = std::function<void(const BlockReport& block, int epoch, int epochs)>;
@@ -57,11 +51,12 @@ struct CalibrationData {
 };
 
 // Quantises every block of the source into the sink, keeping the two streams of §8 (full precision
-// and quantised). `simulated` (optional) receives the dense twins. Throws Error naming the block
-// when a loss is not finite.
+// and quantised). `simulated` (optional) receives the dense twins. Throws Error naming block, epoch
+// and tensor when a loss stays not finite at lower rates (recovery.h). With hooks.store finished
+// blocks of an earlier run are taken over; the result has the same bytes as an unbroken run.
 std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
                                   const Recipe& recipe, const CalibrationData& data,
-                                  const Progress& progress = {},
-                                  nn::BlockSink* simulated = nullptr);
+                                  const Progress& progress = {}, nn::BlockSink* simulated = nullptr,
+                                  const Hooks& hooks = {});
 
 }  // namespace omq::quant

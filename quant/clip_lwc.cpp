@@ -27,7 +27,9 @@ class LearnedClip final : public Clip {
   }
 
   nn::ParamGroup params() const override {
-    return {.name = "lwc", .params = {gamma_logit_, beta_logit_}};
+    return {.name = "lwc",
+            .params = {gamma_logit_, beta_logit_},
+            .names = {"gamma_logit", "beta_logit"}};
   }
 
  private:
