@@ -77,6 +77,17 @@ if(OMQ_HAVE_CUDA)
   target_link_options(omq-test-gpu PRIVATE -static-libstdc++ -static-libgcc)
 endif()
 
+# kill -9 at random moments of a calibration, each run resumed.
+if(TARGET omq-quant)
+  foreach(kills 2 20)
+    set(name resume_kill_${kills})
+    add_test(NAME ${name} COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/tools/resume_kill_test.sh"
+             "${CMAKE_RUNTIME_OUTPUT_DIRECTORY}" ${kills})
+    set_tests_properties(${name} PROPERTIES ENVIRONMENT OMQ_THREADS=1 TIMEOUT 900)
+  endforeach()
+  set_tests_properties(resume_kill_20 PROPERTIES LABELS slow)
+endif()
+
 # An outside project, built against an install of this tree.
 if(TARGET omq AND NOT OMQ_STATIC)
   add_test(NAME embed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/embed/run.sh"

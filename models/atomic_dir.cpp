@@ -3,6 +3,8 @@
 #include "models/atomic_dir.h"
 
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -41,6 +43,26 @@ void sync_path(const fs::path& p, bool folder) {
 void rename_path(const fs::path& from, const fs::path& to) {
   const bool ok = ::rename(from.c_str(), to.c_str()) == 0;
   check(ok, "{}: cannot rename {} to it: {}", to.string(), from.string(), std::strerror(errno));
+}
+
+// Removes the partial folders of `out` whose process was killed: no process of their number lives,
+// and nobody holds their lock (which covers other machines and other process number spaces).
+void remove_orphans(const fs::path& out) {
+  std::error_code error;
+  const std::string stem = out.filename().string() + ".partial-";
+  for (const auto& entry : fs::directory_iterator(parent_of(out), error)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(stem) || !entry.is_directory(error)) continue;
+    const std::string number = name.substr(stem.size());
+    if (number.empty() || number.size() > 9 ||
+        number.find_first_not_of("0123456789") != std::string::npos)
+      continue;
+    if (::kill(static_cast<pid_t>(std::stol(number)), 0) == 0 || errno != ESRCH) continue;
+    const int fd = ::open(entry.path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) continue;
+    if (::flock(fd, LOCK_EX | LOCK_NB) == 0) fs::remove_all(entry.path(), error);
+    ::close(fd);
+  }
 }
 
 }  // namespace
@@ -105,6 +127,7 @@ void AtomicFile::commit() {
   // Some network file systems report a full disk only here.
   const bool closed = ::close(fd) == 0;
   check(closed, "{}: cannot close: {}", file_.string(), std::strerror(errno));
+  sync_path(parent_of(file_), /*folder=*/true);  // a rename lasts once its folder does
 }
 
 // ---- AtomicDir
@@ -134,9 +157,13 @@ AtomicDir::AtomicDir(const fs::path& out, bool force) : out_(without_slash(out))
   const bool made = ::mkdir(partial_.c_str(), 0777) == 0;
   check(made, "output folder {}: cannot create {}: {}", out.string(), partial_.string(),
         std::strerror(errno));
+  lock_ = ::open(partial_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (lock_ >= 0) ::flock(lock_, LOCK_EX | LOCK_NB);  // a file system without locks is forgiven
+  remove_orphans(out_);
 }
 
 AtomicDir::~AtomicDir() {
+  if (lock_ >= 0) ::close(lock_);
   if (done_) return;
   std::error_code ignored;
   fs::remove_all(partial_, ignored);

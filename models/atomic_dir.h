@@ -52,6 +52,7 @@ class AtomicDir {
   // Creates OUT.partial-PID beside OUT. Throws Error when OUT exists (unless force and OUT is an
   // empty folder or holds a config.json, so that a mistyped name cannot cost anybody a home
   // folder), when the parent folder is missing, or when it cannot be written to.
+  // Partial folders that killed processes left beside OUT are removed.
   explicit AtomicDir(const std::filesystem::path& out, bool force = false);
   // Removes the partial folder unless commit() was called.
   ~AtomicDir();
@@ -71,6 +72,7 @@ class AtomicDir {
  private:
   std::filesystem::path out_, partial_;
   bool replace_ = false, done_ = false;
+  int lock_ = -1;  // says that this process lives
 };
 
 }  // namespace omq

@@ -14,6 +14,7 @@
 #include "tensor/cpu/gemm.h"
 #include "tensor/device.h"
 #include "tensor/isa.h"
+#include "tools/interrupt.h"
 
 namespace omq::cli {
 namespace {
@@ -112,6 +113,9 @@ int run_program(std::string_view program, int argc, char** argv,
   } catch (const UsageError& e) {
     fmt::print(stderr, "{}: {}\n", program, e.what());
     return 2;
+  } catch (const Interrupted& e) {
+    fmt::print(stderr, "{}: interrupted\n", program);
+    return e.exit_code();
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "{}: out of memory (peak so far {})\n", program,
                human_bytes(static_cast<double>(peak_memory_bytes())));
@@ -245,6 +249,7 @@ void Progress::erase() {
 }
 
 void Progress::update(int64_t done, std::string_view note) {
+  check_interrupted();
   if (quiet_) return;
   const auto now = std::chrono::steady_clock::now();
   const double since = std::chrono::duration<double>(now - shown_).count();

@@ -2,7 +2,8 @@
 // numbers.
 //
 // Results go to stdout and nothing else does; everything said about the work goes to stderr. Exit
-// codes: 0 done, 1 failed, 2 wrong usage. Option names may be written with '-' or '_' inside.
+// codes: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n. Option names may be written
+// with '-' or '_' inside.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -77,7 +78,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // note: what has been found so far ("ppl 21.63").
+  // note: what has been found so far ("ppl 21.63"). Throws Interrupted (interrupt.h) after a
+  // signal.
   void update(int64_t done, std::string_view note = {});
   // Replaces the line for good.
   void finish(std::string_view line);

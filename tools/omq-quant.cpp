@@ -16,10 +16,15 @@
 #include "models/model.h"
 #include "models/packed_model.h"
 #include "quant/calibrate.h"
+#include "tensor/cpu/gemm.h"
+#include "tensor/isa.h"
 #include "tensor/parallel.h"
 #include "tools/calibration_text.h"
 #include "tools/cli.h"
+#include "tools/interrupt.h"
 #include "tools/quant_options.h"
+#include "tools/report_json.h"
+#include "tools/work_folder.h"
 
 namespace omq {
 namespace {
@@ -105,8 +110,15 @@ struct SimulatedBlocks final : nn::BlockSink {
 // One line a block; on a terminal a line that moves with every epoch.
 quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool quiet,
                                cli::Progress& line) {
-  const auto start = Clock::now();
-  return [=, &line, epochs = recipe.train.epochs](const quant::BlockReport& b, int epoch, int) {
+  auto start = Clock::now();
+  int restored = 0;  // from an earlier run: they say nothing of the time that is left
+  return [=, &line, epochs = recipe.train.epochs](const quant::BlockReport& b, int epoch,
+                                                  int) mutable {
+    if (b.restored) {
+      restored = b.index + 1;
+      start = Clock::now();
+      return;
+    }
     if (quiet) return;
     const int64_t steps = std::max(1, epochs);
     const bool done = epoch < 0;
@@ -122,7 +134,7 @@ quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool qui
     if (b.target_mean_square > 0) text += fmt::format("  committed {:.5g}", b.committed_loss);
     text += fmt::format("  {}  peak {}", cli::human_seconds(b.seconds),
                         cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())));
-    const double left = seconds_since(start) / (b.index + 1) * (blocks - b.index - 1);
+    const double left = seconds_since(start) / (b.index + 1 - restored) * (blocks - b.index - 1);
     if (b.index + 1 < blocks) text += fmt::format("  ETA {}", cli::human_seconds(left));
     line.finish(text);
   };
@@ -152,14 +164,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
 
 json blocks_json(const std::vector<quant::BlockReport>& reports) {
   json list = json::array();
-  for (const auto& b : reports)
-    list.push_back({{"block", b.name},
-                    {"epoch_loss", b.epoch_loss},
-                    {"committed_loss", b.committed_loss},
-                    {"target_mean_square", b.target_mean_square},
-                    {"packed_error", b.packed_error},
-                    {"seconds", b.seconds},
-                    {"peak_tensor_bytes", b.peak_bytes}});
+  for (const auto& b : reports) list.push_back(block_json(b));
   return list;
 }
 
@@ -170,6 +175,22 @@ json files_json(const std::vector<CheckpointFile>& files) {
                     {"bytes", f.bytes},
                     {"sha256", sha256_file(f.path)}});
   return list;
+}
+
+// What the bytes of the result depend on. Two runs with the same fingerprint give the same bytes.
+json fingerprint(const json& recipe, const Ends& ends, const json& source) {
+  json settings = recipe, calibration;
+  if (recipe.contains("calibration")) calibration = recipe["calibration"]["ids_sha256"];
+  settings.erase("calibration");
+  for (const auto& [module, keep] : ends.tables) settings["kept"][module] = keep.to_string();
+  json model;
+  for (const json& f : source) model[f["file"].get<std::string>()] = f["sha256"];
+  return {
+      {"omq_version", OMQ_VERSION},
+      {"program", {{"packed_kernels", packed_isa_name()}, {"matrix_products", cpu::gemm_name()}}},
+      {"model", model},
+      {"calibration_ids", calibration},
+      {"settings", settings}};
 }
 
 std::string read_file(const std::string& name) {
@@ -279,6 +300,17 @@ int quantize_checkpoint(const cli::Args& args) {
              reader->container());
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
 
+  cli::catch_interrupts();
+  const json recipe_report = recipe_json(o, recipe, data);
+  const json source_files = files_json(reader->files());
+  const auto notice = [](const std::string& text) { fmt::print(stderr, "{}\n", text); };
+  std::optional<WorkFolder> work;
+  if (!o.work.empty()) {
+    work.emplace(o.work, fingerprint(recipe_report, ends, source_files), notice);
+    if (const int n = work->finished(); n > 0)
+      notice(fmt::format("{}: {} of {} blocks are finished", o.work.string(), n,
+                         reader->config().num_layers));
+  }
   PackedModelWriter writer(*reader, ends.packed, o.out, o.force);
   write_ends(writer, *reader, ends);
   ModelSource source(*reader);
@@ -289,15 +321,16 @@ int quantize_checkpoint(const cli::Args& args) {
   {
     cli::Progress line("calibrating", int64_t{source.size()} * std::max(1, recipe.train.epochs),
                        o.quiet);
-    blocks = quant::quantize(source, writer, recipe, {data.ids},
-                             block_progress(source.size(), recipe, o.quiet, line),
-                             simulate ? &simulated : nullptr);
+    blocks = quant::quantize(
+        source, writer, recipe, {data.ids}, block_progress(source.size(), recipe, o.quiet, line),
+        simulate ? &simulated : nullptr,
+        {.poll = cli::check_interrupted, .notice = notice, .store = work ? &*work : nullptr});
   }
   writer.close();
   const ModelSize size = check_written(writer.unfinished());
   json report = {{"omq_version", OMQ_VERSION},
-                 {"recipe", recipe_json(o, recipe, data)},
-                 {"source", files_json(reader->files())},
+                 {"recipe", recipe_report},
+                 {"source", source_files},
                  {"calibration_seconds", seconds_since(start)},
                  {"threads", num_threads()},
                  {"blocks", blocks_json(blocks)},

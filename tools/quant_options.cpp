@@ -59,6 +59,9 @@ void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
                  "groups of 128)")
       ->type_name("NAME=FORM");
   app.add_flag("--force", o.force, "replace an existing output folder");
+  app.add_option("--work", o.work,
+                 "keep every finished block in this folder; the same command goes on from there")
+      ->type_name("DIR");
 }
 
 void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
@@ -132,7 +135,8 @@ constexpr OfficialFlag kOfficialFlags[] = {
     {"--calib-dataset", true, "nothing is downloaded here; give the text with --calib FILE"},
     {"--eval-ppl", false, "nothing is downloaded here; name the text: --eval ppl:FILE"},
     {"--tasks", true, "not available; perplexity is: --eval ppl:FILE"},
-    {"--resume", true, "not available; a run begins at the first block"},
+    {"--resume", true,
+     "the official code's files are not read; --work DIR goes on with a killed run"},
     {"--disable-zero-point", false, "--symmetric stores no zero points"},
     {"--lwc", false, nullptr},  // what --method omniquant does
     {"--real-quant", false, nullptr},

@@ -1,92 +1,20 @@
 // omq-quant as its users meet it: what it writes, what it prints where, what it refuses with which
 // exit code, and that a failure leaves nothing behind. The model is random and tiny.
 #include <doctest/doctest.h>
-#include <sys/wait.h>
 
 #include <cmath>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "models/hash.h"
 #include "tensor/numeric.h"
-#include "tests/models/files.h"
-#include "tests/support/random_model.h"
 #include "tests/support/shared.h"
-
-#ifndef OMQ_BIN_DIR
-#define OMQ_BIN_DIR "build/bin"
-#endif
+#include "tests/tools/workshop.h"
 
 namespace omq {
-namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-struct Outcome {
-  int code = -1;
-  std::string out, err;
-};
-
-// `before` stands in front of the program in the shell: a variable, or a limit.
-Outcome run_program(const std::string& program, const std::string& arguments,
-                    const std::string& before = "") {
-  TempDir dir;
-  const std::string command = fmt::format("{} '{}/{}' {} 2>'{}' </dev/null", before, OMQ_BIN_DIR,
-                                          program, arguments, (dir / "err").string());
-  Outcome o;
-  FILE* pipe = popen(command.c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) o.out.append(buffer, n);
-  const int status = pclose(pipe);
-  o.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  o.err = read_file(dir / "err");
-  return o;
-}
-
-// A folder with a model, a calibration text and a test text; outputs go to `out` beside them.
-struct Workshop {
-  TempDir dir;
-
-  explicit Workshop(const RandomModel& model = {.seed = 3}) {
-    write_random_model(dir / "model", model);
-    Rng rng(9);
-    std::string text;
-    for (int i = 0; i < 4000; ++i)
-      text += i % 60 == 59 ? '\n' : static_cast<char>(rng.between(32, 126));
-    write_file(dir / "calib.txt", text.substr(0, 2500));
-    write_file(dir / "test.txt", text.substr(2500));
-  }
-  std::string path(std::string_view name) const { return "'" + (dir / name).string() + "'"; }
-  // Model and output named, and a calibration that takes no time.
-  std::string quick(const std::string& more = "") const {
-    return fmt::format(
-        "-m {} -o {} --calib {} --nsamples 3 --seqlen 24 --epochs 2 --wbits 3 --group-size 32 {}",
-        path("model"), path("out"), path("calib.txt"), more);
-  }
-  Outcome quant(const std::string& arguments, const std::string& before = "") const {
-    return run_program("omq-quant", arguments, before);
-  }
-  json report() const { return json::parse(read_file(dir / "out/report.json")); }
-
-  // It failed with this code and message, said nothing on stdout, and left nothing behind.
-  void check_refused(const std::string& arguments, int code, std::string_view message,
-                     const std::string& before = "") const {
-    CAPTURE(arguments);
-    const size_t entries = dir.entries();
-    const Outcome o = quant(arguments, before);
-    CAPTURE(o.err);
-    CHECK(o.code == code);
-    CHECK(o.out.empty());
-    CHECK(contains(o.err, "omq-quant: "));
-    CHECK(contains(o.err, message));
-    CHECK(dir.entries() == entries);
-  }
-};
-
-}  // namespace
 
 TEST_CASE("omq-quant: a whole folder, and a stdout of results alone") {
   const Workshop w;
@@ -289,7 +217,7 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --let", "--let: the equivalent transformation is not available yet"},
       {"-m x -o y --calib_dataset wikitext2", "nothing is downloaded here"},
       {"-m x -o y --eval_ppl", "name the text: --eval ppl:FILE"},
-      {"-m x -o y --resume file", "--resume"},
+      {"-m x -o y --resume file", "--work DIR goes on"},
       {"-m x -o y --tasks piqa", "--tasks"},
       {"-m x -o y --disable_zero_point", "--symmetric"},
   };

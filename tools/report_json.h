@@ -1,0 +1,15 @@
+// BlockReport as JSON and back: report.json, and the work folder's files.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include "quant/report.h"
+
+namespace omq {
+
+// Keys in seconds or bytes of memory differ from run to run; all others do not.
+nlohmann::json block_json(const quant::BlockReport& report);
+// Throws Error when a field is missing or of the wrong type.
+quant::BlockReport block_from_json(const nlohmann::json& j);
+
+}  // namespace omq
