@@ -33,12 +33,15 @@ std::vector<nn::Site> LlamaBlock::sites() {
   const nn::HeadLayout heads{self_attn.heads, self_attn.kv_heads, self_attn.head_dim};
   std::vector<nn::Site> sites;
   sites.push_back(nn::NormToLinears{&input_layernorm,
-                                    {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj}});
-  sites.push_back(nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}});
+                                    {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj},
+                                    &self_attn.q_proj});
+  sites.push_back(
+      nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}, &mlp.up_proj});
   sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
   // A norm on q and k stands between the projection and the product: rows cannot be rescaled
   // through it.
   if (!self_attn.q_norm) sites.push_back(nn::QueryKey{&self_attn.q_proj, &self_attn.k_proj, heads});
+  sites.push_back(nn::UpToDown{&mlp.up_proj, &mlp.down_proj});
   return sites;
 }
 

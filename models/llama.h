@@ -24,6 +24,7 @@ struct LlamaBlock final : nn::Block {
   void visit(const nn::VisitFn& v) override;
   std::vector<nn::NamedLinear> linears() override;
   std::vector<nn::Site> sites() override;
+  nn::Attention::Taps& taps() override { return self_attn.taps; }
 };
 
 // A block with the head layout of `config` and no tensors yet.

@@ -30,6 +30,27 @@ MatrixSpec read_matrix(const json& j, const std::string& where) {
   return s;
 }
 
+constexpr std::pair<const char*, int ActivationSpec::*> kActivationKeys[] = {
+    {"activation_bits", &ActivationSpec::activation},
+    {"q_bits", &ActivationSpec::q},
+    {"k_bits", &ActivationSpec::k},
+    {"v_bits", &ActivationSpec::v},
+    {"p_bits", &ActivationSpec::p}};
+
+ActivationSpec read_activations(const json& j, const std::string& where) {
+  ActivationSpec s;
+  for (const auto& [key, field] : kActivationKeys) {
+    if (!j.contains(key)) continue;
+    check(j[key].is_number_integer(), "{}: {} is {}, a whole number wanted", where, key,
+          j[key].dump());
+    const auto bits = j[key].get<int64_t>();
+    check((bits >= 2 && bits <= 8) || bits == 16, "{}: {} = {}, 2 to 8 or 16 (none) wanted", where,
+          key, bits);
+    s.*field = static_cast<int>(bits);
+  }
+  return s;
+}
+
 Metadata file_metadata(const std::string& config,
                        const std::map<std::string, std::string>& side_files) {
   Metadata m{{kOmqFormatKey, kOmqFormat}, {"config.json", config}};
@@ -45,6 +66,11 @@ std::string config_text(const CheckpointReader& source, const PackedConfig& pack
 
 }  // namespace
 
+std::optional<RowQuant> row_quant(int bits) {
+  if (bits == 16) return std::nullopt;
+  return RowQuant{.bits = bits};
+}
+
 const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
   auto it = exceptions.find(module);
   return it == exceptions.end() ? weight : it->second;
@@ -56,6 +82,7 @@ json PackedConfig::to_json() const {
   j["omq_format"] = kVersion;
   j["layout"] = "panel16";
   j["method"] = method;
+  for (const auto& [key, field] : kActivationKeys) j[key] = activations.*field;
   json rest = json::object();
   for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
   j["exceptions"] = rest;
@@ -81,6 +108,7 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
   PackedConfig p;
   p.weight = read_matrix(j, where);
   if (j.contains("method") && j["method"].is_string()) p.method = j["method"].get<std::string>();
+  p.activations = read_activations(j, where);
   if (j.contains("exceptions")) {
     check(j["exceptions"].is_object(), "{}: exceptions is not an object", where);
     for (const auto& [module, spec] : j["exceptions"].items())

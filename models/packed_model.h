@@ -32,11 +32,24 @@ struct MatrixSpec {
   bool operator==(const MatrixSpec&) const = default;
 };
 
+// Bits at which the running model quantises what flows through its blocks; 16: not at all.
+struct ActivationSpec {
+  int activation = 16;         // inputs of the blocks' matrices, each token on its own range
+  int q = 16, k = 16, v = 16;  // after RoPE, each token's head on its own range; k, v: also in the
+                               // cache
+  int p = 16;                  // attention probabilities
+  bool operator==(const ActivationSpec&) const = default;
+};
+
+// How to quantise at that many bits; none at 16.
+std::optional<RowQuant> row_quant(int bits);
+
 // quantization_config of config.json.
 struct PackedConfig {
   std::string method;                            // "omniquant": for people, loaders do not need it
   MatrixSpec weight;                             // of every packed matrix not listed below
   std::map<std::string, MatrixSpec> exceptions;  // by module name: "lm_head"
+  ActivationSpec activations = {};
   const MatrixSpec& spec_of(const std::string& module) const;
 
   nlohmann::json to_json() const;

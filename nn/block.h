@@ -22,6 +22,7 @@ struct HeadLayout {
 struct NormToLinears {  // norm → q,k,v and norm → gate,up
   RMSNorm* norm;
   std::vector<Linear*> consumers;
+  Linear* lead;  // the consumer that the official code takes for all: q, up
 };
 struct LinearToLinear {  // v → o
   Linear *producer, *consumer;
@@ -31,7 +32,10 @@ struct QueryKey {  // rows of q against rows of k
   Linear *q, *k;
   HeadLayout heads;
 };
-using Site = std::variant<NormToLinears, LinearToLinear, QueryKey>;
+struct UpToDown {  // rows of up against columns of down, through the product with the gate
+  Linear *up, *down;
+};
+using Site = std::variant<NormToLinears, LinearToLinear, QueryKey, UpToDown>;
 
 struct NamedLinear {
   std::string name;  // within the block: "self_attn.q_proj"
@@ -47,6 +51,7 @@ struct Block {
   virtual std::vector<NamedLinear>
   linears() = 0;  // the matrices that are quantised, in the order of the forward
   virtual std::vector<Site> sites() = 0;
+  virtual Attention::Taps& taps() = 0;  // where q, k, v and the probabilities can be quantised
 };
 
 // A model as a row of blocks, loaded one at a time.

@@ -16,10 +16,11 @@ namespace omq::quant {
 // The recipe's pieces made for one block.
 class BlockMethod {
  public:
-  BlockMethod(const Recipe& recipe, nn::Block& fp);
+  // stats: of the activations at fp's sites, for recipes with a transform.
+  BlockMethod(const Recipe& recipe, nn::Block& fp, const BlockStats& stats = {});
 
-  // A copy of fp whose matrices went through transform, clip and fake quantisation; differentiable
-  // in the learnables.
+  // A copy of fp whose matrices went through transform, clip and fake quantisation, and whose
+  // activations go through theirs; differentiable in the learnables.
   std::unique_ptr<nn::Block> quantized(const nn::Block& fp) const;
   std::vector<nn::ParamGroup> param_groups() const;
   // Every parameter of those groups under a name of its own.
@@ -34,6 +35,8 @@ class BlockMethod {
   Committed commit(const nn::Block& fp) const;
 
  private:
+  std::unique_ptr<nn::Block> transformed(const nn::Block& fp) const;
+
   const Recipe& recipe_;
   std::vector<std::unique_ptr<Transform>> transforms_;
   std::vector<std::unique_ptr<Clip>> clips_;  // in the order of Block::linears()

@@ -25,13 +25,19 @@ struct Clip {
 // The grid that spans [lo, hi] (spec omniquant §2.3): asymmetric h = (hi − lo)/(2ᵇ−1), z = ⌊−lo/h⌉;
 // symmetric h = max(|hi|, |lo|)/(2ᵇ⁻¹ − ½), z = 2ᵇ⁻¹. hi ≥ 0 ≥ lo, [rows, groups]. No gradient goes
 // through z.
+// With !spec.include_zero as the official code: hi and lo of one sign are taken as they are, and z
+// is limited to ±1e4 only.
 Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec);
+// The official symmetric grid: h = max(|hi|, |lo|)/(2ᵇ⁻¹ − 1), z = 2ᵇ⁻¹ − 1.
+Grid official_symmetric_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec);
+using GridRule = Grid (*)(const Tensor& hi, const Tensor& lo, GroupSpec spec);
 
 // Plain min–max: the whole range of each group. What RTN uses.
-std::unique_ptr<Clip> minmax_clip(const Tensor& w, GroupSpec spec);
+std::unique_ptr<Clip> minmax_clip(const Tensor& w, GroupSpec spec, GridRule rule = affine_grid);
 
 struct LearnedClipOptions {
   double logit = 4.0;  // start of both learnables: σ(4) ≈ 0.982 of the range
+  GridRule rule = affine_grid;
 };
 // Learnable Weight Clipping (Eq. 2): two learnables per row and group.
 std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec,

@@ -12,7 +12,8 @@ namespace {
 
 class LearnedClip final : public Clip {
  public:
-  LearnedClip(const Tensor& w, GroupSpec spec, LearnedClipOptions options) : spec_(spec) {
+  LearnedClip(const Tensor& w, GroupSpec spec, LearnedClipOptions options)
+      : spec_(spec), rule_(options.rule) {
     NoGrad off;
     source_ = w.detach();
     range_ = group_range(w, spec);
@@ -23,7 +24,7 @@ class LearnedClip final : public Clip {
   Grid grid(const Tensor& w) const override {
     const bool as_before = !needs_grad(w) && w.raw() == source_.raw();
     const Range r = as_before ? range_ : group_range(w, spec_);
-    return affine_grid(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
+    return rule_(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
   }
 
   nn::ParamGroup params() const override {
@@ -34,6 +35,7 @@ class LearnedClip final : public Clip {
 
  private:
   GroupSpec spec_;
+  GridRule rule_;
   Tensor source_;  // holds the storage, so that its address stays a proof of identity
   Range range_;
   Tensor gamma_logit_, beta_logit_;  // u, l: [rows, groups]

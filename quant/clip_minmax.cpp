@@ -6,15 +6,16 @@ namespace omq::quant {
 
 namespace {
 
-constexpr double kScaleFloor = 1e-5, kScaleCeiling = 1e4;
+constexpr double kScaleFloor = 1e-5, kScaleCeiling = 1e4, kZeroLimit = 1e4;
 
 struct MinMaxClip final : Clip {
-  explicit MinMaxClip(GroupSpec s) : spec(s) {}
+  MinMaxClip(GroupSpec s, GridRule r) : spec(s), rule(r) {}
   Grid grid(const Tensor& w) const override {
     const Range range = group_range(w, spec);
-    return affine_grid(range.hi, range.lo, spec);
+    return rule(range.hi, range.lo, spec);
   }
   GroupSpec spec;
+  GridRule rule;
 };
 
 }  // namespace
@@ -29,11 +30,20 @@ Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
   }
   const double levels = spec.max_code();
   const Tensor h = clamp((hi - lo) / levels, kScaleFloor, kScaleCeiling);
-  return {h, clamp(round(-lo.detach() / h.detach()), 0, levels)};
+  const Tensor z = -lo.detach() / h.detach();
+  if (!spec.include_zero) return {h, round(clamp(z, -kZeroLimit, kZeroLimit))};
+  return {h, clamp(round(z), 0, levels)};
 }
 
-std::unique_ptr<Clip> minmax_clip(const Tensor&, GroupSpec spec) {
-  return std::make_unique<MinMaxClip>(spec);
+Grid official_symmetric_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
+  const int middle = (1 << (spec.bits - 1)) - 1;
+  const Tensor h =
+      clamp(maximum(abs(hi), abs(lo)) / static_cast<double>(middle), kScaleFloor, kScaleCeiling);
+  return {h, Tensor::full(h.shape(), middle, h.dtype(), h.device())};
+}
+
+std::unique_ptr<Clip> minmax_clip(const Tensor&, GroupSpec spec, GridRule rule) {
+  return std::make_unique<MinMaxClip>(spec, rule);
 }
 
 }  // namespace omq::quant

@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,7 +15,7 @@
 #include "quant/objective.h"
 #include "quant/rounder.h"
 #include "quant/spec.h"
-#include "quant/transform.h"
+#include "quant/transform_let.h"
 
 namespace omq::quant {
 
@@ -25,6 +26,12 @@ struct Options {
   int batch_size = 1;
   double lwc_lr = 1e-2, weight_decay = 0;
   int aug_loss = -1;  // -1: the method's; 0 or 1
+  int let = -1;       // the equivalent transformation; -1: when activations are quantised
+  double let_lr = -1, alpha = -1;  // below 0: the method's for these bits
+  int let_shift = -1;              // its shifts; -1: when activations are quantised
+  bool let_up_to_down = false;     // its optional site
+  // The official choices where ours differ (spec omniquant §17); QuantSpec holds those of grids.
+  bool untied_pairs = false, one_consumer = false, signed_max = false;
   Compute compute = Compute::F32;
 };
 
@@ -39,12 +46,14 @@ struct TrainPlan {
 struct Recipe {
   std::string name;
   QuantSpec spec;
-  // Built per block and per linear from the full-precision tensors.
-  std::vector<std::function<std::unique_ptr<Transform>(const nn::Block& fp)>> transforms;
+  // Built per block and per linear from the full-precision tensors (and statistics).
+  std::vector<std::function<std::unique_ptr<Transform>(nn::Block& fp, const BlockStats& stats)>>
+      transforms;
   std::function<std::unique_ptr<Clip>(const Tensor& w, GroupSpec spec)> clip;
   std::shared_ptr<const Rounder> rounder;
   Objective objective;
-  bool augmented = false;  // which objective, for reports
+  bool augmented = false;         // which objective, for reports
+  std::optional<LetOptions> let;  // the transformation's settings, for reports
   TrainPlan train;
 };
 

@@ -30,7 +30,7 @@ struct BlockReport {
   std::vector<Recovery> recoveries;
   double committed_loss = 0;  // mean squared error of the committed block on the quantised stream
   double target_mean_square = 0;  // of the full-precision output, to read the loss against
-  double packed_error = 0;  // ‖packed − simulated‖ / ‖simulated − input‖ on the first sample
+  double packed_error = 0;  // worst linear's ‖packed(x) − dense(x)‖ / ‖dense(x)‖, first sample
   double seconds = 0;
   size_t peak_bytes = 0;  // tensors alive at most during this block
   bool restored = false;  // from an earlier run; not learned in this one

@@ -2,6 +2,7 @@
 #include "quant/spec.h"
 
 #include <charconv>
+#include <tuple>
 
 namespace omq::quant {
 namespace {
@@ -20,7 +21,14 @@ bool take(std::string_view& text, char letter, int64_t& value) {
 std::string QuantSpec::to_string() const {
   std::string s = fmt::format("w{}a{}", wbits, abits);
   if (group_size > 0) s += fmt::format("g{}", group_size);
-  return s + (symmetric ? "sym" : "");
+  if (symmetric) s += "sym";
+  std::string apart;
+  const ActivationBits a = activations();
+  for (const auto& [letter, bits, usual] :
+       {std::tuple{'q', a.q, abits}, std::tuple{'k', a.k, abits}, std::tuple{'v', a.v, abits},
+        std::tuple{'p', a.p, 16}})
+    if (bits != usual) apart += fmt::format("{}{}", letter, bits);
+  return apart.empty() ? s : s + "-" + apart;
 }
 
 QuantSpec QuantSpec::parse(std::string_view text) {
@@ -37,8 +45,8 @@ QuantSpec QuantSpec::parse(std::string_view text) {
         text);
   check(w >= 2 && w <= 8, "quantisation setting \"{}\": weights of {} bits, 2 to 8 wanted", text,
         w);
-  check(a >= 2 && a <= 16, "quantisation setting \"{}\": activations of {} bits, 2 to 16 wanted",
-        text, a);
+  check((a >= 2 && a <= 8) || a == 16,
+        "quantisation setting \"{}\": activations of {} bits, 2 to 8 or 16 wanted", text, a);
   spec.wbits = static_cast<int>(w);
   spec.abits = static_cast<int>(a);
   spec.group_size = g;
@@ -48,7 +56,12 @@ QuantSpec QuantSpec::parse(std::string_view text) {
 
 void validate(const QuantSpec& s) {
   check(s.wbits >= 2 && s.wbits <= 8, "wbits = {}: 2 to 8 are supported", s.wbits);
-  check(s.abits == 16, "abits = {}: only 16 (activations as they are) is supported", s.abits);
+  const ActivationBits a = s.activations();
+  for (const auto& [name, bits] :
+       {std::pair{"abits", a.linear}, std::pair{"q_bits", a.q}, std::pair{"k_bits", a.k},
+        std::pair{"v_bits", a.v}, std::pair{"p_bits", a.p}})
+    check((bits >= 2 && bits <= 8) || bits == 16,
+          "{} = {}: 2 to 8, or 16 for activations as they are", name, bits);
   check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 20),
         "group size {}: 0 (per channel) or a positive number", s.group_size);
 }

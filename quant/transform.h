@@ -16,6 +16,9 @@ struct Transform {
   virtual ~Transform() = default;
   virtual void apply(nn::Block& b) const = 0;
   virtual nn::ParamGroup params() const = 0;
+  // Puts learnables that a step has taken out of their set back into it, in place. Called before
+  // every apply().
+  virtual void project() const {}
 };
 
 }  // namespace omq::quant

@@ -47,7 +47,7 @@ CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& re
     return w;
   }
   if (o.calib.empty()) {
-    check(recipe.train.epochs == 0,
+    check(recipe.train.epochs == 0 && !recipe.let,
           "method {} learns from text: give --calib FILE or --calib-ids JSONL", recipe.name);
     return {};
   }
@@ -80,11 +80,13 @@ struct Ends {
 
 Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Recipe& recipe) {
   auto matrix = [](const quant::QuantSpec& s) {
-    return MatrixSpec{s.wbits, s.group_size, s.symmetric};
+    return MatrixSpec{s.wbits, s.group_size, s.weight().symmetric};
   };
   Ends e;
   e.packed.method = recipe.name;
   e.packed.weight = matrix(recipe.spec);
+  const quant::ActivationBits a = recipe.spec.activations();
+  e.packed.activations = {.activation = a.linear, .q = a.q, .k = a.k, .v = a.v, .p = a.p};
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
   if (!config.tie_word_embeddings) e.tables.emplace_back("lm_head", kept(o, "lm_head", false));
   for (const auto& [module, keep] : e.tables)
@@ -140,13 +142,31 @@ quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool qui
   };
 }
 
+json transform_json(const quant::Recipe& r) {
+  if (!r.let) return nullptr;
+  return {{"alpha", r.let->alpha},
+          {"shift", r.let->shift},
+          {"tied_pairs", r.let->tied_pairs},
+          {"up_to_down", r.let->up_to_down},
+          {"all_consumers", r.let->all_consumers},
+          {"signed_max", r.let->signed_max}};
+}
+
 json recipe_json(const QuantOptions& o, const quant::Recipe& r, const CalibrationWindows& data) {
+  const quant::ActivationBits a = r.spec.activations();
   json j = {{"method", r.name},
             {"setting", r.spec.to_string()},
             {"wbits", r.spec.wbits},
-            {"abits", r.spec.abits},
+            {"abits", a.linear},
+            {"q_bits", a.q},
+            {"k_bits", a.k},
+            {"v_bits", a.v},
+            {"p_bits", a.p},
             {"group_size", r.spec.group_size},
             {"symmetric", r.spec.symmetric},
+            {"official_range", r.spec.official_range},
+            {"official_symmetric", r.spec.official_symmetric},
+            {"transformation", transform_json(r)},
             {"epochs", r.train.epochs},
             {"batch_size", r.train.batch_size},
             {"augmented_loss", r.augmented},

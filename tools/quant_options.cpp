@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "tensor/cpu/gemm.h"
+#include "tools/transform_options.h"
 
 namespace omq {
 namespace {
@@ -29,7 +30,8 @@ KeepSpec parse_keep(std::string_view text) {
 
 struct Raw {
   std::string preset;
-  std::optional<int> wbits, abits;
+  std::optional<int> wbits;
+  TransformFlags transform;
   std::optional<int64_t> group_size;
   bool symmetric = false, aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
@@ -45,11 +47,11 @@ void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->type_name("DIR");
   app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")
       ->type_name("NAME");
-  app.add_option("--preset", raw.preset,
-                 "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64 …")
+  app.add_option(
+         "--preset", raw.preset,
+         "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64, w4a4, w6a6 …")
       ->type_name("NAME");
   app.add_option("--wbits", raw.wbits, "bits of a weight, 2 to 8 (default 4)")->type_name("N");
-  app.add_option("--abits", raw.abits, "bits of an activation: 16")->type_name("N");
   app.add_option("--group-size", raw.group_size,
                  "weights that share a scale; 0 or -1: a whole row (default)")
       ->type_name("G");
@@ -127,32 +129,31 @@ void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
 // The reference's own flags (spec omniquant §13), so that its users' commands work or say why not.
 struct OfficialFlag {
   const char* name;
-  bool has_value;
-  const char* refusal;  // null: accepted, and without effect here
+  bool has_value, refused;
+  const char* reason;  // why it is refused, or why it changes nothing
 };
 constexpr OfficialFlag kOfficialFlags[] = {
-    {"--let", false, "the equivalent transformation is not available yet; --lwc is"},
-    {"--calib-dataset", true, "nothing is downloaded here; give the text with --calib FILE"},
-    {"--eval-ppl", false, "nothing is downloaded here; name the text: --eval ppl:FILE"},
-    {"--tasks", true, "not available; perplexity is: --eval ppl:FILE"},
-    {"--resume", true,
+    {"--calib-dataset", true, true, "nothing is downloaded here; give the text with --calib FILE"},
+    {"--eval-ppl", false, true, "nothing is downloaded here; name the text: --eval ppl:FILE"},
+    {"--tasks", true, true, "not available; perplexity is: --eval ppl:FILE"},
+    {"--resume", true, true,
      "the official code's files are not read; --work DIR goes on with a killed run"},
-    {"--disable-zero-point", false, "--symmetric stores no zero points"},
-    {"--lwc", false, nullptr},  // what --method omniquant does
-    {"--real-quant", false, nullptr},
-    {"--deactive-amp", false, nullptr},
-    {"--multigpu", false, nullptr},
-    {"--let-lr", true, nullptr},  // of --let
-    {"--alpha", true, nullptr},
-    {"--act-scales", true, nullptr},
-    {"--act-shifts", true, nullptr},
-    {"--net", true, nullptr},
-    {"--cache-dir", true, nullptr},
-    {"--limit", true, nullptr},
-    {"--num-fewshot", true, nullptr},
-    {"--attn-implementation", true, nullptr},
-    {"--a-dynamic-method", true, nullptr},
-    {"--w-dynamic-method", true, nullptr},
+    {"--disable-zero-point", false, true, "--symmetric stores no zero points"},
+    {"--limit", true, true,
+     "there it divides by windows that were not run, so its perplexity is none; --eval-chunks N "
+     "takes the first N"},
+    {"--lwc", false, false, "clipping is always learned, except by --method rtn"},
+    {"--real-quant", false, false, "codes are always what is stored"},
+    {"--deactive-amp", false, false, "learning is in f32 unless --compute says otherwise"},
+    {"--multigpu", false, false, "evaluation runs on one device"},
+    {"--act-scales", true, false, "activation statistics are collected during calibration"},
+    {"--act-shifts", true, false, "activation statistics are collected during calibration"},
+    {"--net", true, false, "the checkpoint says what it is"},
+    {"--cache-dir", true, false, "nothing is cached"},
+    {"--num-fewshot", true, false, "there are no tasks"},
+    {"--attn-implementation", true, false, "there is one"},
+    {"--a-dynamic-method", true, false, "activations have a grid for each token"},
+    {"--w-dynamic-method", true, false, "weights have a grid for each row and group"},
 };
 
 void add_official_options(CLI::App& app, Raw& raw) {
@@ -160,27 +161,29 @@ void add_official_options(CLI::App& app, Raw& raw) {
   app.add_option("--output-dir", raw.output_dir, "the same as -o where that is not given")
       ->group(group);
   for (const OfficialFlag& f : kOfficialFlags) {
-    const std::string help = f.refusal ? fmt::format("refused: {}", f.refusal) : "accepted";
+    const std::string help = fmt::format("{}: {}", f.refused ? "refused" : "no effect", f.reason);
     auto* option = f.has_value ? app.add_option(f.name, raw.unused_text, help)
                                : app.add_flag(f.name, raw.unused, help);
     option->group(group);
   }
 }
 
-void refuse_official(const CLI::App& app) {
+void answer_official(const CLI::App& app) {
   for (const OfficialFlag& f : kOfficialFlags)
-    if (f.refusal && app.get_option(f.name)->count() > 0)
-      throw UsageError(fmt::format("{}: {}", f.name, f.refusal));
+    if (f.refused && app.get_option(f.name)->count() > 0)
+      throw UsageError(fmt::format("{}: {}", f.name, f.reason));
+  for (const OfficialFlag& f : kOfficialFlags)
+    if (!f.refused && app.get_option(f.name)->count() > 0)
+      fmt::print(stderr, "{}: no effect: {}\n", f.name, f.reason);
 }
 
 void settle_spec(const Raw& raw, QuantOptions& o) {
   QuantSpec spec = raw.preset.empty() ? QuantSpec{} : QuantSpec::parse(raw.preset);
   if (raw.wbits) spec.wbits = *raw.wbits;
-  if (raw.abits) spec.abits = *raw.abits;
   if (raw.group_size) spec.group_size = *raw.group_size == -1 ? 0 : *raw.group_size;
   if (raw.symmetric) spec.symmetric = true;
-  validate(spec);
   o.recipe.spec = spec;
+  settle_transform(raw.transform, o.method, o.recipe);
 }
 
 void check_numbers(const QuantOptions& o) {
@@ -217,8 +220,8 @@ void settle(const Raw& raw, QuantOptions& o) {
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
   try {
+    (void)quant::make_recipe(o.method, {});  // is there such a method?
     settle_spec(raw, o);
-    (void)quant::make_recipe(o.method, o.recipe);  // is there such a method?
   } catch (const UsageError&) {
     throw;
   } catch (const Error& e) {
@@ -250,6 +253,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   Raw raw;
   add_main_options(app, o, raw);
   add_calibration_options(app, o, raw);
+  add_transform_options(app, raw.transform);
   add_other_options(app, o, raw);
   add_official_options(app, raw);
   if (!cli::parse(app, args)) return false;
@@ -263,8 +267,8 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   }
   o.nsamples_given = app.get_option("--nsamples")->count() > 0;
   o.seqlen_given = app.get_option("--seqlen")->count() > 0;
-  refuse_official(app);
   settle(raw, o);
+  answer_official(app);
   return true;
 }
 

@@ -58,6 +58,7 @@ struct WatchedBlock final : nn::Block {
   void visit(const nn::VisitFn& v) override { inner.visit(v); }
   std::vector<nn::NamedLinear> linears() override { return inner.linears(); }
   std::vector<nn::Site> sites() override { return inner.sites(); }
+  nn::Attention::Taps& taps() override { return inner.taps(); }
 };
 
 struct RandomSource final : nn::BlockSource {

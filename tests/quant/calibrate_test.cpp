@@ -269,7 +269,7 @@ struct Rescale final : Transform {
 TEST_CASE("calibration: transforms learn with the clips and are folded before codes are chosen") {
   Recipe recipe = make_recipe("omniquant", options(3, 2));
   std::vector<Tensor> learned;
-  recipe.transforms.push_back([&](const nn::Block&) {
+  recipe.transforms.push_back([&](nn::Block&, const BlockStats&) {
     auto t = std::make_unique<Rescale>();
     learned.push_back(t->s);
     return t;

@@ -54,9 +54,9 @@ TEST_CASE("spec: what is not a setting says what one looks like") {
   CHECK(has(refused("w1a16"), "weights of 1 bits, 2 to 8 wanted"));
   CHECK(has(refused("w9a16"), "weights of 9 bits, 2 to 8 wanted"));
   CHECK(has(refused("w-4a16"), "weights of -4 bits, 2 to 8 wanted"));
-  CHECK(has(refused("w4a17"), "activations of 17 bits, 2 to 16 wanted"));
-  CHECK(has(refused("w4a1"), "activations of 1 bits, 2 to 16 wanted"));
-  CHECK(has(refused("w4a4"), "abits = 4: only 16 (activations as they are) is supported"));
+  CHECK(has(refused("w4a17"), "activations of 17 bits, 2 to 8 or 16 wanted"));
+  CHECK(has(refused("w4a1"), "activations of 1 bits, 2 to 8 or 16 wanted"));
+  CHECK(has(refused("w4a12"), "activations of 12 bits, 2 to 8 or 16 wanted"));
   CHECK(has(refused("w4a16g-1"), "group size -1"));
   CHECK(has(refused("w4a16g1048577"), "group size 1048577"));
 }
@@ -73,8 +73,56 @@ TEST_CASE("spec: fields that are set one by one are checked too") {
   CHECK(message({}) == "");
   CHECK(message({.wbits = 1}) == "wbits = 1: 2 to 8 are supported");
   CHECK(message({.wbits = 16}) == "wbits = 16: 2 to 8 are supported");
-  CHECK(has(message({.abits = 8}), "abits = 8"));
+  CHECK(message({.abits = 8}) == "");
+  CHECK(message({.abits = 9}) == "abits = 9: 2 to 8, or 16 for activations as they are");
+  CHECK(message({.q_bits = 1}) == "q_bits = 1: 2 to 8, or 16 for activations as they are");
+  CHECK(message({.k_bits = 17}) == "k_bits = 17: 2 to 8, or 16 for activations as they are");
+  CHECK(message({.v_bits = 10}) == "v_bits = 10: 2 to 8, or 16 for activations as they are");
+  CHECK(message({.p_bits = 0}) == "p_bits = 0: 2 to 8, or 16 for activations as they are");
   CHECK(has(message({.group_size = -5}), "group size -5"));
+}
+
+TEST_CASE("spec: activations, and bits of q, k, v and p of their own") {
+  for (const int bits : {2, 4, 6, 8}) {
+    const QuantSpec s = QuantSpec::parse(fmt::format("w4a{}g64sym", bits));
+    CHECK(s.activations() == ActivationBits{bits, bits, bits, bits, 16});
+    CHECK(s.to_string() == fmt::format("w4a{}g64sym", bits));
+  }
+  CHECK_FALSE(QuantSpec{}.activations().any());
+  const QuantSpec s{.abits = 4, .q_bits = 16, .k_bits = 8, .v_bits = 4, .p_bits = 6};
+  CHECK(s.activations() == ActivationBits{4, 16, 8, 4, 6});
+  CHECK(s.to_string() == "w4a4-q16k8p6");
+  CHECK(QuantSpec{.k_bits = 8}.activations().any());
+  CHECK(QuantSpec{.k_bits = 8}.to_string() == "w4a16-k8");
+}
+
+TEST_CASE("recipes: the transformation comes with quantised activations, or when asked for") {
+  const auto recipe = [](const char* setting, int let = -1, int shift = -1) {
+    return make_recipe("omniquant",
+                       {.spec = QuantSpec::parse(setting), .let = let, .let_shift = shift});
+  };
+  CHECK_FALSE(recipe("w4a16").let);
+  CHECK(recipe("w4a16").transforms.empty());
+  CHECK_FALSE(recipe("w4a4", 0).let);
+  REQUIRE(recipe("w4a16", 1).let);
+  CHECK_FALSE(recipe("w4a16", 1).let->shift);
+  CHECK(recipe("w4a16", 1, 1).let->shift);
+  CHECK_FALSE(recipe("w4a4", -1, 0).let->shift);
+  for (const char* setting : {"w4a4", "w6a6", "w8a8", "w4a8"}) {
+    const Recipe r = recipe(setting);
+    REQUIRE(r.let);
+    CHECK(r.let->shift);
+    CHECK(r.let->tied_pairs);
+    CHECK(r.let->alpha == 0.5);
+    CHECK(r.transforms.size() == 1);
+    CHECK(r.train.lr.at("let") == 5e-3);
+    CHECK(r.train.epochs == 20);
+  }
+  CHECK(
+      make_recipe("omniquant", {.spec = {}, .let = 1, .let_lr = 1e-3, .alpha = 0.75}).let->alpha ==
+      0.75);
+  CHECK(make_recipe("omniquant", {.spec = {}, .let = 1, .let_lr = 1e-3}).train.lr.at("let") ==
+        1e-3);
 }
 
 TEST_CASE("recipes: methods by name, settings of the papers as defaults") {

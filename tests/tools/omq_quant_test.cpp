@@ -196,8 +196,10 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --method gptq", "unknown method \"gptq\"; there are: omniquant, rtn"},
       {"-m x -o y --wbits 9", "wbits = 9: 2 to 8 are supported"},
       {"-m x -o y --wbits four", "--wbits"},
-      {"-m x -o y --abits 4", "abits = 4: only 16"},
-      {"-m x -o y --preset w4a4", "abits = 4: only 16"},
+      {"-m x -o y --abits 9", "abits = 9: 2 to 8, or 16"},
+      {"-m x -o y --k-bits 1", "k_bits = 1: 2 to 8, or 16"},
+      {"-m x -o y --p_bits 12", "p_bits = 12: 2 to 8, or 16"},
+      {"-m x -o y --preset w4a12", "activations of 12 bits, 2 to 8 or 16 wanted"},
       {"-m x -o y --preset best", "quantisation setting \"best\""},
       {"-m x -o y --group-size -7", "group size -7"},
       {"-m x -o y --nsamples 0", "--nsamples: at least 1"},
@@ -214,7 +216,17 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --eval acc:file", "--eval acc:file: ppl:FILE or sim:FILE wanted"},
       {"-m x -o y --aug-loss --no-aug-loss", "exclude each other"},
       {"-m x -o y --calib a --calib-ids b", "exclude each other"},
-      {"-m x -o y --let", "--let: the equivalent transformation is not available yet"},
+      {"-m x -o y --let --no-let", "--let and --no-let exclude each other"},
+      {"-m x -o y --let --let-shift --no-let-shift", "exclude each other"},
+      {"-m x -o y --let-shift", "--let-shift: there is no transformation to act on; add --let"},
+      {"-m x -o y --preset w4a4 --no-let --untied-qk", "--untied-qk: there is no transformation"},
+      {"-m x -o y --let-up-down", "--let-up-down: there is no transformation"},
+      {"-m x -o y --official-symmetric", "a kind of --symmetric, which is missing"},
+      {"-m x -o y --method rtn --let", "--let: method rtn learns nothing"},
+      {"-m x -o y --let --let-lr 0", "--let-lr: above 0"},
+      {"-m x -o y --let --alpha 1.5", "--alpha: 0 to 1"},
+      {"-m x -o y --let --alpha nan", "--alpha: 0 to 1"},
+      {"-m x -o y --limit 3", "--limit: there it divides by windows that were not run"},
       {"-m x -o y --calib_dataset wikitext2", "nothing is downloaded here"},
       {"-m x -o y --eval_ppl", "name the text: --eval ppl:FILE"},
       {"-m x -o y --resume file", "--work DIR goes on"},
@@ -246,6 +258,8 @@ TEST_CASE("omq-quant: the official project's names, with _ and with -") {
   CAPTURE(o.err);
   REQUIRE(o.code == 0);
   CHECK(w.report()["recipe"]["augmented_loss"] == true);
+  for (const std::string flag : {"--lwc", "--net", "--real-quant", "--deactive-amp", "--cache-dir"})
+    CHECK(contains(o.err, flag + ": no effect: "));
   const Outcome s =
       w.quant(fmt::format("--model {} --output_dir log --save_dir {} --wbits 3 --epochs 0",
                           w.path("model"), w.path("s")));

@@ -1,0 +1,27 @@
+// The part of omq-quant's command line that is about activations: their bits, the equivalent
+// transformation, and the official code's choices.
+#pragma once
+
+#include <optional>
+
+#include "quant/recipe.h"
+#include "tools/cli.h"
+
+namespace omq {
+
+struct TransformFlags {
+  std::optional<int> abits, q_bits, k_bits, v_bits, p_bits;
+  bool let = false, no_let = false, shift = false, no_shift = false, up_down = false;
+  std::optional<double> let_lr, alpha;
+  bool parity = false, untied = false, range = false, symmetric = false, signed_max = false,
+       one_consumer = false;
+};
+
+void add_transform_options(CLI::App& app, TransformFlags& flags);
+
+// Flags into spec and recipe options. Throws UsageError for flags that exclude each other or have
+// nothing to act on.
+void settle_transform(const TransformFlags& flags, const std::string& method,
+                      quant::Options& options);
+
+}  // namespace omq
