@@ -37,7 +37,7 @@ if(OMQ_BENCH)
     omq_link(omq-bench-${name} tools)
     target_link_libraries(omq-bench-${name} PRIVATE omq omq_tools_flags)
     if(OMQ_HAVE_CUDA)  # carried to the machine with the GPU, whose libstdc++ may be another
-      target_link_options(omq-bench-${name} PRIVATE -static-libstdc++ -static-libgcc)
+      target_link_options(omq-bench-${name} PRIVATE -static-libstdc++ -static-libgcc -s)
     endif()
     list(APPEND OMQ_BENCHES omq-bench-${name})
   endforeach()

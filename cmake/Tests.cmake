@@ -74,7 +74,7 @@ if(OMQ_HAVE_CUDA)
   omq_link(omq-test-gpu tools)
   target_link_libraries(omq-test-gpu PRIVATE omq omq_test_main nlohmann_json::nlohmann_json)
   target_compile_definitions(omq-test-gpu PRIVATE OMQ_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
-  target_link_options(omq-test-gpu PRIVATE -static-libstdc++ -static-libgcc)
+  target_link_options(omq-test-gpu PRIVATE -static-libstdc++ -static-libgcc -s)
 endif()
 
 # kill -9 at random moments of a calibration, each run resumed.

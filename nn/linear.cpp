@@ -9,6 +9,9 @@ namespace omq::nn {
 Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
   const bool history = needs_grad(x) || needs_grad(w) || (bias.defined() && needs_grad(bias));
   if (history || w.dtype() == DType::F64) return linear(x, w, bias);
+  // A device without the running kernels multiplies as training does.
+  if (x.device().type != DeviceType::CPU && !cuda_packed_kernels())
+    return linear(x, to(w, x.dtype()), bias);
   check(x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
   const Tensor rows = reshape(x, {-1, w.dim(1)});
   Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, DType::F32, x.device());

@@ -41,8 +41,11 @@ const DenseKernels& on(const Tensor& x) {
 
 const PackedKernels& packed_on(const Tensor& x) {
   check(x.defined(), "kernel: undefined tensor");
-  return x.device().type == DeviceType::CPU ? cpu_packed_kernels()
-                                            : present(cuda_packed_kernels(), x);
+  if (x.device().type == DeviceType::CPU) return cpu_packed_kernels();
+  check(!cuda_kernels() || cuda_packed_kernels(),
+        "tensor is on {}, where packed weights cannot be multiplied yet; run the model on the CPU",
+        to_string(x.device()));
+  return present(cuda_packed_kernels(), x);
 }
 
 }  // namespace omq

@@ -30,6 +30,8 @@ struct Bench {
   double seconds = 0.03;  // of measurement per kernel
   int64_t tokens = 8192, hidden = 4096, ffn = 11008, vocabulary = 32000, heads = 32;
 
+  // The CPU's kernels compute from F32 to F32 alone.
+  bool on_gpu() const { return device.type != DeviceType::CPU; }
   Tensor full(Shape shape, double value, DType dtype = DType::F32) const {
     return Tensor::full(shape, value, dtype, device);
   }
@@ -121,8 +123,9 @@ void add_layers(const Bench& b, Entries& all) {
   all.push_back({"softmax", 8 * n, [=]() mutable { on(x).softmax(y, x); }});
   all.push_back({"softmax, gradient", 12 * n, [=]() mutable { on(x).softmax_vjp(y, x, x); }});
   all.push_back({"rms_norm", 8 * n, [=]() mutable { on(x).rms_norm(y, x, w, none, 1e-5); }});
-  all.push_back(
-      {"rms_norm to bf16", 6 * n, [=]() mutable { on(x).rms_norm(narrow, x, w, none, 1e-5); }});
+  if (b.on_gpu())
+    all.push_back(
+        {"rms_norm to bf16", 6 * n, [=]() mutable { on(x).rms_norm(narrow, x, w, none, 1e-5); }});
   all.push_back({"rms_norm, gradient of x", 12 * n,
                  [=]() mutable { on(x).rms_norm_vjp(y, none, none, x, w, x, 1e-5); }});
   all.push_back({"rms_norm, all gradients", 12 * n,
@@ -135,8 +138,9 @@ void add_layers(const Bench& b, Entries& all) {
       {"rope", 8 * n, [=]() mutable { on(x).rope(turned, heads, table, table, at, false); }});
   all.push_back(
       {"fake_quant_rows", 8 * n, [=]() mutable { on(x).fake_quant_rows(y, x, {.bits = 4}); }});
-  all.push_back({"fake_quant_rows to bf16", 6 * n,
-                 [=]() mutable { on(x).fake_quant_rows(narrow, x, {.bits = 4}); }});
+  if (b.on_gpu())
+    all.push_back({"fake_quant_rows to bf16", 6 * n,
+                   [=]() mutable { on(x).fake_quant_rows(narrow, x, {.bits = 4}); }});
   all.push_back({"fake_quant_rows, gradient", 12 * n,
                  [=]() mutable { on(x).fake_quant_rows_vjp(y, x, x, {.bits = 4}); }});
   const Tensor words = b.rows(b.vocabulary, b.hidden), ids = b.ids(b.tokens, b.vocabulary);
@@ -153,7 +157,7 @@ void add_layers(const Bench& b, Entries& all) {
 // The MLP's elementwise half in two types.
 void add_mlp(const Bench& b, Entries& all) {
   for (DType dtype : {DType::F32, DType::BF16}) {
-    if (dtype != DType::F32 && b.device.type == DeviceType::CPU) continue;  // computes in F32
+    if (dtype != DType::F32 && !b.on_gpu()) continue;
     const Tensor gate = b.rows(b.tokens, b.ffn, dtype), up = b.rows(b.tokens, b.ffn, dtype);
     Tensor y = empty_like(gate), dg = empty_like(gate), du = empty_like(gate);
     const double n = static_cast<double>(gate.nbytes());
@@ -179,7 +183,7 @@ void add_weights(const Bench& b, Entries& all) {
     all.push_back({"group_range" + of + ", gradient", 8 * n,
                    [=]() mutable { on(x).group_range_vjp(y, x, hi, lo, h, h, s); }});
     all.push_back({"fake_quant" + of, 8 * n, [=]() mutable { on(x).fake_quant(y, x, h, z, s); }});
-    if (b.device.type != DeviceType::CPU)
+    if (b.on_gpu())
       all.push_back({"fake_quant to bf16" + of, 6 * n,
                      [=]() mutable { on(x).fake_quant(narrow, x, h, z, s); }});
     all.push_back({"fake_quant" + of + ", gradient of the scale", 8 * n,
