@@ -11,6 +11,7 @@
 namespace omq {
 
 enum class Compute : uint8_t { F32, BF16, F16 };
+const char* compute_name(Compute c);  // "f32", "bf16", "f16": as on command lines and in reports
 
 // Of this thread, until the scope ends.
 class [[nodiscard]] ComputeScope {
@@ -26,5 +27,7 @@ class [[nodiscard]] ComputeScope {
 
 // The operand type of a product of tensors of type `stored`: the scope's for F32, else `stored`.
 DType operand_dtype(DType stored);
+// x in the type of the operands, without history.
+Tensor rounded(const Tensor& x, DType type);
 
 }  // namespace omq

@@ -66,8 +66,8 @@ Range group_range(const Tensor& x, GroupSpec s);
 
 // ---- products ----
 Tensor matmul(const Tensor& a, const Tensor& b);  // [...,M,K] · [...,K,N] → [...,M,N]
-Tensor linear(const Tensor& x, const Tensor& w,
-              const Tensor& bias = {});  // [...,K], [N,K], [N] → [...,N]
+// [...,K], [N,K], [N] → [...,N]; w may be of the ComputeScope's type already.
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {});
 
 // ---- layers ----
 Tensor softmax(const Tensor& x);  // over the last dim
@@ -92,9 +92,18 @@ Tensor mse(const Tensor& a, const Tensor& b);  // mean of squared differences �
 
 // ---- quantisation with straight-through gradients (spec omniquant §2.4, §2.6) ----
 // (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G]. Gradients reach x and h,
-// never z.
+// never z. The result has the type of the ComputeScope: it is made to be multiplied.
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
+// The grid of a range whose ends are clipped by learnables (tensor/lwc_grid.h): scale and zero from
+// u, l, hi ≥ lo, all of one shape. Gradients reach all four through the scale.
+struct ScaleZero {
+  Tensor scale, zero;
+};
+ScaleZero lwc_grid(const Tensor& u, const Tensor& l, const Tensor& hi, const Tensor& lo,
+                   GroupSpec s);
+ScaleZero lwc_grid_composed(const Tensor& u, const Tensor& l, const Tensor& hi, const Tensor& lo,
+                            GroupSpec s);
 // Each row of x [..., N] on a grid of its own extremes (tensor/row_quant.h), which gradients reach.
 Tensor fake_quant_rows(const Tensor& x, RowQuant s);
 Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s);

@@ -93,11 +93,13 @@ void attention(Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k, const T
   const cudaStream_t stream = stream_of(y);
   if (for_tensor_cores(q, s)) {
     const Tensor aq = aligned(q), ak = aligned(k), av = aligned(v);
+    begin_launch(stream);
     attention_mma(arguments(aq, ak, av, y, lse, s), q.dtype() == DType::BF16, stream);
     return check_launch("attention", stream);
   }
   const Tensor wq = widened(q), wk = widened(k), wv = widened(v);
   F32Output wy(y);
+  begin_launch(stream);
   attention_plain(arguments(wq, wk, wv, wy.wide, lse, s), stream);
   check_launch("attention", stream);
   wy.finish();
@@ -127,6 +129,7 @@ void vjp_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& 
     a.dk = head_rows(dk_parts);
     a.dv = head_rows(dv_parts);
   }
+  begin_launch(stream);
   attention_mma_vjp(a, dy16.defined() ? dy16.raw() : nullptr, bf16, stream);
   if (a.parts > 1)
     for (auto [out, parts] : {std::pair{&dk, &dk_parts}, std::pair{&dv, &dv_parts}})
@@ -158,6 +161,7 @@ void attention_vjp(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Te
   a.dv = head_rows(odv.wide);
   Tensor delta = Tensor::empty(lse.shape(), DType::F32, q.device());
   a.delta = delta.data<float>();
+  begin_launch(stream);
   attention_plain_vjp(a, stream);
   check_launch("attention_vjp", stream);
   for (F32Output* out : {&odq, &odk, &odv}) out->finish();

@@ -38,6 +38,7 @@ void launch(const char* op, const Tensor& where, void (*kernel)(Params...), dim3
             size_t shared, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const cudaStream_t stream = stream_of(where);
+  begin_launch(stream);
   kernel<<<grid, static_cast<unsigned>(threads), shared, stream>>>(static_cast<Params>(args)...);
   check_launch(op, stream);
 }

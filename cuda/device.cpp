@@ -7,9 +7,12 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/stream.h"
 #include "tensor/device.h"
@@ -18,6 +21,11 @@
 namespace omq {
 namespace cuda {
 namespace {
+
+bool set(const char* variable, bool otherwise) {
+  const char* text = std::getenv(variable);
+  return text && *text ? std::strcmp(text, "0") != 0 : otherwise;
+}
 
 struct State {
   DeviceInfo info;
@@ -177,8 +185,54 @@ void cuda_reset_peak(int index) {
   s.use.peak = s.use.now;
 }
 
-constexpr DeviceApi kCudaApi{cuda_alloc, cuda_free,   cuda_copy,
-                             cuda_sync,  cuda_memory, cuda_reset_peak};
+// The stream's work as a graph. What body allocates and frees becomes part of it, with addresses of
+// its own; so body must not free what was allocated before, nor keep what it allocates.
+void* cuda_record(const std::function<void()>& body, int index) {
+  static const bool wanted =
+      set("OMQ_GRAPH", true) && !set("OMQ_SYNC", false) && !set("OMQ_PROFILE", false);
+  if (!wanted) return nullptr;
+  State& s = use(index);
+  cudaGraph_t graph = nullptr;
+  OMQ_CUDA(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed));
+  try {
+    body();
+  } catch (...) {
+    cudaStreamEndCapture(s.stream, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    cudaGetLastError();
+    throw;
+  }
+  OMQ_CUDA(cudaStreamEndCapture(s.stream, &graph));
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  OMQ_CUDA(status);
+  return executable;
+}
+
+void cuda_replay(void* recorded, int index) {
+  OMQ_CUDA(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recorded), use(index).stream));
+}
+
+void cuda_forget(void* recorded, int index) {
+  try {
+    OMQ_CUDA(cudaStreamSynchronize(use(index).stream));
+    OMQ_CUDA(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recorded)));
+    OMQ_CUDA(cudaDeviceGraphMemTrim(index));
+  } catch (const Error&) {  // called by destructors
+  }
+}
+
+std::string cuda_describe(int index) {
+  use(index);
+  cudaDeviceProp properties{};
+  OMQ_CUDA(cudaGetDeviceProperties(&properties, index));
+  return fmt::format("{}, {:.1f} GiB", properties.name,
+                     static_cast<double>(properties.totalGlobalMem) / double{1 << 30});
+}
+
+const DeviceApi kCudaApi{cuda_alloc,      cuda_free,   cuda_copy,   cuda_sync,   cuda_memory,
+                         cuda_reset_peak, cuda_record, cuda_replay, cuda_forget, cuda_describe};
 
 }  // namespace
 
@@ -192,13 +246,61 @@ void check_status(cudaError_t status, const char* call, const char* file, int li
        file, line);
 }
 
-void check_launch(const char* op, cudaStream_t stream) {
-  static const bool wait = [] {
-    const char* text = std::getenv("OMQ_SYNC");
-    return text && *text && std::strcmp(text, "0") != 0;
+namespace {
+
+// Times of launches by name, for OMQ_PROFILE=1.
+struct Profile {
+  struct Row {
+    double ms = 0;
+    int64_t calls = 0;
+  };
+  cudaEvent_t start = nullptr, stop = nullptr;
+  std::map<std::string, Row> rows;
+
+  Profile() {
+    OMQ_CUDA(cudaEventCreate(&start));
+    OMQ_CUDA(cudaEventCreate(&stop));
+  }
+  void end(const char* op, cudaStream_t stream) {
+    float ms = 0;
+    OMQ_CUDA(cudaEventRecord(stop, stream));
+    OMQ_CUDA(cudaEventSynchronize(stop));
+    OMQ_CUDA(cudaEventElapsedTime(&ms, start, stop));
+    Row& row = rows[op];
+    row.ms += static_cast<double>(ms);
+    ++row.calls;
+  }
+  void print() const {
+    std::vector<std::pair<std::string, Row>> sorted(rows.begin(), rows.end());
+    std::sort(sorted.begin(), sorted.end(),
+              [](const auto& a, const auto& b) { return a.second.ms > b.second.ms; });
+    for (const auto& [op, row] : sorted)
+      fmt::print(stderr, "profile: {:24} {:10.2f} ms in {:7} launches\n", op, row.ms, row.calls);
+  }
+};
+
+Profile* profile() {
+  static Profile* const p = [] {
+    if (!set("OMQ_PROFILE", false)) return static_cast<Profile*>(nullptr);
+    auto* made = new Profile;
+    static Profile* shown = made;
+    std::atexit([] { shown->print(); });
+    return made;
   }();
+  return p;
+}
+
+}  // namespace
+
+void begin_launch(cudaStream_t stream) {
+  if (Profile* p = profile()) OMQ_CUDA(cudaEventRecord(p->start, stream));
+}
+
+void check_launch(const char* op, cudaStream_t stream) {
+  static const bool wait = set("OMQ_SYNC", false);
   cudaError_t status = cudaGetLastError();
   if (status == cudaSuccess && wait) status = cudaStreamSynchronize(stream);
+  if (Profile* p = profile(); p && status == cudaSuccess) p->end(op, stream);
   if (status == cudaSuccess) return;
   cudaGetLastError();
   fail("{}: CUDA kernel failed: {} ({}){}", op, cudaGetErrorString(status),

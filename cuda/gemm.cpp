@@ -308,6 +308,7 @@ void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
   Handle& h = handle_of(device);
   std::lock_guard lock(h.mutex);
   const Plan& plan = plan_for(h, c, stream);
+  begin_launch(stream);
   OMQ_BLAS(multiply(h, plan, plan.algorithm, c, stream));
   check_launch("matmul", stream);
 }

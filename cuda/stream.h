@@ -32,8 +32,11 @@ inline cudaStream_t stream_of(const Tensor& x) { return stream_of(x.device().ind
 void check_status(cudaError_t status, const char* call, const char* file, int line);
 #define OMQ_CUDA(call) ::omq::cuda::check_status((call), #call, __FILE__, __LINE__)
 
-// To be called after every launch: throws what the launch reported; with OMQ_SYNC=1 in the
-// environment it also waits for the kernel, so that an error names the one that caused it.
+// To be called before and after every launch (or group of launches under one name). Afterwards it
+// throws what the launch reported; with OMQ_SYNC=1 in the environment it also waits for the kernel,
+// so that an error names the one that caused it. With OMQ_PROFILE=1 every launch is timed on its
+// own, and the program prints the sums by name on stderr when it ends; both switch recording off.
+void begin_launch(cudaStream_t stream);
 void check_launch(const char* op, cudaStream_t stream);
 
 }  // namespace omq::cuda

@@ -24,12 +24,14 @@ class AdamW {
  public:
   explicit AdamW(std::vector<ParamGroup> groups, AdamWOptions options = {});
   // One update in place. A parameter that the loss did not touch keeps its value and its moments.
-  void step(const Gradients& g);
+  // With a loss [1] that is not finite nothing changes, neither now nor in any later step.
+  void step(const Gradients& g, const Tensor& loss = {});
   // Multiplies every group's rate: schedules and recovery from a bad step.
   void scale_lr(double factor) { lr_factor_ *= factor; }
   void set_lr_factor(double factor) { lr_factor_ = factor; }
   const std::vector<ParamGroup>& groups() const { return groups_; }
-  int64_t steps() const { return steps_; }
+  // How many there were; waits for the device.
+  int64_t steps() const;
 
  private:
   struct Moments {
@@ -39,7 +41,7 @@ class AdamW {
   std::vector<std::vector<Moments>> moments_;
   AdamWOptions options_;
   double lr_factor_ = 1.0;
-  int64_t steps_ = 0;
+  Tensor clock_;  // kernels.h: what depends on the number of the step, where a device can see it
 };
 
 }  // namespace omq::nn

@@ -24,6 +24,10 @@ class LearnedClip final : public Clip {
   Grid grid(const Tensor& w) const override {
     const bool as_before = !needs_grad(w) && w.raw() == source_.raw();
     const Range r = as_before ? range_ : group_range(w, spec_);
+    if (rule_ == affine_grid && !spec_.symmetric) {  // the same in one kernel
+      const ScaleZero g = lwc_grid(gamma_logit_, beta_logit_, r.hi, r.lo, spec_);
+      return {g.scale, g.zero};
+    }
     return rule_(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
   }
 

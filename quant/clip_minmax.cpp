@@ -1,12 +1,11 @@
 // Grids from ranges, and the clip that learns nothing.
 #include "autograd/ops.h"
 #include "quant/clip.h"
+#include "tensor/lwc_grid.h"
 
 namespace omq::quant {
 
 namespace {
-
-constexpr double kScaleFloor = 1e-5, kScaleCeiling = 1e4, kZeroLimit = 1e4;
 
 struct MinMaxClip final : Clip {
   MinMaxClip(GroupSpec s, GridRule r) : spec(s), rule(r) {}

@@ -14,6 +14,7 @@
 
 namespace omq {
 
+std::string to_string(DeviceType t) { return t == DeviceType::CPU ? "cpu" : "cuda"; }
 std::string to_string(Device d) {
   return d.type == DeviceType::CPU ? "cpu" : fmt::format("cuda:{}", d.index);
 }
@@ -95,7 +96,15 @@ void cpu_sync(int) {}
 MemoryUse cpu_memory(int) { return cpu_memory_use(); }
 void cpu_reset_peak(int) { reset_cpu_memory_peak(); }
 
-constexpr DeviceApi kCpuApi{cpu_alloc, cpu_free, cpu_copy, cpu_sync, cpu_memory, cpu_reset_peak};
+// Calls are cheap here next to the work: there is nothing to gain from a recording.
+void* cpu_record(const std::function<void()>&, int) { return nullptr; }
+void cpu_replay(void*, int) {}
+void cpu_forget(void*, int) {}
+
+std::string cpu_describe(int) { return "host memory"; }
+
+const DeviceApi kCpuApi{cpu_alloc,      cpu_free,   cpu_copy,   cpu_sync,   cpu_memory,
+                        cpu_reset_peak, cpu_record, cpu_replay, cpu_forget, cpu_describe};
 
 }  // namespace
 

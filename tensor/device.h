@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 namespace omq {
@@ -22,6 +23,8 @@ struct Device {
 
 // "cpu", "cuda:0".
 std::string to_string(Device d);
+// "cpu", "cuda".
+std::string to_string(DeviceType t);
 
 // Bytes now and at most held by live tensors.
 struct MemoryUse {
@@ -38,6 +41,13 @@ struct DeviceApi {
   void (*sync)(int index);
   MemoryUse (*memory)(int index);
   void (*reset_memory_peak)(int index);  // the peak starts again from the present
+  // Runs body, recording what it asks of the device instead of doing it; null when this device
+  // cannot record, and then body did not run. What was recorded is done by replay, any number of
+  // times, in order with all other work, and given back by forget. See tensor/step_graph.h.
+  void* (*record)(const std::function<void()>& body, int index);
+  void (*replay)(void* recorded, int index);
+  void (*forget)(void* recorded, int index);
+  std::string (*describe)(int index);  // "NVIDIA H100 80GB HBM3, 79.1 GiB"
 };
 
 // Throws Error when this build has no back end for d.

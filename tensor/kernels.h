@@ -20,10 +20,12 @@ struct AttentionSpec {
   bool causal = true;
 };
 
-// One AdamW update (decoupled decay): bias corrections are precomputed for this step.
+// One AdamW update (decoupled decay). What changes from step to step is in a tensor, the clock, so
+// that a recorded update can be replayed: {t, 1 − β₁ᵗ, 1 − β₂ᵗ}, F64 on the CPU, F32 on other
+// devices. A tick adds one to t; a loss that is not finite stops the clock for good ({t, ∞, ∞}),
+// and by a stopped clock adamw changes nothing.
 struct AdamWStep {
   double lr, beta1, beta2, eps, weight_decay;
-  double correction1, correction2;  // 1 − β₁ᵗ, 1 − β₂ᵗ
 };
 
 #define OMQ_KERNEL(name, params) void(*name) params = nullptr;

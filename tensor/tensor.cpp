@@ -202,6 +202,14 @@ Tensor Tensor::detach() const {
 
 Tensor empty_like(const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); }
 
+void transfer(const Tensor& y, const Tensor& x) {
+  check(x.shape() == y.shape() && x.dtype() == y.dtype() && x.is_contiguous() && y.is_contiguous(),
+        "transfer: {} {} into {} {}: contiguous tensors of one shape and dtype wanted",
+        dtype_name(x.dtype()), x.shape(), dtype_name(y.dtype()), y.shape());
+  const Device via = y.device().type == DeviceType::CPU ? x.device() : y.device();
+  device_api(via).copy(y.raw(), y.device(), x.raw(), x.device(), x.nbytes());
+}
+
 #define OMQ_INSTANTIATE(T)                              \
   template T* Tensor::data<T>() const;                  \
   template T Tensor::item<T>() const;                   \

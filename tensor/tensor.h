@@ -112,6 +112,9 @@ class Tensor {
 };
 
 Tensor empty_like(const Tensor& x);
+// Copies x's bytes into y, between any two devices. Both contiguous, of one shape and dtype; throws
+// Error otherwise. When it returns, host memory holds the bytes, or may be written again.
+void transfer(const Tensor& y, const Tensor& x);
 
 }  // namespace omq
 

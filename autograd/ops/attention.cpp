@@ -1,5 +1,6 @@
 // Causal attention with grouped queries. The fused op keeps only the log-sum-exp of each row and
 // rebuilds the probabilities tile by tile in its gradient; the composed one is its definition.
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -49,16 +50,20 @@ Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
                  AttentionSpec spec) {
   check_shapes(any_q, any_k, any_v);
   const Tensor q = with_rows(any_q), k = with_rows(any_k), v = with_rows(any_v);
-  Tensor y = Tensor::empty(q.shape(), q.dtype(), q.device());
-  Tensor lse = Tensor::empty({q.dim(0), q.dim(2), q.dim(1)}, q.dtype(), q.device());
-  on(q).attention(y, lse, q, k, v, spec);
+  // GPUs multiply the operands of a 16-bit ComputeScope on tensor cores; the CPU's kernel is F32.
+  const DType stored = q.dtype(),
+              type = q.device().type == DeviceType::CPU ? stored : operand_dtype(stored);
+  const Tensor lq = rounded(q, type), lk = rounded(k, type), lv = rounded(v, type);
+  Tensor y = Tensor::empty(q.shape(), stored, q.device());
+  Tensor lse = Tensor::empty({q.dim(0), q.dim(2), q.dim(1)}, stored, q.device());
+  on(q).attention(y, lse, lq, lk, lv, spec);
   if (!needs_grad(q) && !needs_grad(k) && !needs_grad(v)) return y;
   return record("attention", y, {q, k, v},
-                [q = q.detach(), k = k.detach(), v = v.detach(), y = y.detach(), lse,
-                 spec](const Tensor& dy) -> Grads {
-                  Tensor dq = Tensor::empty(q.shape(), q.dtype(), q.device());
-                  Tensor dk = Tensor::empty(k.shape(), k.dtype(), k.device());
-                  Tensor dv = Tensor::empty(v.shape(), v.dtype(), v.device());
+                [q = lq, k = lk, v = lv, y = y.detach(), lse, spec](const Tensor& dy) -> Grads {
+                  const auto gradient = [&y](const Tensor& x) {
+                    return Tensor::empty(x.shape(), y.dtype(), y.device());
+                  };
+                  Tensor dq = gradient(q), dk = gradient(k), dv = gradient(v);
                   on(q).attention_vjp(dq, dk, dv, q, k, v, y, lse, contiguous(dy), spec);
                   return {dq, dk, dv};
                 });

@@ -14,14 +14,6 @@ Tensor transposed(const Tensor& x) {
   return x.alias(shape, strides);
 }
 
-// x in the type of the operands, without history.
-Tensor rounded(const Tensor& x, DType type) {
-  if (x.dtype() == type) return x.detach();
-  Tensor y = Tensor::empty(x.shape(), type, x.device());
-  on(x).copy(y, x);
-  return y;
-}
-
 Tensor product(const Tensor& a, const Tensor& b) {
   Shape shape = a.shape();
   shape[a.ndim() - 1] = b.dim(-1);
@@ -57,8 +49,8 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
   check(w.ndim() == 2 && x.ndim() >= 1 && x.dim(-1) == w.dim(1),
         "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
-  check(x.dtype() == w.dtype(), "linear: dtypes differ: {} and {}", dtype_name(x.dtype()),
-        dtype_name(w.dtype()));
+  check(x.dtype() == w.dtype() || operand_dtype(x.dtype()) == w.dtype(),
+        "linear: dtypes differ: {} and {}", dtype_name(x.dtype()), dtype_name(w.dtype()));
   Shape shape = x.shape();
   shape[x.ndim() - 1] = w.dim(0);
   const Tensor rows = reshape(x, {-1, x.dim(-1)});

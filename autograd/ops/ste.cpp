@@ -1,6 +1,8 @@
 // Fake quantisation: quantise, then dequantise, with a straight-through gradient (spec omniquant
 // §2.4, §2.6).
+#include "autograd/compute.h"
 #include "autograd/ops.h"
+#include "tensor/lwc_grid.h"
 
 namespace omq {
 
@@ -27,7 +29,7 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
         "fake_quant: x {} wants grids {}, got {} and {}", x.shape(), grid, scale.shape(),
         zero.shape());
   const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
-  Tensor y = empty_like(source);
+  Tensor y = Tensor::empty(source.shape(), operand_dtype(source.dtype()), source.device());
   on(x).fake_quant(y, source, h, z, s);
   const bool need_x = needs_grad(x), need_scale = needs_grad(scale);
   return record("fake_quant", y, {source, h},
@@ -39,6 +41,37 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
                   on(x).fake_quant_vjp(dx, ds, x, scale, zero, contiguous(dy), s);
                   return {dx, ds};
                 });
+}
+
+ScaleZero lwc_grid_composed(const Tensor& u, const Tensor& l, const Tensor& hi, const Tensor& lo,
+                            GroupSpec s) {
+  const Tensor top = sigmoid(u) * hi, bottom = sigmoid(l) * lo;
+  const double levels = s.max_code();
+  const Tensor h = clamp((top - bottom) / levels, kScaleFloor, kScaleCeiling);
+  const Tensor z = -bottom.detach() / h.detach();
+  return {h,
+          s.include_zero ? clamp(round(z), 0, levels) : round(clamp(z, -kZeroLimit, kZeroLimit))};
+}
+
+ScaleZero lwc_grid(const Tensor& u, const Tensor& l, const Tensor& hi, const Tensor& lo,
+                   GroupSpec s) {
+  for (const Tensor* t : {&l, &hi, &lo})
+    check(t->shape() == u.shape() && t->dtype() == u.dtype(),
+          "lwc_grid: u {} {}, and {} {}: one shape and type wanted", dtype_name(u.dtype()),
+          u.shape(), dtype_name(t->dtype()), t->shape());
+  const Tensor a = contiguous(u), b = contiguous(l), top = contiguous(hi), bottom = contiguous(lo);
+  Tensor scale = empty_like(a), zero = empty_like(a);
+  on(u).lwc_grid(scale, zero, a, b, top, bottom, s);
+  const bool need_range = needs_grad(top) || needs_grad(bottom);
+  scale = record("lwc_grid", scale, {a, b, top, bottom},
+                 [u = a.detach(), l = b.detach(), hi = top.detach(), lo = bottom.detach(),
+                  need_range, s](const Tensor& dscale) -> Grads {
+                   Tensor du = empty_like(u), dl = empty_like(l), dhi, dlo;
+                   if (need_range) dhi = empty_like(hi), dlo = empty_like(lo);
+                   on(u).lwc_grid_vjp(du, dl, dhi, dlo, u, l, hi, lo, contiguous(dscale), s);
+                   return {du, dl, dhi, dlo};
+                 });
+  return {scale, zero};
 }
 
 Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {

@@ -37,14 +37,18 @@ template <class T> T code(T x, T h, T z, T top) {
 void fake_quant(Tensor& y, const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
   visit_float("fake_quant", x.dtype(), [&]<class T>() {
     const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>();
-    T* out = y.data<T>();
     const T top = static_cast<T>(s.max_code());
-    for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
-      const T h = hs[g], z = zs[g];
-      const T* p = in + at;
-      T* o = out + at;
-      for (int64_t i = 0; i < n; ++i) o[i] = (code(p[i], h, z, top) - z) * h;
-    });
+    const auto write = [&]<class Y>(Y* out) {
+      for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
+        const T h = hs[g], z = zs[g];
+        const T* p = in + at;
+        Y* o = out + at;
+        for (int64_t i = 0; i < n; ++i) o[i] = static_cast<Y>((code(p[i], h, z, top) - z) * h);
+      });
+    };
+    if (y.dtype() == x.dtype()) return write(y.data<T>());
+    if constexpr (std::is_same_v<T, float>)
+      return y.dtype() == DType::BF16 ? write(y.data<bf16_t>()) : write(y.data<f16_t>());
   });
 }
 

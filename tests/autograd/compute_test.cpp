@@ -12,7 +12,7 @@
 namespace omq {
 namespace {
 
-Tensor rounded(const Tensor& x, DType type) { return to(to(x.detach(), type), DType::F32); }
+Tensor rounded_twin(const Tensor& x, DType type) { return to(to(x.detach(), type), DType::F32); }
 
 struct Product {
   Tensor y, da, db;
@@ -28,9 +28,9 @@ const auto kMatmul = [](const Tensor& a, const Tensor& b) { return matmul(a, b);
 
 template <class F>
 void check_rounding(F op, const Tensor& a, const Tensor& b, const Tensor& dy, Compute c, DType t) {
-  const Product want = product(op, rounded(a, t), rounded(b, t), dy);
+  const Product want = product(op, rounded_twin(a, t), rounded_twin(b, t), dy);
   // The gradient of the output is rounded as well.
-  const Product back = product(op, rounded(a, t), rounded(b, t), rounded(dy, t));
+  const Product back = product(op, rounded_twin(a, t), rounded_twin(b, t), rounded_twin(dy, t));
   const Product got = [&] {
     const ComputeScope scope(c);
     return product(op, a, b, dy);

@@ -73,6 +73,23 @@ TEST_CASE("ten steps agree with PyTorch") {
       }
 }
 
+TEST_CASE("a loss that is no number stops the optimiser for good") {
+  for (Device d : test_devices()) {
+    CAPTURE(d);
+    const Tensor p = leaf({1, 2}, d);
+    AdamW opt({{"group", {p}, 0.1}});
+    const auto step = [&](float loss) {
+      opt.step(backward(sum(square(p))), Tensor::from<float>({loss}, {1}, d));
+      return values(p);
+    };
+    const auto first = step(1);
+    CHECK(first[0] == doctest::Approx(0.9));
+    CHECK(step(std::nanf("")) == first);
+    CHECK(step(1) == first);
+    CHECK(opt.steps() == 1);
+  }
+}
+
 TEST_CASE("every group has its own rate, which can be scaled") {
   const Tensor a = leaf({0}), b = leaf({0});
   AdamW opt({{"slow", {a}, 0.01}, {"fast", {b}, 0.1}});

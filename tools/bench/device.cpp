@@ -111,8 +111,10 @@ void add_scalar(const Bench& b, Entries& all) {
     all.push_back({name, 4 * n, [=]() mutable { on(x).sum_to(out, x); }});
   }
   Tensor p = b.full(x.shape(), 1), m = b.full(x.shape(), 0), v = b.full(x.shape(), 0);
-  const AdamWStep step{1e-3, 0.9, 0.999, 1e-8, 0, 0.1, 0.001};
-  all.push_back({"adamw", 28 * n, [=]() mutable { on(x).adamw(p, m, v, x, step); }});
+  const AdamWStep step{1e-3, 0.9, 0.999, 1e-8, 0};
+  Tensor clock = Tensor::zeros({3}, b.on_gpu() ? DType::F32 : DType::F64, b.device);
+  on(clock).adamw_tick(clock, {}, step);
+  all.push_back({"adamw", 28 * n, [=]() mutable { on(x).adamw(p, m, v, x, clock, step); }});
 }
 
 void add_layers(const Bench& b, Entries& all) {
