@@ -39,7 +39,7 @@ std::vector<float> window_losses(const Model& model, std::span<const int32_t> id
                                  int64_t from) {
   const NoGrad off;
   const auto T = static_cast<int64_t>(ids.size()) / batch, scored = T - 1 - from;
-  const Tensor hidden = model.forward(Tensor::from<int32_t>(ids, {batch, T}));
+  const Tensor hidden = model.forward(Tensor::from<int32_t>(ids, {batch, T}, model.device()));
   std::vector<float> losses;
   losses.reserve(static_cast<size_t>(batch * scored));
   for (int64_t b = 0; b < batch; ++b)
@@ -49,7 +49,8 @@ std::vector<float> window_losses(const Model& model, std::span<const int32_t> id
           reshape(slice(slice(hidden, 0, b, b + 1), 1, at, at + rows), {rows, hidden.dim(-1)});
       const auto targets =
           ids.subspan(static_cast<size_t>(b * T + at + 1), static_cast<size_t>(rows));
-      const Tensor loss = cross_entropy(model.logits(h), Tensor::from<int32_t>(targets, {rows}));
+      const Tensor loss =
+          cross_entropy(model.logits(h), Tensor::from<int32_t>(targets, {rows}, model.device()));
       const std::vector<float> values = loss.to_vector<float>();
       losses.insert(losses.end(), values.begin(), values.end());
     }

@@ -58,6 +58,32 @@ std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) cons
 
 namespace {
 
+void move_weight(nn::Weight& w, Device device) {
+  if (auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w))
+    w = (*packed)->dequantize();
+  w = to(std::get<Tensor>(w), device);
+}
+
+}  // namespace
+
+void Model::move_to(Device device) {
+  if (device == this->device()) return;
+  const bool tied = config_.tie_word_embeddings;
+  move_weight(ends.embed_tokens.table, device);
+  if (tied)
+    ends.lm_head.weight = ends.embed_tokens.table;
+  else
+    move_weight(ends.lm_head.weight, device);
+  ends.norm.weight = to(ends.norm.weight, device);
+  for (const auto& block : blocks) {
+    for (const auto& [name, linear] : block->linears()) move_weight(linear->weight, device);
+    nn::move_to(*block, device);
+  }
+  rope_ = {to(rope_.cos, device), to(rope_.sin, device)};
+}
+
+namespace {
+
 size_t weight_bytes(const nn::Weight& w) {
   if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w))
     return (*packed)->nbytes();

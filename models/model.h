@@ -40,6 +40,9 @@ class Model {
                  std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
+  // Onto a device. Where that has no kernels for packed weights they become F32 first.
+  void move_to(Device device);
+  Device device() const { return rope_.cos.device(); }
 
   ModelEnds ends;
   std::vector<std::unique_ptr<LlamaBlock>> blocks;

@@ -14,7 +14,7 @@ Positions positions(int64_t first, int64_t count, const RopeTables& tables) {
         first + count - 1, tables.cos.dim(0));
   std::vector<int32_t> index(static_cast<size_t>(count));
   std::iota(index.begin(), index.end(), static_cast<int32_t>(first));
-  return {Tensor::from<int32_t>(index, {count}), tables};
+  return {Tensor::from<int32_t>(index, {count}, tables.cos.device()), tables};
 }
 
 Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cache) const {

@@ -54,6 +54,9 @@ struct Block {
   virtual Attention::Taps& taps() = 0;  // where q, k, v and the probabilities can be quantised
 };
 
+// Every tensor of the block onto a device; those that are there already are shared.
+void move_to(Block& block, Device device);
+
 // A model as a row of blocks, loaded one at a time.
 struct BlockSource {
   virtual ~BlockSource() = default;

@@ -8,6 +8,7 @@
 #include "autograd/ops.h"
 #include "nn/packed_weight.h"
 #include "quant/activations.h"
+#include "quant/learn.h"
 #include "quant/recovery.h"
 
 namespace omq::quant {
@@ -22,17 +23,33 @@ Tensor batch_of(const Tensor& stream, int64_t begin, int64_t end) {
   return slice(stream, 0, begin, end);
 }
 
-// The block on every sample: [N,T,D] → [N,T,D].
+// The block on every sample: [N,T,D] → [N,T,D]. The streams lie with the block, or in host memory
+// and come to it window by window.
 Tensor run(const nn::Block& block, const Tensor& stream, const nn::Positions& at,
            const Hooks& hooks) {
   NoGrad off;
+  const Device device = at.index.device();
   Tensor out = empty_like(stream);
   for (int64_t i = 0; i < stream.dim(0); ++i) {
     if (hooks.poll) hooks.poll();
+    const Tensor y = block.forward(to(batch_of(stream, i, i + 1), device), at);
     Tensor window = slice(out, 0, i, i + 1);
-    on(out).copy(window, block.forward(batch_of(stream, i, i + 1), at));
+    if (window.device() == device)
+      on(out).copy(window, y);
+    else
+      transfer(window, y);
   }
   return out;
+}
+
+// Mean over the samples of what `measure` gives for a window [1,T,D] of one or two streams.
+template <class F, class... S> double mean_over(F&& measure, const S&... streams) {
+  NoGrad off;
+  double total = 0;
+  const int64_t n = std::get<0>(std::tie(streams...)).dim(0);
+  for (int64_t i = 0; i < n; ++i)
+    total += static_cast<double>(measure(batch_of(streams, i, i + 1)...).template item<float>());
+  return total / static_cast<double>(n);
 }
 
 // One Storage a tensor, so that the streams of a run stay three.
@@ -53,33 +70,45 @@ std::shared_ptr<nn::PackedIntWeight> pack(const Tensor& w, Grid grid, const Roun
       pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
 }
 
-// How far the packed kernels are from the simulated matrices, as a share of their outputs, on the
-// inputs that each linear has in the simulated block on sample x. Linear by linear, since a code of
-// an activation that falls to the other side of a tie is no fault. Rounding alone gives about 1e-6;
-// anything large is a fault, and must not reach a file.
-double packed_error(const BlockMethod::Committed& block, const Tensor& x, const nn::Positions& at) {
-  const auto watched = block.simulated->clone();
-  const auto dense = watched->linears(), packed = block.packed->linears();
-  std::vector<Tensor> inputs(dense.size());
-  for (size_t i = 0; i < dense.size(); ++i)
-    dense[i].linear->pre = [&seen = inputs[i], pre = dense[i].linear->pre](const Tensor& input) {
-      return seen = pre ? pre(input) : input;
-    };
+// The inputs of a block's linears, in their order, for some tokens x [1,T,D], as those go into the
+// product: activation quantisers have seen them.
+std::vector<Tensor> linear_inputs(const nn::Block& block, const Tensor& x,
+                                  const nn::Positions& at) {
+  const auto watched = block.clone();
+  const auto linears = watched->linears();
+  std::vector<Tensor> inputs(linears.size());
+  for (size_t i = 0; i < linears.size(); ++i)
+    linears[i].linear->pre = [&seen = inputs[i], pre = linears[i].linear->pre](
+                                 const Tensor& input) { return seen = pre ? pre(input) : input; };
   watched->forward(x, at);
+  return inputs;
+}
+
+// How far the packed kernels are from the simulated matrices, as a share of their outputs, on the
+// inputs that each linear has in the simulated block (their first tokens: packed weights are
+// multiplied on the CPU). Linear by linear, since a code of an activation that falls to the other
+// side of a tie is no fault. Rounding alone gives about 1e-6; anything large is a fault, and must
+// not reach a file.
+double packed_error(const BlockMethod::Committed& block, const std::vector<Tensor>& inputs) {
+  const auto dense = block.simulated->linears(), packed = block.packed->linears();
   double worst = 0;
   for (size_t i = 0; i < dense.size(); ++i) {
     nn::Linear a = *dense[i].linear, b = *packed[i].linear;
     a.pre = b.pre = {};
-    const Tensor y = a(inputs[i]);
-    const auto difference = static_cast<double>(sum(square(b(inputs[i]) - y)).item<float>());
-    const auto power = static_cast<double>(sum(square(y)).item<float>());
-    const double error = std::sqrt(difference / std::max(power, 1e-30));
-    if (error <= worst) continue;
-    worst = error;  // also when it is no number
-    check(error < 1e-3,
-          "{}: the packed matrix differs from the simulated one by {:.2e}; this is a fault of a "
-          "packed kernel (try OMQ_ISA=scalar)",
-          dense[i].name, error);
+    const Tensor rows = reshape(inputs[i], {-1, inputs[i].dim(-1)});
+    for (const int64_t tokens : {1, 64}) {  // decoding, and prefill
+      const Tensor x = to(slice(rows, 0, 0, std::min(tokens, rows.dim(0))), Device{});
+      const Tensor y = a(x);
+      const auto difference = static_cast<double>(sum(square(b(x) - y)).item<float>());
+      const auto power = static_cast<double>(sum(square(y)).item<float>());
+      const double error = std::sqrt(difference / std::max(power, 1e-30));
+      if (error <= worst) continue;
+      worst = error;  // also when it is no number
+      check(error < 1e-3,
+            "{}: the packed matrix differs from the simulated one by {:.2e}; this is a fault of a "
+            "packed kernel (try OMQ_ISA=scalar)",
+            dense[i].name, error);
+    }
   }
   return worst;
 }
@@ -89,82 +118,9 @@ struct Job {
   const Recipe& recipe;
   const Hooks& hooks;
   const Progress& progress;
-  nn::Positions at;
+  Device device;     // where blocks compute
+  nn::Positions at;  // there
 };
-
-Targets batch_of(const Targets& t, int64_t begin, int64_t end) {
-  return {batch_of(t.of_fp, begin, end),
-          t.of_quant.defined() ? batch_of(t.of_quant, begin, end) : Tensor{}};
-}
-
-struct Epoch {
-  double loss = 0;      // mean of its steps
-  int64_t failed = -1;  // first sample of the step that gave no number; nothing was learned from it
-};
-
-Epoch train_epoch(const Job& job, const BlockMethod& method, const nn::Block& fp,
-                  nn::AdamW& optimizer, const Tensor& x, const Targets& targets) {
-  const ComputeScope compute(job.recipe.train.compute);
-  double total = 0;
-  const int64_t n = x.dim(0), step = job.recipe.train.batch_size;
-  for (int64_t i = 0; i + step <= n; i += step) {
-    if (job.hooks.poll) job.hooks.poll();
-    const auto block = method.quantized(fp);
-    const Tensor loss = job.recipe.objective.loss(block->forward(batch_of(x, i, i + step), job.at),
-                                                  batch_of(targets, i, i + step));
-    const auto value = static_cast<double>(loss.item<float>());
-    if (!std::isfinite(value)) return {value, i};
-    total += value;
-    optimizer.step(backward(loss));
-  }
-  for (const Learnable& l : method.learnables())
-    if (!all_finite(l.value)) return {total, 0};
-  return {total / static_cast<double>(n / step)};
-}
-
-// ②–④, and the way back when a number is none: recovery.h.
-void learn(const Job& job, const BlockMethod& method, nn::Block& fp, const Tensor& x,
-           const Targets& targets, BlockReport& report,
-           const std::chrono::steady_clock::time_point start) {
-  const auto learnables = method.learnables();
-  const int64_t step = job.recipe.train.batch_size;
-  double factor = 1;
-  std::optional<nn::AdamW> optimizer(method.param_groups());
-  for (int epoch = 1; epoch <= job.recipe.train.epochs; ++epoch) {
-    const Snapshot before(learnables);
-    for (;;) {
-      const Epoch e = train_epoch(job, method, fp, *optimizer, x, targets);
-      if (e.failed < 0) {
-        report.epoch_loss.push_back(e.loss);
-        break;
-      }
-      const ComputeScope compute(job.recipe.train.compute);
-      NoGrad off;
-      const Culprit why = first_not_finite(fp, *method.quantized(fp), learnables,
-                                           batch_of(x, e.failed, e.failed + step),
-                                           batch_of(targets, e.failed, e.failed + step), job.at);
-      check(!why.hopeless,
-            "epoch {}: the loss is not finite, and no learning rate changes that: {}", epoch,
-            why.tensor);
-      check(report.recoveries.size() < kTries,
-            "epoch {}: the loss is not finite, after {} tries at lower rates still; it begins in: "
-            "{}; lower the learning rate",
-            epoch, kTries, why.tensor);
-      before.restore();
-      factor /= 2;
-      report.recoveries.push_back({epoch, factor, why.tensor});
-      if (job.hooks.notice)
-        job.hooks.notice(fmt::format(
-            "{}: epoch {}: the loss is not finite ({}); back to the start of the epoch, learning "
-            "rates times {}",
-            report.name, epoch, why.tensor, factor));
-      optimizer.emplace(method.param_groups());
-      optimizer->set_lr_factor(factor);
-    }
-    report.seconds = seconds_since(start);
-    if (job.progress) job.progress(report, epoch, job.recipe.train.epochs);
-  }
-}
 
 }  // namespace
 
@@ -259,17 +215,22 @@ struct Outcome {
   BlockReport report;
 };
 
-Outcome finish(const Job& job, const BlockMethod& method, const nn::Block& fp,
-               const Streams* streams, const Targets& targets, BlockReport report) {
+// host: the method with its final learnables and the block, both in host memory. Codes are chosen
+// there wherever learning took place, so that they are a function of the learnables alone.
+Outcome finish(const Job& job, const BlockMethod& host, const nn::Block& fp, const Streams* streams,
+               const Targets& targets, BlockReport report) {
   NoGrad off;
-  Outcome out{method.commit(fp), {}, std::move(report)};
+  Outcome out{host.commit(fp), {}, std::move(report)};
   if (!streams) return out;
+  const auto simulated = out.committed.simulated->clone();
+  move_to(*simulated, job.device);
   BlockReport& r = out.report;
-  out.next = {targets.of_fp, run(*out.committed.simulated, streams->quant, job.at, job.hooks)};
-  r.committed_loss = static_cast<double>(mse(out.next.quant, out.next.fp).item<float>());
-  r.target_mean_square = static_cast<double>(mean(square(out.next.fp)).item<float>());
+  out.next = {targets.of_fp, run(*simulated, streams->quant, job.at, job.hooks)};
+  r.committed_loss = mean_over(mse, out.next.quant, out.next.fp);
+  r.target_mean_square = mean_over([](const Tensor& y) { return mean(square(y)); }, out.next.fp);
   check(std::isfinite(r.committed_loss), "the committed block's output is not finite");
-  r.packed_error = packed_error(out.committed, batch_of(streams->quant, 0, 1), job.at);
+  const Tensor sample = to(batch_of(streams->quant, 0, 1), job.device);
+  r.packed_error = packed_error(out.committed, linear_inputs(*simulated, sample, job.at));
   return out;
 }
 
@@ -277,14 +238,12 @@ Outcome finish(const Job& job, const BlockMethod& method, const nn::Block& fp,
 std::optional<Outcome> restore(const Job& job, nn::Block& fp, const Streams* streams,
                                const Targets& targets, const BlockStats& stats,
                                FinishedBlock saved) {
-  const BlockMethod method(job.recipe, fp, stats);
-  const double loss = saved.report.committed_loss;
+  const BlockMethod host(job.recipe, fp, stats);
   const int index = saved.report.index;
   std::optional<Outcome> out;
-  if (assign(method.learnables(), saved.learnables))
-    out = finish(job, method, fp, streams, targets, std::move(saved.report));
-  if (out && out->report.committed_loss == loss &&
-      job.hooks.store->confirms(index, *out->committed.packed)) {
+  if (assign(host.learnables(), saved.learnables))
+    out = finish(job, host, fp, streams, targets, std::move(saved.report));
+  if (out && job.hooks.store->confirms(index, *out->committed.packed)) {
     out->report.restored = true;
     return out;
   }
@@ -293,30 +252,51 @@ std::optional<Outcome> restore(const Job& job, nn::Block& fp, const Streams* str
   return std::nullopt;
 }
 
+// The method with learned clipping and transformation, in host memory; fp is there already.
+BlockMethod learned(const Job& job, nn::Block& fp, const Streams& streams, const Targets& targets,
+                    const BlockStats& stats, nn::Block& on_device, BlockReport& report,
+                    const std::chrono::steady_clock::time_point start) {
+  BlockMethod host(job.recipe, fp, stats);
+  if (job.device == Device{}) {
+    learn(job.recipe, host, fp, {streams.quant, targets, job.at}, job.hooks, job.progress, report,
+          start);
+    return host;
+  }
+  const BlockMethod there(job.recipe, on_device, stats);
+  learn(job.recipe, there, on_device, {streams.quant, targets, job.at}, job.hooks, job.progress,
+        report, start);
+  assign(host.learnables(), there.learnables());
+  return host;
+}
+
 Outcome quantize_block(const Job& job, nn::Block& fp, const Streams* streams, BlockReport report,
                        std::optional<FinishedBlock> saved) {
   const auto start = std::chrono::steady_clock::now();
-  reset_cpu_memory_peak();
+  const DeviceApi& api = device_api(job.device);
+  api.reset_memory_peak(job.device.index);
   const bool learns = job.recipe.train.epochs > 0;
+  const auto there = fp.clone();  // where blocks compute; on the CPU it shares all of fp
+  move_to(*there, job.device);
   Targets targets;
   BlockStats stats;
   if (streams) {  // ① F(W, X)
-    const auto watched = fp.clone();
+    const auto watched = there->clone();
     StatsCollector collector(*watched);
     targets.of_fp =
-        run(job.recipe.transforms.empty() ? fp : *watched, streams->fp, job.at, job.hooks);
+        run(job.recipe.transforms.empty() ? *there : *watched, streams->fp, job.at, job.hooks);
     stats = collector.take();
   }
   if (saved)
     if (auto out = restore(job, fp, streams, targets, stats, std::move(*saved)))
       return std::move(*out);
   if (learns && job.recipe.objective.wants_of_quant)
-    targets.of_quant = run(fp, streams->quant, job.at, job.hooks);
-  const BlockMethod method(job.recipe, fp, stats);  // Θ₁: clipping, Θ₂: transforms
-  if (learns) learn(job, method, fp, streams->quant, targets, report, start);
+    targets.of_quant = run(*there, streams->quant, job.at, job.hooks);
+  const BlockMethod method =  // Θ₁: clipping, Θ₂: transforms
+      learns ? learned(job, fp, *streams, targets, stats, *there, report, start)
+             : BlockMethod(job.recipe, fp, stats);
   Outcome out = finish(job, method, fp, streams, targets, std::move(report));
   out.report.seconds = seconds_since(start);
-  out.report.peak_bytes = cpu_memory_use().peak;
+  out.report.peak_bytes = api.memory(job.device.index).peak;
   if (job.hooks.store)
     job.hooks.store->save(out.report.index, {out.report, method.learnables()},
                           *out.committed.packed);
@@ -333,14 +313,17 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
   check(streaming || recipe.train.epochs == 0, "method {}: learning needs calibration text",
         recipe.name);
   Streams streams;
-  Job job{recipe, hooks, progress, {}};
+  Job job{recipe, hooks, progress, data.device, {}};
   if (streaming) {
     check(data.ids.dim(0) >= recipe.train.batch_size, "{} calibration windows for a batch of {}",
           data.ids.dim(0), recipe.train.batch_size);
     NoGrad off;
     streams.fp = source.embed(data.ids);
+    if (!data.samples_on_host) streams.fp = to(streams.fp, data.device);
     streams.quant = streams.fp;
-    job.at = nn::positions(0, data.ids.dim(1), source.rope(data.ids.dim(1)));
+    const nn::RopeTables tables = source.rope(data.ids.dim(1));
+    job.at = nn::positions(0, data.ids.dim(1),
+                           {to(tables.cos, data.device), to(tables.sin, data.device)});
   }
   std::vector<BlockReport> reports;
   bool stored = hooks.store != nullptr;  // up to the first block that is not

@@ -51,6 +51,8 @@ using Progress = std::function<void(const BlockReport& block, int epoch, int epo
 
 struct CalibrationData {
   Tensor ids;  // I32 [samples, tokens]; undefined: no streams, for recipes that learn nothing
+  Device device = {};  // where blocks compute and learn; codes are chosen and packed on the CPU
+  bool samples_on_host = false;  // the streams stay in host memory, whatever the device
 };
 
 // Quantises every block of the source into the sink, keeping the two streams of §8 (full precision

@@ -28,7 +28,7 @@ struct Options {
   int aug_loss = -1;  // -1: the method's; 0 or 1
   int let = -1;       // the equivalent transformation; -1: when activations are quantised
   double let_lr = -1, alpha = -1;  // below 0: the method's for these bits
-  int let_shift = -1;              // its shifts; -1: when activations are quantised
+  int let_shift = -1;              // its shifts; -1: the method's for these bits
   bool let_up_to_down = false;     // its optional site
   // The official choices where ours differ (spec omniquant §17); QuantSpec holds those of grids.
   bool untied_pairs = false, one_consumer = false, signed_max = false;

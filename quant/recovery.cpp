@@ -8,7 +8,8 @@ namespace omq::quant {
 // 0 · x is NaN where x is NaN or infinite.
 bool all_finite(const Tensor& x) {
   NoGrad off;
-  const Tensor zero = sum(x.detach() * 0.0);
+  const bool narrow = x.dtype() == DType::BF16 || x.dtype() == DType::F16;
+  const Tensor zero = sum((narrow ? to(x, DType::F32) : x.detach()) * 0.0);
   return x.dtype() == DType::F64 ? zero.item<double>() == 0.0 : zero.item<float>() == 0.0f;
 }
 
@@ -36,10 +37,7 @@ bool assign(const std::vector<Learnable>& learnables, const std::vector<Learnabl
         to.dtype() != from.dtype())
       return false;
   }
-  for (size_t i = 0; i < values.size(); ++i) {
-    Tensor t = learnables[i].value.detach();
-    on(t).copy(t, values[i].value);
-  }
+  for (size_t i = 0; i < values.size(); ++i) transfer(learnables[i].value, values[i].value);
   return true;
 }
 

@@ -29,7 +29,8 @@ class Snapshot {
   std::vector<Tensor> now_, then_;
 };
 
-// Values into learnables, in place. False when names or shapes are not the same.
+// Values into learnables, in place, between any devices. False when names or shapes are not the
+// same.
 bool assign(const std::vector<Learnable>& learnables, const std::vector<Learnable>& values);
 
 struct Culprit {

@@ -21,6 +21,7 @@
 #include "tensor/parallel.h"
 #include "tools/calibration_text.h"
 #include "tools/cli.h"
+#include "tools/device_option.h"
 #include "tools/interrupt.h"
 #include "tools/quant_options.h"
 #include "tools/report_json.h"
@@ -172,7 +173,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"augmented_loss", r.augmented},
             {"learning_rates", r.train.lr},
             {"weight_decay", r.train.weight_decay},
-            {"compute", r.train.compute == Compute::BF16 ? "bf16" : "f32"},
+            {"compute", compute_name(r.train.compute)},
             {"seed", o.seed}};
   if (data.ids.defined())
     j["calibration"] = {{"source", data.description},
@@ -198,19 +199,21 @@ json files_json(const std::vector<CheckpointFile>& files) {
 }
 
 // What the bytes of the result depend on. Two runs with the same fingerprint give the same bytes.
-json fingerprint(const json& recipe, const Ends& ends, const json& source) {
+json fingerprint(const QuantOptions& o, const json& recipe, const Ends& ends, const json& source) {
   json settings = recipe, calibration;
   if (recipe.contains("calibration")) calibration = recipe["calibration"]["ids_sha256"];
   settings.erase("calibration");
   for (const auto& [module, keep] : ends.tables) settings["kept"][module] = keep.to_string();
   json model;
   for (const json& f : source) model[f["file"].get<std::string>()] = f["sha256"];
-  return {
-      {"omq_version", OMQ_VERSION},
-      {"program", {{"packed_kernels", packed_isa_name()}, {"matrix_products", cpu::gemm_name()}}},
-      {"model", model},
-      {"calibration_ids", calibration},
-      {"settings", settings}};
+  return {{"omq_version", OMQ_VERSION},
+          {"program",
+           {{"packed_kernels", packed_isa_name()},
+            {"matrix_products", cpu::gemm_name()},
+            {"device", to_string(o.device.type)}}},
+          {"model", model},
+          {"calibration_ids", calibration},
+          {"settings", settings}};
 }
 
 std::string read_file(const std::string& name) {
@@ -284,6 +287,7 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
   if (!simulated) return;
   for (size_t i = 0; i < model.blocks.size(); ++i)
     *model.blocks[i] = dynamic_cast<const LlamaBlock&>(*simulated->blocks[i]);
+  model.move_to(o.device);
   run("sim:");
 }
 
@@ -316,8 +320,8 @@ int quantize_checkpoint(const cli::Args& args) {
   const Ends ends = plan_ends(o, reader->config(), recipe);
   for (const std::string& item : o.eval)
     read_file(item.substr(4));  // a missing text must not cost a whole run
-  fmt::print(stderr, "{} {} of {} ({})\n", recipe.name, recipe.spec.to_string(), o.model.string(),
-             reader->container());
+  fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.name, recipe.spec.to_string(),
+             o.model.string(), reader->container(), cli::device_text(o.device));
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
 
   cli::catch_interrupts();
@@ -326,7 +330,7 @@ int quantize_checkpoint(const cli::Args& args) {
   const auto notice = [](const std::string& text) { fmt::print(stderr, "{}\n", text); };
   std::optional<WorkFolder> work;
   if (!o.work.empty()) {
-    work.emplace(o.work, fingerprint(recipe_report, ends, source_files), notice);
+    work.emplace(o.work, fingerprint(o, recipe_report, ends, source_files), notice);
     if (const int n = work->finished(); n > 0)
       notice(fmt::format("{}: {} of {} blocks are finished", o.work.string(), n,
                          reader->config().num_layers));
@@ -342,8 +346,8 @@ int quantize_checkpoint(const cli::Args& args) {
     cli::Progress line("calibrating", int64_t{source.size()} * std::max(1, recipe.train.epochs),
                        o.quiet);
     blocks = quant::quantize(
-        source, writer, recipe, {data.ids}, block_progress(source.size(), recipe, o.quiet, line),
-        simulate ? &simulated : nullptr,
+        source, writer, recipe, {data.ids, o.device},
+        block_progress(source.size(), recipe, o.quiet, line), simulate ? &simulated : nullptr,
         {.poll = cli::check_interrupted, .notice = notice, .store = work ? &*work : nullptr});
   }
   writer.close();
@@ -353,6 +357,7 @@ int quantize_checkpoint(const cli::Args& args) {
                  {"source", source_files},
                  {"calibration_seconds", seconds_since(start)},
                  {"threads", num_threads()},
+                 {"device", cli::device_text(o.device)},
                  {"blocks", blocks_json(blocks)},
                  {"size", size_json(size)},
                  {"evaluation", json::array()},

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "tensor/cpu/gemm.h"
+#include "tools/device_option.h"
 #include "tools/transform_options.h"
 
 namespace omq {
@@ -36,7 +37,7 @@ struct Raw {
   bool symmetric = false, aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
   bool unused = false;
-  std::string unused_text, compute = "f32";
+  std::string unused_text, compute = "f32", device = "auto";
   std::vector<std::string> keep;
 };
 
@@ -99,9 +100,14 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
   app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
       ->type_name("X")
       ->group(group);
+  app.add_option("--device", raw.device,
+                 "where blocks compute and learn: cpu, cuda, cuda:N or auto (default: a GPU that "
+                 "this build can use, else the CPU)")
+      ->type_name("WHERE")
+      ->group(group);
   app.add_option("--compute", raw.compute,
-                 "products of a training step in f32 (default) or bf16 (faster where the "
-                 "processor multiplies it)")
+                 "products of a training step in f32 (default), bf16 (faster where the processor "
+                 "multiplies it) or f16 (on a GPU)")
       ->type_name("TYPE")
       ->group(group);
   app.add_flag("--aug-loss", raw.aug,
@@ -201,10 +207,14 @@ void check_numbers(const QuantOptions& o) {
          "--eval-context: at least 2; --eval-chunks: 0 or more");
 }
 
-Compute parse_compute(const std::string& text) {
+Compute parse_compute(const std::string& text, Device device) {
   if (text == "f32" || text == "fp32") return Compute::F32;
-  if (text != "bf16") throw UsageError(fmt::format("--compute {}: f32 or bf16 wanted", text));
-  if (!cpu::gemm_has_bf16())
+  const bool gpu = device.type == DeviceType::CUDA;
+  if (gpu && (text == "f16" || text == "fp16")) return Compute::F16;
+  if (text != "bf16")
+    throw UsageError(fmt::format("--compute {}: f32{} or bf16 wanted on {}", text,
+                                 gpu ? ", f16" : "", to_string(device)));
+  if (!gpu && !cpu::gemm_has_bf16())
     throw UsageError(
         "--compute bf16: this processor (or this build) has no bf16 products; use f32");
   return Compute::BF16;
@@ -214,7 +224,8 @@ void settle(const Raw& raw, QuantOptions& o) {
   if (o.model.empty()) throw UsageError("-m MODEL is missing");
   if (o.out.empty()) o.out = raw.output_dir;
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
-  o.recipe.compute = parse_compute(raw.compute);
+  o.device = cli::device_from(raw.device);
+  o.recipe.compute = parse_compute(raw.compute, o.device);
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
   if (!o.calib.empty() && !o.calib_ids.empty())

@@ -28,6 +28,7 @@ struct QuantOptions {
   bool nsamples_given = false, seqlen_given = false;
   uint32_t seed = 2;
   int threads = 0;
+  Device device = {};
   bool force = false, quiet = false;
   std::vector<std::string> eval;  // "ppl:FILE" or "sim:FILE"
   int64_t eval_context = 2048, eval_chunks = 0;

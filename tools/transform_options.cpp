@@ -29,7 +29,8 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   app.add_flag("--let", f.let, "learn the transformation (default when activations are quantised)")
       ->group(group);
   app.add_flag("--no-let", f.no_let, "do not")->group(group);
-  app.add_option("--let-lr", f.let_lr, "learning rate of its scales and shifts (default 0.005)")
+  app.add_option("--let-lr", f.let_lr,
+                 "learning rate of its scales and shifts (default 0.005, at w4a4 0.001)")
       ->type_name("X")
       ->group(group);
   app.add_option("--alpha", f.alpha,
@@ -37,7 +38,7 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
       ->type_name("X")
       ->group(group);
   app.add_flag("--let-shift", f.shift,
-               "learn shifts too; they become biases (default when activations are quantised)")
+               "learn shifts too; they become biases (default at activations of 5 to 8 bits)")
       ->group(group);
   app.add_flag("--no-let-shift", f.no_shift, "scales alone, as the official code")->group(group);
   app.add_flag("--let-up-down", f.up_down, "transform between up_proj and down_proj too")

@@ -141,8 +141,20 @@ void WorkFolder::settle_manifest(const json& manifest) {
   const json old = json::parse(there, nullptr, false);
   check(!old.is_discarded(), "--work {}: manifest.json cannot be read; choose another folder",
         folder_.string());
-  fail("--work {}: belongs to another run: {}; repeat that run's command, or choose another folder",
-       folder_.string(), differences(old, manifest));
+  const auto without_program = [](json j) {
+    if (j.is_object()) j.erase("program");
+    return j;
+  };
+  check(
+      without_program(old) == without_program(manifest),
+      "--work {}: belongs to another run: {}; repeat that run's command, or choose another folder",
+      folder_.string(), differences(old, manifest));
+  // Blocks that are finished come out the same wherever codes are chosen, and each is checked.
+  fingerprint_ = sha256(there);
+  notice_(
+      fmt::format("--work {}: begun in another way: {}; finished blocks are taken over, what is "
+                  "learned from here on may differ in the last bits from an unbroken run",
+                  folder_.string(), differences(old, manifest)));
 }
 
 fs::path WorkFolder::block_file(int i) const {

@@ -5,15 +5,17 @@
 namespace omq::quant {
 namespace {
 
-// The official scripts' settings by bits (spec omniquant §12).
+// The official scripts' settings by bits (spec omniquant §12), but at 4-bit activations: there the
+// rate that those scripts use for Llama 2, and no shifts, gave lower perplexities
+// (docs/performance.md).
 struct Preset {
   int epochs = 20;
   double let_lr = 5e-3, alpha = 0.5;
-  bool augmented = false;
+  bool augmented = false, shift = true;
 };
 Preset preset_of(const QuantSpec& s) {
   if (s.wbits == 2) return {.epochs = 40, .augmented = true};
-  if (s.wbits <= 4 && s.abits <= 4) return {.augmented = true};
+  if (s.wbits <= 4 && s.abits <= 4) return {.let_lr = 1e-3, .augmented = true, .shift = false};
   return {};
 }
 
@@ -40,10 +42,11 @@ Recipe omniquant(const Options& o) {
            .train = {.epochs = o.epochs >= 0 ? o.epochs : preset.epochs,
                      .batch_size = o.batch_size,
                      .lr = {{"lwc", o.lwc_lr}},
-                     .weight_decay = o.weight_decay}};
+                     .weight_decay = o.weight_decay,
+                     .compute = o.compute}};
   if (!let) return r;
   r.let = {.alpha = o.alpha >= 0 ? o.alpha : preset.alpha,
-           .shift = o.let_shift < 0 ? activations : o.let_shift != 0,
+           .shift = o.let_shift < 0 ? activations && preset.shift : o.let_shift != 0,
            .tied_pairs = !o.untied_pairs,
            .up_to_down = o.let_up_to_down,
            .all_consumers = !o.one_consumer,

@@ -108,16 +108,20 @@ TEST_CASE("recipes: the transformation comes with quantised activations, or when
   CHECK_FALSE(recipe("w4a16", 1).let->shift);
   CHECK(recipe("w4a16", 1, 1).let->shift);
   CHECK_FALSE(recipe("w4a4", -1, 0).let->shift);
-  for (const char* setting : {"w4a4", "w6a6", "w8a8", "w4a8"}) {
-    const Recipe r = recipe(setting);
+  CHECK(recipe("w4a4", -1, 1).let->shift);
+  for (const std::string setting : {"w4a4", "w6a6", "w8a8", "w4a8"}) {
+    CAPTURE(setting);
+    const Recipe r = recipe(setting.c_str());
     REQUIRE(r.let);
-    CHECK(r.let->shift);
+    CHECK(r.let->shift == (setting != "w4a4"));
     CHECK(r.let->tied_pairs);
     CHECK(r.let->alpha == 0.5);
     CHECK(r.transforms.size() == 1);
-    CHECK(r.train.lr.at("let") == 5e-3);
+    CHECK(r.train.lr.at("let") == (setting == "w4a4" ? 1e-3 : 5e-3));
     CHECK(r.train.epochs == 20);
   }
+  CHECK(make_recipe("omniquant", {.spec = {}, .compute = Compute::BF16}).train.compute ==
+        Compute::BF16);
   CHECK(
       make_recipe("omniquant", {.spec = {}, .let = 1, .let_lr = 1e-3, .alpha = 0.75}).let->alpha ==
       0.75);

@@ -1,0 +1,184 @@
+// See learn.h.
+#include "quant/learn.h"
+
+#include <cmath>
+#include <optional>
+
+#include "autograd/ops.h"
+#include "quant/recovery.h"
+
+namespace omq::quant {
+namespace {
+
+Tensor batch_of(const Tensor& stream, int64_t begin, int64_t end) {
+  return stream.defined() ? slice(stream, 0, begin, end) : Tensor{};
+}
+Targets batch_of(const Targets& t, int64_t begin, int64_t end) {
+  return {batch_of(t.of_fp, begin, end), batch_of(t.of_quant, begin, end)};
+}
+
+// Where the block computes: the device of its first matrix.
+Device device_of(const nn::Block& block) {
+  return block.clone()->linears().front().linear->dense().device();
+}
+
+// x where the step reads it. On the CPU it is read where it lies.
+void place(Tensor& into, const Tensor& x, Device device) {
+  if (device.type == DeviceType::CPU || !x.defined()) {
+    into = x;
+    return;
+  }
+  if (!into.defined()) into = Tensor::empty(x.shape(), x.dtype(), device);
+  if (x.device() == device)
+    on(into).copy(into, x);
+  else
+    transfer(into, x);
+}
+
+struct Epoch {
+  double loss = 0;      // mean of its steps
+  int64_t failed = -1;  // first sample of the step that gave no number
+};
+
+// Passes over the samples.
+class Trainer {
+ public:
+  Trainer(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const LearningData& data,
+          const Hooks& hooks)
+      : recipe_(recipe), method_(method), fp_(fp), data_(data), hooks_(hooks) {
+    const int64_t steps = data.x.dim(0) / recipe.train.batch_size;
+    losses_ = Tensor::zeros({steps}, DType::F32, device_of(fp));
+    restart(1);
+  }
+
+  // Fresh moments, at this share of the learning rates.
+  void restart(double factor) {
+    step_.reset();
+    optimizer_.emplace(method_.param_groups());
+    optimizer_->set_lr_factor(factor);
+    step_.emplace(recipe_, method_, fp_, *optimizer_, data_.at, samples(0).first,
+                  samples(0).second);
+  }
+
+  // Nothing is learned from a loss that is no number, nor after it. On the CPU it ends the epoch at
+  // once; on other devices, where it would have to be waited for, losses are looked at in the end.
+  Epoch epoch() {
+    const ComputeScope compute(recipe_.train.compute);
+    const bool waits = losses_.device().type == DeviceType::CPU;
+    const int64_t steps = losses_.dim(0);
+    for (int64_t i = 0; i < steps; ++i) {
+      if (hooks_.poll) hooks_.poll();
+      const auto [x, targets] = samples(i * recipe_.train.batch_size);
+      const Tensor& loss = (*step_)(x, targets);
+      Tensor slot = losses_.alias({1}, {1}, i);
+      on(slot).copy(slot, loss);
+      if (waits && !std::isfinite(loss.item<float>())) return failure(i);
+    }
+    double total = 0;
+    const std::vector<float> losses = losses_.to_vector<float>();
+    for (int64_t i = 0; i < steps; ++i) {
+      const float loss = losses[static_cast<size_t>(i)];
+      if (!std::isfinite(loss)) return failure(i);
+      total += static_cast<double>(loss);
+    }
+    for (const Learnable& l : method_.learnables())
+      if (!all_finite(l.value)) return {total, 0};
+    return {total / static_cast<double>(steps)};
+  }
+
+  std::pair<Tensor, Targets> samples(int64_t first) const {
+    const int64_t end = first + recipe_.train.batch_size;
+    return {batch_of(data_.x, first, end), batch_of(data_.targets, first, end)};
+  }
+
+ private:
+  Epoch failure(int64_t step) const { return {std::nan(""), step * recipe_.train.batch_size}; }
+
+  const Recipe& recipe_;
+  const BlockMethod& method_;
+  nn::Block& fp_;
+  const LearningData& data_;
+  const Hooks& hooks_;
+  Tensor losses_;  // of each step of an epoch
+  std::optional<nn::AdamW> optimizer_;
+  std::optional<LearningStep> step_;
+};
+
+}  // namespace
+
+LearningStep::LearningStep(const Recipe& recipe, const BlockMethod& method, const nn::Block& fp,
+                           nn::AdamW& optimizer, const nn::Positions& at, const Tensor& x,
+                           const Targets& targets)
+    : recipe_(recipe),
+      method_(method),
+      fp_(fp),
+      optimizer_(optimizer),
+      at_(at),
+      loss_(Tensor::zeros({1}, DType::F32, device_of(fp))),
+      graph_(loss_.device(), [this] { learn(); }) {
+  place(x_, x, loss_.device());
+  place(targets_.of_fp, targets.of_fp, loss_.device());
+  place(targets_.of_quant, targets.of_quant, loss_.device());
+}
+
+void LearningStep::learn() {
+  const auto block = method_.quantized(fp_);                                      // ②
+  const Tensor loss = recipe_.objective.loss(block->forward(x_, at_), targets_);  // ③ Eq. 1
+  on(loss_).copy(loss_, loss.detach());
+  optimizer_.step(backward(loss), loss_);  // ④ only Θ moves
+}
+
+const Tensor& LearningStep::operator()(const Tensor& x, const Targets& targets) {
+  place(x_, x, loss_.device());
+  place(targets_.of_fp, targets.of_fp, loss_.device());
+  place(targets_.of_quant, targets.of_quant, loss_.device());
+  graph_.run();
+  return loss_;
+}
+
+void learn(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const LearningData& data,
+           const Hooks& hooks, const Progress& progress, BlockReport& report,
+           const std::chrono::steady_clock::time_point start) {
+  const auto learnables = method.learnables();
+  double factor = 1;
+  Trainer trainer(recipe, method, fp, data, hooks);
+  for (int epoch = 1; epoch <= recipe.train.epochs; ++epoch) {
+    const Snapshot before(learnables);
+    for (;;) {
+      const Epoch e = trainer.epoch();
+      if (e.failed < 0) {
+        report.epoch_loss.push_back(e.loss);
+        break;
+      }
+      const ComputeScope compute(recipe.train.compute);
+      NoGrad off;
+      const auto [x, targets] = trainer.samples(e.failed);
+      const Device d = device_of(fp);
+      const Culprit why = first_not_finite(
+          fp, *method.quantized(fp), learnables, to(x, d),
+          {to(targets.of_fp, d), targets.of_quant.defined() ? to(targets.of_quant, d) : Tensor{}},
+          data.at);
+      check(!why.hopeless,
+            "epoch {}: the loss is not finite, and no learning rate changes that: {}", epoch,
+            why.tensor);
+      check(report.recoveries.size() < kTries,
+            "epoch {}: the loss is not finite, after {} tries at lower rates still; it begins in: "
+            "{}; lower the learning rate",
+            epoch, kTries, why.tensor);
+      before.restore();
+      factor /= 2;
+      report.recoveries.push_back({epoch, factor, why.tensor});
+      if (hooks.notice)
+        hooks.notice(fmt::format(
+            "{}: epoch {}: the loss is not finite ({}); back to the start of the epoch, learning "
+            "rates times {}",
+            report.name, epoch, why.tensor, factor));
+      trainer.restart(factor);
+    }
+    report.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (progress) progress(report, epoch, recipe.train.epochs);
+  }
+}
+
+}  // namespace omq::quant
