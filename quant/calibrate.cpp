@@ -8,6 +8,7 @@
 #include "autograd/ops.h"
 #include "nn/packed_weight.h"
 #include "quant/activations.h"
+#include "quant/linear_report.h"
 #include "quant/recovery.h"
 
 namespace omq::quant {
@@ -263,6 +264,8 @@ Outcome finish(const Job& job, const BlockMethod& method, const nn::Block& fp,
                const Streams* streams, const Targets& targets, BlockReport report) {
   NoGrad off;
   Outcome out{method.commit(fp), {}, std::move(report)};
+  report_linears(job.recipe, method, fp, *out.committed.simulated,
+                 streams ? batch_of(streams->quant, 0, 1) : Tensor{}, job.at, out.report);
   if (!streams) return out;
   BlockReport& r = out.report;
   out.next = {targets.of_fp, run(*out.committed.simulated, streams->quant, job.at, job.hooks)};
