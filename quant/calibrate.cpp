@@ -9,6 +9,7 @@
 #include "nn/packed_weight.h"
 #include "quant/activations.h"
 #include "quant/learn.h"
+#include "quant/linear_report.h"
 #include "quant/recovery.h"
 
 namespace omq::quant {
@@ -221,15 +222,16 @@ Outcome finish(const Job& job, const BlockMethod& host, const nn::Block& fp, con
                const Targets& targets, BlockReport report) {
   NoGrad off;
   Outcome out{host.commit(fp), {}, std::move(report)};
-  if (!streams) return out;
   const auto simulated = out.committed.simulated->clone();
   move_to(*simulated, job.device);
+  const Tensor sample = streams ? to(batch_of(streams->quant, 0, 1), job.device) : Tensor{};
   BlockReport& r = out.report;
+  report_linears(job.recipe, host, fp, *simulated, sample, job.at, r);
+  if (!streams) return out;
   out.next = {targets.of_fp, run(*simulated, streams->quant, job.at, job.hooks)};
   r.committed_loss = mean_over(mse, out.next.quant, out.next.fp);
   r.target_mean_square = mean_over([](const Tensor& y) { return mean(square(y)); }, out.next.fp);
   check(std::isfinite(r.committed_loss), "the committed block's output is not finite");
-  const Tensor sample = to(batch_of(streams->quant, 0, 1), job.device);
   r.packed_error = packed_error(out.committed, linear_inputs(*simulated, sample, job.at));
   return out;
 }

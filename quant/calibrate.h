@@ -22,6 +22,8 @@ class BlockMethod {
   // A copy of fp whose matrices went through transform, clip and fake quantisation, and whose
   // activations go through theirs; differentiable in the learnables.
   std::unique_ptr<nn::Block> quantized(const nn::Block& fp) const;
+  // The copy before anything is put on a grid but its activations.
+  std::unique_ptr<nn::Block> transformed(const nn::Block& fp) const;
   std::vector<nn::ParamGroup> param_groups() const;
   // Every parameter of those groups under a name of its own.
   std::vector<Learnable> learnables() const;
@@ -35,8 +37,6 @@ class BlockMethod {
   Committed commit(const nn::Block& fp) const;
 
  private:
-  std::unique_ptr<nn::Block> transformed(const nn::Block& fp) const;
-
   const Recipe& recipe_;
   std::vector<std::unique_ptr<Transform>> transforms_;
   std::vector<std::unique_ptr<Clip>> clips_;  // in the order of Block::linears()

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,32 @@ struct Recovery {
   std::string tensor;      // the first that was not finite
 };
 
+// How many of some values fall into each bin [k·width, (k+1)·width) of a fixed grid, from the first
+// bin that holds one to the last: histograms of one width lie on each other bin by bin.
+struct Histogram {
+  double width = 1;
+  int64_t first = 0;            // k of counts[0]
+  std::vector<int64_t> counts;  // empty: there were no values
+  double mean = 0;              // of the values themselves
+  bool operator==(const Histogram&) const = default;
+};
+
+// One matrix of a block (quant/linear_report.h).
+struct LinearReport {
+  std::string name;          // "self_attn.q_proj"
+  double error_nearest = 0;  // of the full-precision matrix rounded to nearest
+  double error = 0;          // of the committed matrix
+  Histogram gamma, beta;     // clip factors of all rows and groups; empty where none are learned
+  bool operator==(const LinearReport&) const = default;
+};
+
+// What a transformation learned at one place of the block.
+struct SiteReport {
+  std::string name;             // "qkv"
+  Histogram log2_scale, shift;  // over its channels; empty where not learned
+  bool operator==(const SiteReport&) const = default;
+};
+
 struct BlockReport {
   int index = 0;
   std::string name;
@@ -32,8 +59,11 @@ struct BlockReport {
   double target_mean_square = 0;  // of the full-precision output, to read the loss against
   double packed_error = 0;  // worst linear's ‖packed(x) − dense(x)‖ / ‖dense(x)‖, first sample
   double seconds = 0;
-  size_t peak_bytes = 0;  // tensors alive at most during this block
-  bool restored = false;  // from an earlier run; not learned in this one
+  size_t peak_bytes = 0;       // tensors alive at most during this block
+  bool restored = false;       // from an earlier run; not learned in this one
+  bool output_errors = false;  // errors of linears: of their outputs; false: of their weights
+  std::vector<LinearReport> linears;
+  std::vector<SiteReport> sites;
 };
 
 struct FinishedBlock {

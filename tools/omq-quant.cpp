@@ -24,6 +24,7 @@
 #include "tools/device_option.h"
 #include "tools/interrupt.h"
 #include "tools/quant_options.h"
+#include "tools/report_command.h"
 #include "tools/report_json.h"
 #include "tools/work_folder.h"
 
@@ -189,6 +190,16 @@ json blocks_json(const std::vector<quant::BlockReport>& reports) {
   return list;
 }
 
+// Under which name people know it, and how large it is.
+json model_json(const QuantOptions& o, const ModelConfig& c) {
+  const std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
+  const bool file = std::filesystem::is_regular_file(path);
+  return {{"name", (file ? path.stem() : path.filename()).string()},
+          {"type", c.model_type},
+          {"layers", c.num_layers},
+          {"hidden_size", c.hidden_size}};
+}
+
 json files_json(const std::vector<CheckpointFile>& files) {
   json list = json::array();
   for (const auto& f : files)
@@ -293,7 +304,7 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
 
 std::string report_text(json& report) {
   report["peak_memory_bytes"] = cli::peak_memory_bytes();
-  return report.dump(2) + "\n";
+  return readable(report);
 }
 
 // --force must not let the result take the place of what it is made from.
@@ -307,6 +318,7 @@ void check_not_source(const QuantOptions& o) {
 }
 
 int quantize_checkpoint(const cli::Args& args) {
+  if (!args.empty() && args[0] == "report") return report_command({args.begin() + 1, args.end()});
   QuantOptions o;
   if (!parse_quant_options(args, o)) return 0;
   if (o.threads > 0) set_num_threads(o.threads);
@@ -316,6 +328,7 @@ int quantize_checkpoint(const cli::Args& args) {
   check(!PackedConfig::of(reader->config()), "{}: is quantised already; quantise the original",
         o.model.string());
   check_not_source(o);
+  if (!o.page.empty()) check_page_path(o.page, o.out);
   const CalibrationWindows data = calibration(o, *reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe);
   for (const std::string& item : o.eval)
@@ -353,6 +366,7 @@ int quantize_checkpoint(const cli::Args& args) {
   writer.close();
   const ModelSize size = check_written(writer.unfinished());
   json report = {{"omq_version", OMQ_VERSION},
+                 {"model", model_json(o, reader->config())},
                  {"recipe", recipe_report},
                  {"source", source_files},
                  {"calibration_seconds", seconds_since(start)},
@@ -375,6 +389,7 @@ int quantize_checkpoint(const cli::Args& args) {
     file.write(report_text(report));
     file.commit();
   }
+  if (!o.page.empty()) write_page(o.page, report, "report");
   fmt::print(stderr, "done in {}, peak memory {}\n", cli::human_seconds(seconds_since(start)),
              cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())));
   return 0;

@@ -125,6 +125,9 @@ void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->type_name("N");
   app.add_option("--eval-chunks", o.eval_chunks, "only the first N evaluation windows")
       ->type_name("N");
+  app.add_option("--report", o.page,
+                 "write the report as a page too; later: omq-quant report DIR -o FILE.html")
+      ->type_name("FILE.html");
   app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
       ->type_name("N");
   app.add_flag("-q,--quiet", o.quiet, "no progress");

@@ -21,6 +21,7 @@ struct KeepSpec {
 struct QuantOptions {
   std::filesystem::path model, out, calib_ids;
   std::filesystem::path work;  // empty: a killed run begins anew
+  std::filesystem::path page;  // the report for people; empty: none
   std::vector<std::filesystem::path> calib;
   std::string method = "omniquant";
   quant::Options recipe;
