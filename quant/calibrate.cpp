@@ -53,10 +53,8 @@ std::shared_ptr<nn::PackedIntWeight> pack(const Tensor& w, Grid grid, const Roun
       pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
 }
 
-// How far the packed kernels are from the simulated matrices, as a share of their outputs, on the
-// inputs that each linear has in the simulated block on sample x. Linear by linear, since a code of
-// an activation that falls to the other side of a tie is no fault. Rounding alone gives about 1e-6;
-// anything large is a fault, and must not reach a file.
+}  // namespace
+
 double packed_error(const BlockMethod::Committed& block, const Tensor& x, const nn::Positions& at) {
   const auto watched = block.simulated->clone();
   const auto dense = watched->linears(), packed = block.packed->linears();
@@ -76,13 +74,15 @@ double packed_error(const BlockMethod::Committed& block, const Tensor& x, const 
     const double error = std::sqrt(difference / std::max(power, 1e-30));
     if (error <= worst) continue;
     worst = error;  // also when it is no number
-    check(error < 1e-3,
+    check(error < kPackedError,
           "{}: the packed matrix differs from the simulated one by {:.2e}; this is a fault of a "
           "packed kernel (try OMQ_ISA=scalar)",
           dense[i].name, error);
   }
   return worst;
 }
+
+namespace {
 
 // What every block of a run is calibrated with.
 struct Job {
