@@ -43,6 +43,19 @@ class BlockMethod {
   std::vector<std::string> linears_;          // their names
 };
 
+// The inputs of a block's linears, in their order, for some tokens x [1,T,D], as they are before
+// anything is quantised.
+std::vector<Tensor> linear_inputs(const nn::Block& block, const Tensor& x, const nn::Positions& at);
+
+// How far the packed kernels are from the simulated matrices, as a share of their outputs, on the
+// inputs that each linear has in the simulated block (their first tokens: packed weights are
+// multiplied on the CPU); where these are quantised, it is the product in integers against the
+// simulated one. Linear by linear, since a code of an activation that falls to the other side of a
+// tie is no fault. Rounding alone gives about 1e-6. Throws Error naming the linear beyond
+// kPackedError: a fault, which must not reach a file.
+inline constexpr double kPackedError = 1e-3;
+double packed_error(const BlockMethod::Committed& block, const std::vector<Tensor>& inputs);
+
 // One matrix by round-to-nearest: codes, then packed. For tables outside the blocks.
 std::shared_ptr<nn::PackedWeight> pack_nearest(const Tensor& w, const QuantSpec& spec);
 

@@ -23,6 +23,7 @@
 #include "tools/cli.h"
 #include "tools/device_option.h"
 #include "tools/interrupt.h"
+#include "tools/quant_commands.h"
 #include "tools/quant_options.h"
 #include "tools/report_command.h"
 #include "tools/report_json.h"
@@ -395,9 +396,14 @@ int quantize_checkpoint(const cli::Args& args) {
   return 0;
 }
 
+int run(const cli::Args& args) {
+  const cli::Args rest(args.begin() + (args.empty() ? 0 : 1), args.end());
+  if (!args.empty() && args.front() == "audit") return quant_audit(rest);
+  if (!args.empty() && args.front() == "trace") return quant_trace(rest);
+  return quantize_checkpoint(args);
+}
+
 }  // namespace
 }  // namespace omq
 
-int main(int argc, char** argv) {
-  return omq::cli::run_program("omq-quant", argc, argv, omq::quantize_checkpoint);
-}
+int main(int argc, char** argv) { return omq::cli::run_program("omq-quant", argc, argv, omq::run); }

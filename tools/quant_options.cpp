@@ -2,11 +2,8 @@
 // project are accepted, those that ask for something else than we do are refused with the reason.
 #include "tools/quant_options.h"
 
-#include <optional>
-
 #include "tensor/cpu/gemm.h"
 #include "tools/device_option.h"
-#include "tools/transform_options.h"
 
 namespace omq {
 namespace {
@@ -30,11 +27,8 @@ KeepSpec parse_keep(std::string_view text) {
 }
 
 struct Raw {
-  std::string preset;
-  std::optional<int> wbits;
-  TransformFlags transform;
-  std::optional<int64_t> group_size;
-  bool symmetric = false, aug = false, no_aug = false, list = false, version = false;
+  SettingFlags setting;
+  bool aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
   bool unused = false;
   std::string unused_text, compute = "f32", device = "auto";
@@ -46,17 +40,7 @@ void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->type_name("PATH");
   app.add_option("-o,--output,--save-dir", o.out, "folder to create for the packed model")
       ->type_name("DIR");
-  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")
-      ->type_name("NAME");
-  app.add_option(
-         "--preset", raw.preset,
-         "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64, w4a4, w6a6 …")
-      ->type_name("NAME");
-  app.add_option("--wbits", raw.wbits, "bits of a weight, 2 to 8 (default 4)")->type_name("N");
-  app.add_option("--group-size", raw.group_size,
-                 "weights that share a scale; 0 or -1: a whole row (default)")
-      ->type_name("G");
-  app.add_flag("--symmetric", raw.symmetric, "no zero points: the range is centred on 0");
+  add_setting_options(app, o, raw.setting);
   app.add_option("--keep", raw.keep,
                  "matrices outside the blocks: lm_head=f16|w8|w4, embed_tokens=… (default w8 in "
                  "groups of 128)")
@@ -186,15 +170,6 @@ void answer_official(const CLI::App& app) {
       fmt::print(stderr, "{}: no effect: {}\n", f.name, f.reason);
 }
 
-void settle_spec(const Raw& raw, QuantOptions& o) {
-  QuantSpec spec = raw.preset.empty() ? QuantSpec{} : QuantSpec::parse(raw.preset);
-  if (raw.wbits) spec.wbits = *raw.wbits;
-  if (raw.group_size) spec.group_size = *raw.group_size == -1 ? 0 : *raw.group_size;
-  if (raw.symmetric) spec.symmetric = true;
-  o.recipe.spec = spec;
-  settle_transform(raw.transform, o.method, o.recipe);
-}
-
 void check_numbers(const QuantOptions& o) {
   auto wanted = [](bool ok, const char* what) {
     if (!ok) throw UsageError(what);
@@ -233,14 +208,7 @@ void settle(const Raw& raw, QuantOptions& o) {
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
-  try {
-    (void)quant::make_recipe(o.method, {});  // is there such a method?
-    settle_spec(raw, o);
-  } catch (const UsageError&) {
-    throw;
-  } catch (const Error& e) {
-    throw UsageError(e.what());
-  }
+  settle_setting(raw.setting, o);
   for (const std::string& item : raw.keep) {
     const size_t at = item.find('=');
     const std::string name = item.substr(0, at);
@@ -262,12 +230,44 @@ std::string KeepSpec::to_string() const {
              : fmt::format("w{}g{}{}", spec.wbits, spec.group_size, spec.symmetric ? "sym" : "");
 }
 
+void add_setting_options(CLI::App& app, QuantOptions& o, SettingFlags& f) {
+  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")
+      ->type_name("NAME");
+  app.add_option(
+         "--preset", f.preset,
+         "bits and group size as in the papers' tables: w4a16g128, w3a16, w2a16g64, w4a4, w6a6 …")
+      ->type_name("NAME");
+  app.add_option("--wbits", f.wbits, "bits of a weight, 2 to 8 (default 4)")->type_name("N");
+  app.add_option("--group-size", f.group_size,
+                 "weights that share a scale; 0 or -1: a whole row (default)")
+      ->type_name("G");
+  app.add_flag("--symmetric", f.symmetric, "no zero points: the range is centred on 0");
+}
+
+void settle_setting(const SettingFlags& f, QuantOptions& o) try {
+  (void)quant::make_recipe(o.method, {});  // is there such a method?
+  QuantSpec spec = f.preset.empty() ? QuantSpec{} : QuantSpec::parse(f.preset);
+  if (f.wbits) spec.wbits = *f.wbits;
+  if (f.group_size) spec.group_size = *f.group_size == -1 ? 0 : *f.group_size;
+  if (f.symmetric) spec.symmetric = true;
+  o.recipe.spec = spec;
+  settle_transform(f.transform, o.method, o.recipe);
+} catch (const UsageError&) {
+  throw;
+} catch (const Error& e) {
+  throw UsageError(e.what());
+}
+
 bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   CLI::App app("Quantises a LLaMA-family checkpoint to 2-8 bits.", "omq-quant");
+  app.footer(
+      "omq-quant audit  proves on your model what a sceptic would doubt; omq-quant audit --help\n"
+      "omq-quant trace  follows one group of weights into its stored bytes; omq-quant trace "
+      "--help");
   Raw raw;
   add_main_options(app, o, raw);
   add_calibration_options(app, o, raw);
-  add_transform_options(app, raw.transform);
+  add_transform_options(app, raw.setting.transform);
   add_other_options(app, o, raw);
   add_official_options(app, raw);
   if (!cli::parse(app, args)) return false;

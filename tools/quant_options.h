@@ -3,11 +3,13 @@
 
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "quant/recipe.h"
 #include "tools/cli.h"
+#include "tools/transform_options.h"
 
 namespace omq {
 
@@ -35,6 +37,19 @@ struct QuantOptions {
   int64_t eval_context = 2048, eval_chunks = 0;
   std::map<std::string, KeepSpec> keep;  // "lm_head", "embed_tokens"
 };
+
+// What says how to quantise, as written: for programs that ask it among other things.
+struct SettingFlags {
+  std::string preset;
+  std::optional<int> wbits;
+  std::optional<int64_t> group_size;
+  bool symmetric = false;
+  TransformFlags transform;
+};
+// --method, --preset, --wbits, --group-size and --symmetric.
+void add_setting_options(CLI::App& app, QuantOptions& options, SettingFlags& flags);
+// Flags into options.recipe. Throws UsageError.
+void settle_setting(const SettingFlags& flags, QuantOptions& options);
 
 // False when there is nothing left to do (help, version, list of methods were printed). Throws
 // cli::UsageError.

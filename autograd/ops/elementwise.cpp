@@ -1,5 +1,6 @@
 // Scalar functions and broadcasting arithmetic. The formulas and derivatives are in
 // tensor/elementwise.h.
+#include "autograd/frozen.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -90,7 +91,13 @@ Tensor clamp(const Tensor& x, double lo, double hi) {
   return unary("clamp", x, {UnaryKind::Clamp, lo, hi});
 }
 Tensor round(const Tensor& x) { return unary("round", x, {UnaryKind::Round}); }
-Tensor round_ste(const Tensor& x) { return unary("round_ste", x, {UnaryKind::RoundSte}); }
+Tensor round_ste(const Tensor& x) {
+  FrozenRounding* const frozen = FrozenRounding::current();
+  if (frozen && frozen->replays()) return frozen->repeat(x);
+  const Tensor y = unary("round_ste", x, {UnaryKind::RoundSte});
+  if (frozen) frozen->note(y, Tensor::full(x.shape(), 1, x.dtype(), x.device()));
+  return y;
+}
 
 Tensor add(const Tensor& a, const Tensor& b) { return binary("add", a, b, Binary::Add); }
 Tensor sub(const Tensor& a, const Tensor& b) { return binary("sub", a, b, Binary::Sub); }

@@ -1,25 +1,42 @@
 // Fake quantisation: quantise, then dequantise, with a straight-through gradient (spec omniquant
 // §2.4, §2.6).
 #include "autograd/compute.h"
+#include "autograd/frozen.h"
 #include "autograd/ops.h"
 #include "tensor/lwc_grid.h"
 
 namespace omq {
+namespace {
+
+// The entry of a grid [R,G] for each column: [R,C].
+Tensor by_column(const Tensor& grid, int64_t cols, GroupSpec s) {
+  const int64_t rows = grid.dim(0), groups = grid.dim(1), width = s.group_cols(cols);
+  const Tensor wide = expand(reshape(grid, {rows, groups, 1}), {rows, groups, width});
+  return slice(reshape(wide, {rows, groups * width}), 1, 0, cols);
+}
+
+// What FrozenRounding wants to know of codes: how far from the zero point they are, and which of
+// them learn.
+void note_codes(FrozenRounding& frozen, const Tensor& x, const Tensor& h, const Tensor& z,
+                int max_code, bool end_codes_learn) {
+  NoGrad off;
+  const Tensor t = round(x.detach() / h.detach()) + z.detach();
+  const double ends = end_codes_learn ? 1 : 0;
+  frozen.note(clamp(t, 0, max_code) - z.detach(),
+              clamp(t + ends, 0, 1) * clamp(affine(t, -1, max_code + ends), 0, 1));
+}
+
+}  // namespace
 
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
-  check(x.dim(1) % s.group_cols(x.dim(1)) == 0,
-        "fake_quant_composed: groups of {} do not divide {} columns", s.group_cols(x.dim(1)),
-        x.dim(1));
-  const int64_t groups = s.groups(x.dim(1));
-  const Shape grouped{x.dim(0), groups, x.dim(1) / groups}, grid{x.dim(0), groups, 1};
-  const Tensor h = reshape(scale, grid), z = reshape(zero.detach(), grid);
-  const Tensor t = round_ste(reshape(x, grouped) / h) + z;
+  const Tensor h = by_column(scale, x.dim(1), s), z = by_column(zero.detach(), x.dim(1), s);
+  const Tensor t = round_ste(x / h) + z;
   Tensor codes = clamp(t, 0, s.max_code());
   if (!s.end_codes_learn) {  // halves keep the end codes out of the gradient, not out of the value
     const Tensor inner = clamp(t, 0.5, s.max_code() - 0.5);
     codes = inner + (codes - inner).detach();
   }
-  return reshape((codes - z) * h, x.shape());
+  return (codes - z) * h;
 }
 
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
@@ -28,6 +45,14 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
   check(scale.shape() == grid && zero.shape() == grid,
         "fake_quant: x {} wants grids {}, got {} and {}", x.shape(), grid, scale.shape(),
         zero.shape());
+  FrozenRounding* const frozen = FrozenRounding::current();
+  if (frozen && frozen->replays()) {
+    const Tensor h = by_column(scale, x.dim(1), s);
+    return frozen->repeat(x / h) * h;
+  }
+  if (frozen)
+    note_codes(*frozen, x, by_column(scale, x.dim(1), s), by_column(zero, x.dim(1), s),
+               s.max_code(), s.end_codes_learn);
   const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
   Tensor y = Tensor::empty(source.shape(), operand_dtype(source.dtype()), source.device());
   on(x).fake_quant(y, source, h, z, s);
@@ -74,23 +99,40 @@ ScaleZero lwc_grid(const Tensor& u, const Tensor& l, const Tensor& hi, const Ten
   return {scale, zero};
 }
 
-Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {
-  const Tensor rows = reshape(x, {-1, x.dim(-1)});
-  const GroupSpec spec{
-      .bits = s.bits, .include_zero = s.include_zero, .end_codes_learn = s.end_codes_learn};
-  const Range r = group_range(rows, spec);
-  const Tensor levels = Tensor::full({1, 1}, s.max_code(), x.dtype(), x.device());
+namespace {
+
+struct RowsGrid {
+  Tensor h, zero;  // [rows, 1]
+};
+
+// The grid of each row of x [rows, N] (tensor/row_quant.h); no gradient goes through zero.
+RowsGrid rows_grid(const Tensor& rows, RowQuant s) {
+  const Range r = group_range(rows, {.include_zero = s.include_zero});
+  const Tensor levels = Tensor::full({1, 1}, s.max_code(), rows.dtype(), rows.device());
   const double floor = s.include_zero ? 1e-30 : 1e-5, ceiling = s.include_zero ? 1e30 : 1e4;
   const Tensor h = clamp((r.hi - r.lo) / levels, floor, ceiling);
   const Tensor z = -r.lo.detach() / h.detach();
-  const Tensor zero =
-      s.include_zero ? clamp(round(z), 0, s.max_code()) : round(clamp(z, -1e4, 1e4));
-  return reshape(fake_quant_composed(rows, h, zero, spec), x.shape());
+  return {h, s.include_zero ? clamp(round(z), 0, s.max_code()) : round(clamp(z, -1e4, 1e4))};
+}
+
+}  // namespace
+
+Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {
+  const Tensor rows = reshape(x, {-1, x.dim(-1)});
+  const RowsGrid g = rows_grid(rows, s);
+  const GroupSpec spec{.bits = s.bits, .end_codes_learn = s.end_codes_learn};
+  return reshape(fake_quant_composed(rows, g.h, g.zero, spec), x.shape());
 }
 
 Tensor fake_quant_rows(const Tensor& x, RowQuant s) {
   check(x.ndim() >= 1 && x.dim(-1) > 0, "fake_quant_rows: wants [..., N], got {}", x.shape());
   check(s.bits >= 2 && s.bits <= 8, "fake_quant_rows: {} bits, 2 to 8 wanted", s.bits);
+  if (FrozenRounding* const frozen = FrozenRounding::current()) {
+    const Tensor rows = reshape(x, {-1, x.dim(-1)});
+    const RowsGrid g = rows_grid(rows, s);
+    if (frozen->replays()) return reshape(frozen->repeat(rows / g.h) * g.h, x.shape());
+    note_codes(*frozen, rows, g.h, g.zero, s.max_code(), s.end_codes_learn);
+  }
   const Tensor source = contiguous(x);
   Tensor y = empty_like(source);
   on(x).fake_quant_rows(y, source, s);

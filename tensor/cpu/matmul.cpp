@@ -51,19 +51,24 @@ int64_t batch_offset(const Tensor& x, int64_t b) {
   return at;
 }
 
+// Dot products of rows of a and columns of b, a column by one thread.
 void matmul_f64(Tensor& y, const Tensor& a, const Tensor& b, int64_t batches) {
   const int64_t m = a.dim(-2), k = a.dim(-1), n = b.dim(-1);
+  const int64_t down = a.stride(-2), ka = a.stride(-1), kb = b.stride(-2), along = b.stride(-1);
+  const auto dot = [k, ka, kb](const double* pa, const double* pb) {
+    if (ka == 1 && kb == 1) return lane_sum<double>(k, [&](int64_t p) { return pa[p] * pb[p]; });
+    return lane_sum<double>(k, [&](int64_t p) { return pa[p * ka] * pb[p * kb]; });
+  };
   for (int64_t i = 0; i < batches; ++i) {
     const double* pa = a.data<double>() + batch_offset(a, i);
     const double* pb = b.data<double>() + batch_offset(b, i);
     double* out = y.data<double>() + i * m * n;
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t c = 0; c < n; ++c) {
-        double s = 0;
-        for (int64_t p = 0; p < k; ++p)
-          s += pa[r * a.stride(-2) + p * a.stride(-1)] * pb[p * b.stride(-2) + c * b.stride(-1)];
-        out[r * n + c] = s;
-      }
+    parallel_for(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m * k)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t c = begin; c < end; ++c)
+                     for (int64_t r = 0; r < m; ++r)
+                       out[r * n + c] = dot(pa + r * down, pb + c * along);
+                 });
   }
 }
 

@@ -247,7 +247,7 @@ TEST_CASE("gradients of the whole quantiser equal the closed form") {
 TEST_CASE("fake_quant equals its composition, values and gradients") {
   for (DType dtype : {DType::F64, DType::F32})
     for (int bits : {2, 3, 4, 8})
-      for (int64_t group : {0, 8, 24}) {
+      for (int64_t group : {0, 8, 24, 10}) {  // 10: the last group is short
         CAPTURE(bits);
         CAPTURE(group);
         const GroupSpec spec{.bits = bits, .group_size = group, .end_codes_learn = bits % 2 == 1};
@@ -425,8 +425,6 @@ TEST_CASE("fake_quant refuses grids that do not fit") {
                        doctest::Contains("holds F64, asked for F32"), Error);
   CHECK_THROWS_WITH_AS(group_range(Tensor::zeros({4}), spec),
                        "group_range: wants [rows, cols], got [4]", Error);
-  CHECK_THROWS_WITH_AS(fake_quant_composed(Tensor::zeros({2, 9}), row, row, spec),
-                       "fake_quant_composed: groups of 4 do not divide 9 columns", Error);
 }
 
 }  // namespace omq

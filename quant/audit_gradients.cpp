@@ -1,0 +1,241 @@
+// Gradients of a block's loss in everything that is learned (audit.h).
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "autograd/backward.h"
+#include "autograd/frozen.h"
+#include "autograd/ops.h"
+#include "quant/audit_parts.h"
+#include "quant/calibrate.h"
+
+namespace omq::quant::detail {
+namespace {
+
+// The loss of one block as a function of its learnables, in one float type.
+class BlockLoss {
+ public:
+  BlockLoss(const Subject& s, const Tensor& x, const Tensor& x_quant, DType type)
+      : recipe_(s.recipe), fp_(s.fp.clone()) {
+    NoGrad off;
+    fp_->visit([&](std::string_view, Tensor& t) { t = to(t, type); });
+    x_ = to(x_quant, type);
+    at_ = {slice(s.in.at.index, 0, 0, x.dim(1)),
+           {to(s.in.at.tables.cos, type), to(s.in.at.tables.sin, type)}};
+    targets_.of_fp = fp_->forward(to(x, type), at_);
+    if (recipe_.objective.wants_of_quant) targets_.of_quant = fp_->forward(x_, at_);
+    method_ = std::make_unique<BlockMethod>(recipe_, *fp_, s.stats);
+  }
+  Tensor operator()() const {
+    return recipe_.objective.loss(method_->quantized(*fp_)->forward(x_, at_), targets_);
+  }
+  std::vector<Learnable> learnables() const { return method_->learnables(); }
+
+ private:
+  const Recipe& recipe_;
+  std::unique_ptr<nn::Block> fp_;
+  std::unique_ptr<BlockMethod> method_;
+  Tensor x_;
+  Targets targets_;
+  nn::Positions at_;
+};
+
+using Gradient = std::vector<double>;  // of one learnable
+
+std::vector<Gradient> gradients(const Tensor& loss, const std::vector<Learnable>& learnables) {
+  const Gradients g = backward(loss);
+  std::vector<Gradient> all;
+  for (const Learnable& l : learnables)
+    all.push_back(g.contains(l.value) ? doubles(g[l.value])
+                                      : Gradient(static_cast<size_t>(l.value.numel())));
+  return all;
+}
+
+// (L(θ + εv) − L(θ − εv)) / 2ε of the frozen loss, v being a change of one F64 learnable.
+double quotient(const BlockLoss& loss, FrozenRounding& frozen, const Tensor& p,
+                const std::vector<double>& v, double step) {
+  NoGrad off;
+  const std::vector<double> kept = doubles(p);
+  double value[2];
+  for (const int side : {0, 1}) {
+    std::vector<double> moved = kept;
+    for (size_t i = 0; i < v.size(); ++i) moved[i] += (side ? step : -step) * v[i];
+    fill(p, moved);
+    const auto scope = frozen.replay();
+    value[side] = loss().item<double>();
+  }
+  fill(p, kept);
+  return (value[1] - value[0]) / (2 * step);
+}
+
+// How far the gradient g is from the quotient along v, as a share of the whole gradient. A step may
+// jump over a kink (another element becomes the largest of its group), so smaller ones are tried
+// before a difference counts: a wrong gradient is wrong at every step.
+double along(const BlockLoss& loss, FrozenRounding& frozen, const Tensor& p, const Gradient& g,
+             const std::vector<double>& v, double scale, double bound) {
+  double want = 0, least = INFINITY;
+  for (size_t i = 0; i < v.size(); ++i) want += g[i] * v[i];
+  for (const double step : {1e-4, 1e-3, 1e-5, 1e-6, 1e-7}) {
+    least = std::min(least, std::abs(quotient(loss, frozen, p, v, step) - want) / scale);
+    if (least <= bound) break;
+  }
+  return least;
+}
+
+// Directions that test a gradient: all entries at once, each with a random sign; the entry where
+// the gradient is largest; and further ones at random. All of them when there are few.
+std::vector<std::vector<double>> directions(const Gradient& g, int entries, Random& random) {
+  const size_t n = g.size();
+  std::vector<std::vector<double>> all(1, std::vector<double>(n));
+  for (double& x : all[0]) x = random.sign();
+  const auto only = [&](size_t i) {
+    all.emplace_back(n);
+    all.back()[i] = 1;
+  };
+  size_t largest = 0;
+  for (size_t i = 0; i < n; ++i)
+    if (std::abs(g[i]) > std::abs(g[largest])) largest = i;
+  if (n <= static_cast<size_t>(8 * entries)) {
+    for (size_t i = 0; i < n; ++i) only(i);
+  } else if (entries > 0) {
+    only(largest);
+    for (int k = 1; k < entries; ++k) only(random.below(n));
+  }
+  return all;
+}
+
+// "self_attn.q_proj.lwc.gamma_logit" → "lwc.gamma_logit"
+std::string short_name(const std::string& learnable) {
+  const size_t last = learnable.rfind('.');
+  return learnable.substr(learnable.rfind('.', last - 1) + 1);
+}
+
+// "lwc"
+std::string group_of(const std::string& learnable) {
+  const std::string name = short_name(learnable);
+  return name.substr(0, name.find('.'));
+}
+
+struct Family {
+  std::string name;
+  std::vector<size_t> members;
+  int64_t entries = 0;
+};
+
+// Learnables by name, in the order of their first; `group` takes "lwc" of "lwc.gamma_logit".
+std::vector<Family> families(const std::vector<Learnable>& learnables, bool group) {
+  std::vector<Family> all;
+  for (size_t i = 0; i < learnables.size(); ++i) {
+    const std::string name = group ? group_of(learnables[i].name) : short_name(learnables[i].name);
+    auto it = std::find_if(all.begin(), all.end(), [&](auto& f) { return f.name == name; });
+    if (it == all.end()) it = all.insert(all.end(), {name, {}, 0});
+    it->members.push_back(i);
+    it->entries += learnables[i].value.numel();
+  }
+  return all;
+}
+
+std::string counted(const char* what, const Family& f) {
+  return fmt::format("{}: {} entries of {} {}", what, f.entries, f.members.size(),
+                     f.members.size() == 1 ? "tensor" : "tensors");
+}
+
+double norm(const std::vector<double>& v) {
+  double square = 0;
+  for (const double x : v) square += x * x;
+  return std::sqrt(square);
+}
+
+// What errors of gradient i are measured by: its size, but never less than `share` of the largest
+// of its group, where rounding begins to show. (Scales of q and k, say, learn from a difference of
+// large terms, which is all but zero.)
+double scale_of(const std::vector<Gradient>& g, const std::vector<Learnable>& learnables, size_t i,
+                double share) {
+  double largest = 0;
+  for (size_t k = 0; k < g.size(); ++k)
+    if (group_of(learnables[k].name) == group_of(learnables[i].name))
+      largest = std::max(largest, norm(g[k]));
+  return std::max({norm(g[i]), share * largest, 1e-300});
+}
+
+// The same loss in both types, with the same random learnables.
+struct Losses {
+  BlockLoss narrow, wide;
+  std::vector<Learnable> in_f32, in_f64;
+};
+
+Losses make_losses(const Subject& s, Random& random) {
+  const Tensor x = slice(s.in.x, 1, 0, std::min(s.options.gradient_tokens, s.in.x.dim(1)));
+  std::vector<double> noisy = doubles(x);  // X_quant: X with errors of 1 %
+  for (double& v : noisy) v *= 1 + 0.01 * random.normal();
+  const Tensor x_quant = to(Tensor::from<double>(noisy, x.shape()), DType::F32);
+  Losses l{{s, x, x_quant, DType::F32}, {s, x, x_quant, DType::F64}, {}, {}};
+  l.in_f32 = l.narrow.learnables(), l.in_f64 = l.wide.learnables();
+  randomise(l.in_f32, s.size, random);
+  for (size_t i = 0; i < l.in_f64.size(); ++i) fill(l.in_f64[i].value, doubles(l.in_f32[i].value));
+  return l;
+}
+
+// F64: the real loss and its gradient, every decision noted; then differences of the frozen loss.
+void against_differences(const Subject& s, const Losses& l, Random& random, const Found& found) {
+  FrozenRounding frozen;
+  std::vector<Gradient> g;
+  attempt({"loss with roundings frozen", "the real loss, F64", 1e-12}, found, [&](AuditCheck& c) {
+    double real = 0;
+    {
+      const auto scope = frozen.record();
+      const Tensor loss = l.wide();
+      real = loss.item<double>();
+      g = gradients(loss, l.in_f64);
+    }
+    NoGrad off;
+    const auto scope = frozen.replay();
+    worse(c, std::abs(l.wide().item<double>() - real) / real, "");
+  });
+  if (g.empty()) return;
+  for (const Family& f : families(l.in_f64, false))
+    attempt({"gradient of " + f.name, counted("differences", f), 1e-5}, found, [&](AuditCheck& c) {
+      for (const size_t i : f.members)
+        for (const auto& v : directions(g[i], s.options.entries, random))
+          worse(c,
+                along(l.wide, frozen, l.in_f64[i].value, g[i], v, scale_of(g, l.in_f64, i, 1e-5),
+                      c.bound),
+                l.in_f64[i].name);
+    });
+}
+
+// F32 as calibration runs it, and F64 of plain ops with the codes that F32 chose: the kernels'
+// rounding, and nothing else, lies between them.
+void against_f64(const Losses& l, const Found& found) {
+  std::vector<Gradient> narrow, wide;
+  FrozenRounding codes;
+  for (const Family& f : families(l.in_f64, true))
+    attempt({"gradient in F32, " + f.name, counted("F64, same codes", f), 1e-2}, found,
+            [&](AuditCheck& c) {
+              if (wide.empty()) {
+                {
+                  const auto scope = codes.record();
+                  narrow = gradients(l.narrow(), l.in_f32);
+                }
+                const auto scope = codes.replay();
+                wide = gradients(l.wide(), l.in_f64);
+              }
+              for (const size_t i : f.members) {
+                Gradient d = narrow[i];
+                for (size_t k = 0; k < d.size(); ++k) d[k] -= wide[i][k];
+                worse(c, norm(d) / scale_of(wide, l.in_f64, i, 1e-4), l.in_f64[i].name);
+              }
+            });
+}
+
+}  // namespace
+
+void audit_gradients(const Subject& s, const Found& found) {
+  Random random(s.options.seed);
+  const Losses l = make_losses(s, random);
+  if (l.in_f64.empty()) return;
+  against_differences(s, l, random, found);
+  against_f64(l, found);
+}
+
+}  // namespace omq::quant::detail

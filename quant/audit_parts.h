@@ -1,0 +1,62 @@
+// What the parts of the audit share (audit.h). Nobody else includes this.
+#pragma once
+
+#include <cstdint>
+#include <random>
+
+#include "quant/audit.h"
+#include "quant/report.h"
+
+namespace omq::quant::detail {
+
+using Found = std::function<void(const AuditCheck&)>;
+
+// The same numbers everywhere: the standard's distributions differ between libraries.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : bits_(seed) {}
+  double uniform(double lo, double hi) {
+    return lo + (hi - lo) * static_cast<double>(bits_() >> 11) * 0x1p-53;
+  }
+  double normal();
+  double sign() { return bits_() & 1 ? 1 : -1; }
+  size_t below(size_t n) { return static_cast<size_t>(bits_() % n); }
+
+ private:
+  std::mt19937_64 bits_;
+};
+
+std::vector<double> doubles(const Tensor& t);
+// In place, in whatever type p has.
+void fill(const Tensor& p, const std::vector<double>& values);
+
+enum class Kind { Scale, Shift, Other };
+Kind kind_of(const std::string& learnable);
+// p stands at its start; size: of the activations.
+void randomise(const Tensor& p, Kind kind, double size, Random& random);
+void randomise(const std::vector<Learnable>& learnables, double size, Random& random);
+
+// What every check of one recipe and block starts from.
+struct Subject {
+  const Recipe& recipe;
+  nn::Block& fp;
+  AuditInputs in;
+  AuditOptions options;
+  BlockStats stats;
+  double size = 1;  // of the activations
+};
+
+// Runs one check and tells it; what it throws is its fault.
+struct Aim {
+  std::string name, compared;
+  double bound;
+};
+void attempt(const Aim& aim, const Found& found, const std::function<void(AuditCheck&)>& body);
+// Takes `error` into the check when it is the worst so far, or no number.
+void worse(AuditCheck& check, double error, const std::string& where);
+
+void audit_gradients(const Subject& s, const Found& found);
+void audit_transforms(const Subject& s, const Found& found);
+void audit_packing(const Subject& s, const Found& found);
+
+}  // namespace omq::quant::detail
