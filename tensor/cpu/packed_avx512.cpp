@@ -100,8 +100,8 @@ void prepare(const PanelView& w, const float* x, std::byte* out) {
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t cols = g + 1 < w.groups ? w.group_cols : w.last_cols;
-    for (int64_t c = 0; c < cols; c += kChunkCols, ++chunk)
-      prepare_chunk(x + g * w.group_cols + c, min64(kChunkCols, cols - c), w.chunk_stride,
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk)
+      prepare_chunk(x + g * w.group_cols + c, min64(w.chunk_cols, cols - c), w.chunk_stride,
                     const_cast<float*>(a.scale) + chunk, const_cast<int32_t*>(a.sum) + chunk,
                     const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
                     const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
@@ -244,8 +244,8 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
-    for (int64_t c = 0; c < b.cols; c += kChunkCols, ++chunk) {
-      const int64_t vectors = (min64(kChunkCols, b.padded - c) / 4 + Q - 1) / Q;
+    for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
+      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       Sums<Bits, P, M> sums;
       chunk_sums<Bits, P, M>(block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
                              stream_bytes, vectors, x, chunk * w.chunk_stride, sums);
@@ -434,6 +434,9 @@ const PackedIsa kAvx512Isa = {
     .prepare = prepare,
     .gemv = gemv,
     .gemv_for_many_rows = true,
+    .prepare_codes_for_gemv = nullptr,
+    .gemm_codes = nullptr,
+    .unpacked_bytes = nullptr,
     .dequantize = dequantize,
     .dense_gemv = dense_gemv,
     .widen = widen,
