@@ -22,12 +22,10 @@
 namespace omq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;                 // of x: up to here weights are read as they lie
-constexpr int64_t kPreparedRows = 512;          // of x at a time: bounds the scratch memory
-constexpr int64_t kDenseGrain = 32;             // rows of a dense w a chunk of work
-constexpr int64_t kTileBytes = 1024 * 1024;     // of weights turned to F32: half of a usual L2
-constexpr int64_t kFewCodes = 4;                // rows of codes: as kFewRows
-constexpr int64_t kUnpackedBytes = 256 * 1024;  // of panels that meet a row of codes together
+constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
+constexpr int64_t kPreparedRows = 512;       // of x at a time: bounds the scratch memory
+constexpr int64_t kDenseGrain = 32;          // rows of a dense w a chunk of work
+constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
 // never share.
@@ -166,10 +164,7 @@ void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x
                     float* y) {
   const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.unpacked_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  // Panels a chunk of work: they share a row of x, their unpacked form stays in the cache, and
-  // there are several chunks for the threads to share.
-  const int64_t grain = std::clamp<int64_t>(
-      std::min(kUnpackedBytes / std::max<int64_t>(1, unpacked), panels / 8), 1, 8);
+  const int64_t grain = std::clamp<int64_t>(panels / 16, 1, 4);
   for (int64_t m0 = 0; m0 < m; m0 += kPreparedRows) {
     const int64_t rows = std::min(kPreparedRows, m - m0);
     auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(rows * row_bytes));
@@ -178,7 +173,7 @@ void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x
         prepare_codes(w, x.row(m0 + i), prepared + i * row_bytes);
     });
     parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
-      auto* panel = static_cast<std::byte*>(scratch<Use::Tile>((end - begin) * unpacked));
+      auto* panel = static_cast<std::byte*>(scratch<Use::Tile>(unpacked));
       isa.gemm_codes(w, prepared, rows, y + m0 * w.rows, begin, end, panel);
     });
   }
@@ -260,7 +255,7 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   const PackedIsa& best = active_packed_isa();
   const PackedIsa& loops = best.gemm_codes ? best : kScalarIsa;
   const CodesView codes{x.codes.data<uint8_t>(), x.grid.data<float>(), w.cols, x.spec.bits};
-  if (m <= kFewCodes && loops.prepare_codes_for_gemv)
+  if (m <= kFewRows && loops.prepare_codes_for_gemv)
     multiply_few_codes(loops, view, codes, m, y.data<float>());
   else
     multiply_codes(loops, view, codes, m, y.data<float>());

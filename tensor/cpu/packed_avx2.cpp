@@ -317,7 +317,6 @@ void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t p
 // planes, 32 bytes a quad.
 
 constexpr int64_t kQuadsInShort = 8;  // sums of so many quads stay in 16 bits
-constexpr int kRowsOfX = 6;           // at once: 2 · 6 sums of the 16 registers
 
 OMQ_INLINE int64_t planes_of(const PanelView& w) { return w.bits == 8 ? 2 : 1; }
 OMQ_INLINE int64_t padded(const PanelView& w, int64_t cols) {
@@ -401,91 +400,122 @@ OMQ_INLINE Bytes bytes_at(const PanelView& w, const std::byte* row) {
   return b;
 }
 
-// Σ code · byte of 8 rows with M rows of x: one plane of one half of a chunk.
+// Has v computed here: left alone, the compiler gathers the products of all quads before it adds
+// them, and spills them.
+OMQ_INLINE void settle(__m256i& v) { asm("" : "+x"(v)); }
+
+// Σ code · byte of a panel with M rows of x, by halves, in 16 bits: quad q of one plane.
 template <int M>
-OMQ_INLINE void nibble_dots(const uint8_t* codes, int64_t quads, const Bytes (&x)[M], int64_t at,
-                            __m256i (&dot)[M]) {
-  OMQ_UNROLL for (int m = 0; m < M; ++m) dot[m] = _mm256_setzero_si256();
-  for (int64_t q0 = 0; q0 < quads; q0 += kQuadsInShort) {
-    const int64_t end = min64(quads, q0 + kQuadsInShort);
-    __m256i sum[M];
-    OMQ_UNROLL for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
-    for (int64_t q = q0; q < end; ++q) {
-      const __m256i code = load(codes + 32 * q);
-      OMQ_UNROLL for (int m = 0; m < M; ++m) {
-        int32_t four;
-        __builtin_memcpy(&four, x[m].x + at + 4 * q, 4);
-        sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(code, _mm256_set1_epi32(four)));
-      }
-    }
-    OMQ_UNROLL for (int m = 0; m < M; ++m) dot[m] =
-        _mm256_add_epi32(dot[m], _mm256_madd_epi16(sum[m], _mm256_set1_epi16(1)));
+OMQ_INLINE void short_dots(const uint8_t* const (&codes)[2], const Bytes (&x)[M], int64_t at,
+                           int64_t q, __m256i (&sum)[2][M]) {
+  const __m256i low = load(codes[0] + 32 * q), high = load(codes[1] + 32 * q);
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    int32_t four;
+    __builtin_memcpy(&four, x[m].x + at + 4 * q, 4);
+    const __m256i xs = _mm256_set1_epi32(four);
+    sum[0][m] = _mm256_add_epi16(sum[0][m], _mm256_maddubs_epi16(low, xs));
+    sum[1][m] = _mm256_add_epi16(sum[1][m], _mm256_maddubs_epi16(high, xs));
+    settle(sum[0][m]);
+    settle(sum[1][m]);
   }
 }
 
-// y of 8 rows of w for M rows of x.
+template <int M> OMQ_INLINE void clear(__m256i (&v)[2][M]) {
+  OMQ_UNROLL for (int m = 0; m < M; ++m) v[0][m] = v[1][m] = _mm256_setzero_si256();
+}
+template <int M> OMQ_INLINE void widen_into(__m256i (&dot)[2][M], const __m256i (&sum)[2][M]) {
+  const __m256i one = _mm256_set1_epi16(1);
+  OMQ_UNROLL for (int h = 0; h < 2; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
+      _mm256_add_epi32(dot[h][m], _mm256_madd_epi16(sum[h][m], one));
+}
+
 template <int M>
-void gemm_half(const PanelView& w, const uint8_t* unpacked, int64_t panel, int half,
-               const std::byte* rows, float* y) {
+OMQ_INLINE void nibble_dots(const uint8_t* const (&codes)[2], int64_t quads, const Bytes (&x)[M],
+                            int64_t at, __m256i (&dot)[2][M]) {
+  clear(dot);
+  __m256i sum[2][M];
+  int64_t q = 0;
+  for (; q + kQuadsInShort <= quads; q += kQuadsInShort) {
+    clear(sum);
+    OMQ_UNROLL for (int64_t i = 0; i < kQuadsInShort; ++i) short_dots(codes, x, at, q + i, sum);
+    widen_into(dot, sum);
+  }
+  clear(sum);
+  for (; q < quads; ++q) short_dots(codes, x, at, q, sum);
+  widen_into(dot, sum);
+}
+
+// y of one panel for M rows of x.
+template <int M>
+void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, const std::byte* rows,
+                float* y) {
   const int64_t row_bytes = prepared_codes_bytes(w), planes = planes_of(w);
   Bytes x[M];
-  __m256 total[M];
+  __m256 total[2][M];
   OMQ_UNROLL for (int m = 0; m < M; ++m) {
     x[m] = bytes_at(w, rows + m * row_bytes);
-    total[m] = _mm256_setzero_ps();
+    total[0][m] = total[1][m] = _mm256_setzero_ps();
   }
   const uint8_t* block = w.data + panel * w.panel_bytes;
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const int64_t cols = padded(w, g + 1 < w.groups ? w.group_cols : w.last_cols);
     const uint8_t* grid = block + cols * kRows * w.bits / 8;
-    const __m256 scale = load_f16(grid + 16 * half);
-    const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, half));
     for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk) {
-      const int64_t quads = min64(w.chunk_cols, cols - c) / 4;
-      const uint8_t* codes = unpacked + 64 + 32 * half * planes * quads;
-      __m256i dot[M], high[M];
-      nibble_dots<M>(codes, quads, x, chunk * w.chunk_stride, dot);
+      const int64_t quads = min64(w.chunk_cols, cols - c) / 4, at = chunk * w.chunk_stride;
+      const uint8_t* const low[2] = {unpacked + 64, unpacked + 64 + 32 * planes * quads};
+      __m256i dot[2][M];
+      nibble_dots(low, quads, x, at, dot);
       if (planes == 2) {
-        nibble_dots<M>(codes + 32 * quads, quads, x, chunk * w.chunk_stride, high);
-        OMQ_UNROLL for (int m = 0; m < M; ++m) dot[m] =
-            _mm256_add_epi32(dot[m], _mm256_slli_epi32(high[m], 4));
+        const uint8_t* const high[2] = {low[0] + 32 * quads, low[1] + 32 * quads};
+        __m256i upper[2][M];
+        nibble_dots(high, quads, x, at, upper);
+        OMQ_UNROLL for (int h = 0; h < 2; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
+            _mm256_add_epi32(dot[h][m], _mm256_slli_epi32(upper[h][m], 4));
       }
-      // Σ (code − zero), the surplus columns adding nothing.
-      const __m256i code_sum = _mm256_sub_epi32(
-          load(unpacked + 32 * half),
-          _mm256_mullo_epi32(zero, _mm256_set1_epi32(static_cast<int32_t>(4 * quads))));
-      OMQ_UNROLL for (int m = 0; m < M; ++m) {
-        const __m256i off =
-            _mm256_add_epi32(_mm256_mullo_epi32(zero, _mm256_set1_epi32(x[m].sum[chunk])),
-                             _mm256_mullo_epi32(code_sum, _mm256_set1_epi32(x[m].rest)));
-        total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[m], off)),
-                                   _mm256_mul_ps(scale, _mm256_set1_ps(x[m].scale)), total[m]);
+      OMQ_UNROLL for (int h = 0; h < 2; ++h) {
+        const __m256 scale = load_f16(grid + 16 * h);
+        const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, h));
+        // Σ (code − zero), the surplus columns adding nothing.
+        const __m256i codes = _mm256_sub_epi32(
+            load(unpacked + 32 * h),
+            _mm256_mullo_epi32(zero, _mm256_set1_epi32(static_cast<int32_t>(4 * quads))));
+        OMQ_UNROLL for (int m = 0; m < M; ++m) {
+          const __m256i off =
+              _mm256_add_epi32(_mm256_mullo_epi32(zero, _mm256_set1_epi32(x[m].sum[chunk])),
+                               _mm256_mullo_epi32(codes, _mm256_set1_epi32(x[m].rest)));
+          total[h][m] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[h][m], off)),
+                              _mm256_mul_ps(scale, _mm256_set1_ps(x[m].scale)), total[h][m]);
+        }
       }
       unpacked += 64 * (1 + planes * quads);
     }
   }
-  const int64_t row = panel * kRows + 8 * half;
-  OMQ_UNROLL for (int m = 0; m < M; ++m) store_rows(y + m * w.rows + row, total[m], w.rows - row);
+  const int64_t row = panel * kRows;
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    store_rows(y + m * w.rows + row, total[0][m], w.rows - row);
+    store_rows(y + m * w.rows + row + 8, total[1][m], w.rows - row - 8);
+  }
 }
 
+// A panel stays in the first-level cache while all rows of x pass by, 4 at once: 8 sums of the 16
+// registers.
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch) {
-  using Half = void (*)(const PanelView&, const uint8_t*, int64_t, int, const std::byte*, float*);
-  static constexpr Half kHalf[kRowsOfX + 1] = {
-      nullptr,      gemm_half<1>, gemm_half<2>,       gemm_half<3>,
-      gemm_half<4>, gemm_half<5>, gemm_half<kRowsOfX>};
   auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
-  const int64_t bytes = unpacked_bytes(w), row_bytes = prepared_codes_bytes(w);
-  for (int64_t panel = panel0; panel < panel1; ++panel)
-    unpack_panel(w, panel, unpacked + (panel - panel0) * bytes);
-  while (m > 0) {
-    const int64_t take = m >= 2 * kRowsOfX ? kRowsOfX : m > kRowsOfX ? (m + 1) / 2 : m;
-    for (int64_t panel = panel0; panel < panel1; ++panel)
-      for (int half = 0; half < 2; ++half)
-        if (panel * kRows + 8 * half < w.rows)
-          kHalf[take](w, unpacked + (panel - panel0) * bytes, panel, half, x, y);
-    m -= take, x += take * row_bytes, y += take * w.rows;
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    unpack_panel(w, panel, unpacked);
+    for (int64_t i = 0; i < m;) {
+      const int64_t take = m - i >= 4 ? 4 : m - i;
+      const auto multiply = take == 4   ? gemm_panel<4>
+                            : take == 3 ? gemm_panel<3>
+                            : take == 2 ? gemm_panel<2>
+                                        : gemm_panel<1>;
+      multiply(w, unpacked, panel, x + i * row_bytes, y + i * w.rows);
+      i += take;
+    }
   }
 }
 

@@ -453,22 +453,23 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
       _mm512_mask_storeu_ps(y + m * w.rows + row, first(w.rows - row), total[m]);
 }
 
-// 12 rows of x keep both multipliers busy through their latency.
+// A panel stays in the first-level cache while all rows of x pass by, 12 at once: as many sums keep
+// both multipliers busy through their latency.
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch) {
   auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
-  const int64_t bytes = unpacked_bytes(w), row_bytes = prepared_codes_bytes(w);
-  for (int64_t panel = panel0; panel < panel1; ++panel)
-    unpack_panel(w, panel, unpacked + (panel - panel0) * bytes);
-  while (m > 0) {
-    const int64_t take = m >= 12 ? 12 : m >= 6 ? 6 : m >= 3 ? 3 : 1;
-    const auto multiply = take == 12  ? gemm_panel<12>
-                          : take == 6 ? gemm_panel<6>
-                          : take == 3 ? gemm_panel<3>
-                                      : gemm_panel<1>;
-    for (int64_t panel = panel0; panel < panel1; ++panel)
-      multiply(w, unpacked + (panel - panel0) * bytes, panel, x, y);
-    m -= take, x += take * row_bytes, y += take * w.rows;
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    unpack_panel(w, panel, unpacked);
+    for (int64_t i = 0; i < m;) {
+      const int64_t left = m - i, take = left >= 12 ? 12 : left >= 6 ? 6 : left >= 3 ? 3 : 1;
+      const auto multiply = take == 12  ? gemm_panel<12>
+                            : take == 6 ? gemm_panel<6>
+                            : take == 3 ? gemm_panel<3>
+                                        : gemm_panel<1>;
+      multiply(w, unpacked, panel, x + i * row_bytes, y + i * w.rows);
+      i += take;
+    }
   }
 }
 

@@ -82,7 +82,7 @@ struct PackedIsa {
   // takes few rows too. A table without gemm_codes leaves such products to the scalar one.
   void (*prepare_codes_for_gemv)(const PanelView& w, const RowCodes& x, std::byte* out);
   // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m rows of prepare_codes that
-  // follow each other. scratch: 64-byte aligned, panel1 − panel0 times unpacked_bytes.
+  // follow each other. scratch: unpacked_bytes, 64-byte aligned.
   void (*gemm_codes)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch);
   int64_t (*unpacked_bytes)(const PanelView& w);

@@ -62,10 +62,9 @@ template <class F> void for_each_quantized(const QuantizedRows& q, const Tensor&
       });
 }
 
+// 0 · x is NaN where x is NaN or infinite.
 bool all_finite(const float* p, int64_t n) {
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) finite &= std::abs(p[i]) <= std::numeric_limits<float>::max();
-  return finite;
+  return lane_sum<float>(n, [p](int64_t i) { return p[i] * 0.0f; }) == 0.0f;
 }
 
 }  // namespace
@@ -83,7 +82,9 @@ void quantize_rows(QuantizedRows& q, const Tensor& x) {
     const auto [hi, lo] = extremes(p, n);
     const RowGrid<float> g = row_grid(hi, lo, q.spec);
     grid[0] = g.scale, grid[1] = g.zero;
-    const auto code = [&](int64_t i) { return static_cast<uint8_t>(row_code(p[i], g, top)); };
+    const auto code = [&](int64_t i) {
+      return static_cast<uint8_t>(static_cast<int32_t>(row_code(p[i], g, top)));
+    };
     if (!q.paired) {
       for (int64_t i = 0; i < n; ++i) codes[i] = code(i);
       return;
