@@ -54,8 +54,9 @@ std::shared_ptr<nn::PackedIntWeight> pack(const Tensor& w, Grid grid, const Roun
 }
 
 // How far the packed kernels are from the simulated matrices, as a share of their outputs, on the
-// inputs that each linear has in the simulated block on sample x. Linear by linear, since a code of
-// an activation that falls to the other side of a tie is no fault. Rounding alone gives about 1e-6;
+// inputs that each linear has in the simulated block on sample x; where these are quantised, it is
+// the product in integers against the simulated one. Linear by linear, since a code of an
+// activation that falls to the other side of a tie is no fault. Rounding alone gives about 1e-6;
 // anything large is a fault, and must not reach a file.
 double packed_error(const BlockMethod::Committed& block, const Tensor& x, const nn::Positions& at) {
   const auto watched = block.simulated->clone();
