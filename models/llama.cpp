@@ -122,6 +122,7 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
   linear(block->mlp.gate_proj, "mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
   linear(block->mlp.up_proj, "mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
   linear(block->mlp.down_proj, "mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias);
+  if (packed) nn::quantize_activations(*block, packed->activations.quant());
   return block;
 }
 

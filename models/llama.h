@@ -33,7 +33,8 @@ LlamaBlock empty_block(const ModelConfig& config);
 // Which dtype dense matrices get when loaded; norms and biases are always F32.
 enum class LoadAs { Stored, F32 };
 
-// Layer i. Matrices stored as NAME.packed stay packed. Throws Error naming the file and tensor that
+// Layer i. Matrices stored as NAME.packed stay packed, and the block quantises its activations as
+// the configuration says. Throws Error naming the file and tensor that
 // is missing, of the wrong shape, or not finite.
 std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, LoadAs as);
 

@@ -51,8 +51,9 @@ Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>
 
 std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) const {
   std::vector<nn::KVCache> caches;
-  for (size_t i = 0; i < blocks.size(); ++i)
-    caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim);
+  for (const auto& block : blocks)
+    caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim, Device{},
+                        nn::CacheQuant{block->self_attn.taps.k, block->self_attn.taps.v});
   return caches;
 }
 

@@ -39,6 +39,7 @@ class Model {
   Tensor forward(const Tensor& ids, int64_t first = 0,
                  std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
+  // Keys and values are kept as their attention quantises them.
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
   // Onto a device. Where that has no kernels for packed weights they become F32 first.
   void move_to(Device device);

@@ -36,6 +36,7 @@ constexpr std::pair<const char*, int ActivationSpec::*> kActivationKeys[] = {
     {"k_bits", &ActivationSpec::k},
     {"v_bits", &ActivationSpec::v},
     {"p_bits", &ActivationSpec::p}};
+constexpr const char* kIncludeZero = "activation_include_zero";
 
 ActivationSpec read_activations(const json& j, const std::string& where) {
   ActivationSpec s;
@@ -47,6 +48,11 @@ ActivationSpec read_activations(const json& j, const std::string& where) {
     check((bits >= 2 && bits <= 8) || bits == 16, "{}: {} = {}, 2 to 8 or 16 (none) wanted", where,
           key, bits);
     s.*field = static_cast<int>(bits);
+  }
+  if (j.contains(kIncludeZero)) {
+    check(j[kIncludeZero].is_boolean(), "{}: {} is {}, true or false wanted", where, kIncludeZero,
+          j[kIncludeZero].dump());
+    s.include_zero = j[kIncludeZero].get<bool>();
   }
   return s;
 }
@@ -66,9 +72,12 @@ std::string config_text(const CheckpointReader& source, const PackedConfig& pack
 
 }  // namespace
 
-std::optional<RowQuant> row_quant(int bits) {
-  if (bits == 16) return std::nullopt;
-  return RowQuant{.bits = bits};
+nn::ActivationQuant ActivationSpec::quant() const {
+  const auto rows = [this](int bits) -> std::optional<RowQuant> {
+    if (bits == 16) return std::nullopt;
+    return RowQuant{.bits = bits, .include_zero = include_zero};
+  };
+  return {rows(activation), rows(q), rows(k), rows(v), rows(p)};
 }
 
 const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
@@ -83,6 +92,7 @@ json PackedConfig::to_json() const {
   j["layout"] = "panel16";
   j["method"] = method;
   for (const auto& [key, field] : kActivationKeys) j[key] = activations.*field;
+  j[kIncludeZero] = activations.include_zero;
   json rest = json::object();
   for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
   j["exceptions"] = rest;
@@ -115,6 +125,13 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
       p.exceptions[module] = read_matrix(spec, where + ": exceptions: " + module);
   }
   return p;
+}
+
+nn::CacheQuant cache_quant(const ModelConfig& config) {
+  const auto packed = PackedConfig::of(config);
+  if (!packed) return {};
+  const nn::ActivationQuant s = packed->activations.quant();
+  return {s.k, s.v};
 }
 
 PackedModelWriter::PackedModelWriter(const CheckpointReader& source, PackedConfig packed,

@@ -38,11 +38,10 @@ struct ActivationSpec {
   int q = 16, k = 16, v = 16;  // after RoPE, each token's head on its own range; k, v: also in the
                                // cache
   int p = 16;                  // attention probabilities
+  bool include_zero = true;    // of those ranges, as RowQuant
   bool operator==(const ActivationSpec&) const = default;
+  nn::ActivationQuant quant() const;
 };
-
-// How to quantise at that many bits; none at 16.
-std::optional<RowQuant> row_quant(int bits);
 
 // quantization_config of config.json.
 struct PackedConfig {
@@ -57,6 +56,9 @@ struct PackedConfig {
   // another version of ours.
   static std::optional<PackedConfig> of(const ModelConfig& config);
 };
+
+// How the caches of a checkpoint keep keys and values: as its attention quantises them.
+nn::CacheQuant cache_quant(const ModelConfig& config);
 
 // Writes such a folder block by block; it appears under its name only in commit().
 class PackedModelWriter final : public nn::BlockSink {

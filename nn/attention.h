@@ -24,11 +24,12 @@ struct Attention {
   std::optional<RMSNorm> q_norm, k_norm;  // over d, before the rotation
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 
-  // Applied on the way; what quantises activations hooks in here. q, k, v [B,T,heads,d] after the
-  // rotation and before the cache, a row being one token's head; p: the probabilities [B,H,T,S],
-  // which only the composed attention forms.
+  // What is quantised on the way, each row on its own grid; none: nothing. q, k, v [B,T,heads,d]
+  // after the rotation, a row being one token's head; p: the probabilities [B,H,T,S], a row being
+  // one query's, which only the composed attention forms. A cache that keeps k or v on the same
+  // grid does it there.
   struct Taps {
-    std::function<Tensor(const Tensor&)> q, k, v, p;
+    std::optional<RowQuant> q, k, v, p;
   } taps;
 
   Tensor operator()(const Tensor& x, const Positions& at,

@@ -57,6 +57,14 @@ struct Block {
 // Every tensor of the block onto a device; those that are there already are shared.
 void move_to(Block& block, Device device);
 
+// What is quantised on its way through a block, each row on its own grid; none: nothing.
+struct ActivationQuant {
+  std::optional<RowQuant> linear;      // inputs of the linears, a row being a token
+  std::optional<RowQuant> q, k, v, p;  // Attention::Taps
+};
+// From now on `b` quantises so.
+void quantize_activations(Block& b, const ActivationQuant& s);
+
 // A model as a row of blocks, loaded one at a time.
 struct BlockSource {
   virtual ~BlockSource() = default;

@@ -1,32 +1,94 @@
 // KVCache: append is one of the three in-place writers of the library.
 #include "nn/kv_cache.h"
 
-#include "tensor/kernels.h"
+#include "autograd/ops.h"
+#include "nn/linear_input.h"
 
 namespace omq::nn {
+namespace {
 
-KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device)
-    : k_(Tensor::empty({batch, capacity, kv_heads, head_dim}, DType::F32, device)),
-      v_(empty_like(k_)) {}
+// Tokens begin … end − 1 of t [B, capacity, …].
+Tensor tokens(const Tensor& t, int64_t begin, int64_t end) {
+  Shape shape = t.shape();
+  shape[1] = end - begin;
+  return t.alias(shape, t.strides(), begin * t.stride(1));
+}
 
-KVCache::View KVCache::append(const Tensor& k, const Tensor& v) {
-  const int64_t tokens = k.dim(1);
-  check(k.shape() == v.shape(), "kv cache: keys {} and values {} differ", k.shape(), v.shape());
-  check(k.dim(0) == k_.dim(0) && k.dim(2) == k_.dim(2) && k.dim(3) == k_.dim(3),
-        "kv cache {}: cannot append {}", k_.shape(), k.shape());
-  check(length_ + tokens <= capacity(),
-        "context is full: {} tokens cached, {} more wanted, room for {}", length_, tokens,
-        capacity());
-  auto store = [&](Tensor& cache, const Tensor& x) {
-    Tensor window = cache.alias(x.shape(), cache.strides(), length_ * cache.stride(1));
-    on(x).copy(window, x);
+QuantizedRows tokens(QuantizedRows q, int64_t begin, int64_t end) {
+  q.codes = tokens(q.codes, begin, end);
+  q.grid = tokens(q.grid, begin, end);
+  return q;
+}
+
+QuantizedRows described(RowQuant s, int64_t cols) {
+  QuantizedRows q;
+  q.spec = s;
+  q.cols = cols;
+  q.paired = s.bits <= 4;
+  return q;
+}
+
+}  // namespace
+
+int64_t CacheQuant::token_bytes(int64_t kv_heads, int64_t head_dim) const {
+  const auto bytes = [&](const std::optional<RowQuant>& s) {
+    return s ? described(*s, head_dim).code_bytes() + 8 : 4 * head_dim;
   };
-  store(k_, k);
-  store(v_, v);
-  length_ += tokens;
-  Shape shape = k_.shape();
-  shape[1] = length_;
-  return {k_.alias(shape, k_.strides()), v_.alias(shape, v_.strides())};
+  return kv_heads * (bytes(k) + bytes(v));
+}
+
+KVCache::Store::Store(const Shape& shape, Device device, const std::optional<RowQuant>& s) {
+  if (!s) {
+    floats = Tensor::empty(shape, DType::F32, device);
+    return;
+  }
+  codes = described(*s, shape.back());
+  Shape bytes = shape, grid = shape;
+  bytes[bytes.n - 1] = codes.code_bytes();
+  grid[grid.n - 1] = 2;
+  codes.codes = Tensor::empty(bytes, DType::U8, device);
+  codes.grid = Tensor::empty(grid, DType::F32, device);
+}
+
+void KVCache::Store::write(int64_t at, const Tensor& x) {
+  const int64_t end = at + x.dim(1);
+  if (floats.defined()) {
+    Tensor window = tokens(floats, at, end);
+    on(x).copy(window, x);
+  } else {
+    QuantizedRows window = tokens(codes, at, end);
+    packed_on(x).quantize_rows(window, contiguous(x));
+  }
+}
+
+Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
+  return floats.defined() ? tokens(floats, begin, end) : dequantized(tokens(codes, begin, end));
+}
+
+KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,
+                 const CacheQuant& quant)
+    : shape_{batch, capacity, kv_heads, head_dim},
+      quant_(quant),
+      k_(shape_, device, quant.k),
+      v_(shape_, device, quant.v) {}
+
+void KVCache::append(const Tensor& k, const Tensor& v) {
+  const int64_t added = k.dim(1);
+  check(k.shape() == v.shape(), "kv cache: keys {} and values {} differ", k.shape(), v.shape());
+  check(k.dim(0) == shape_[0] && k.dim(2) == shape_[2] && k.dim(3) == shape_[3],
+        "kv cache {}: cannot append {}", shape_, k.shape());
+  check(length_ + added <= capacity(),
+        "context is full: {} tokens cached, {} more wanted, room for {}", length_, added,
+        capacity());
+  k_.write(length_, k);
+  v_.write(length_, v);
+  length_ += added;
+}
+
+KVCache::View KVCache::window(int64_t begin, int64_t end) const {
+  check(begin >= 0 && begin <= end && end <= length_, "kv cache: no tokens {}…{} among {}", begin,
+        end - 1, length_);
+  return {k_.read(begin, end), v_.read(begin, end)};
 }
 
 void KVCache::truncate(int64_t length) {

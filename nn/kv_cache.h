@@ -1,28 +1,53 @@
-// KVCache: the keys and values of one block's past tokens, in memory that is allocated once.
+// KVCache: the keys and values of one block's past tokens, in memory that is allocated once; as
+// F32, or as codes, each token's head on its own grid.
 #pragma once
 
+#include <optional>
+
+#include "tensor/row_quant.h"
 #include "tensor/tensor.h"
 
 namespace omq::nn {
 
+// How keys and values are kept; none: F32. Up to 4 bits, two codes share a byte.
+struct CacheQuant {
+  std::optional<RowQuant> k, v;
+  bool any() const { return k || v; }
+  // Of one token of one sequence, grids (8 bytes a head) included.
+  int64_t token_bytes(int64_t kv_heads, int64_t head_dim) const;
+};
+
 class KVCache {
  public:
-  // Room for `capacity` tokens of B sequences: k and v F32 [B, capacity, K, d].
-  KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device = {});
+  // Room for `capacity` tokens of B sequences.
+  KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device = {},
+          const CacheQuant& quant = {});
 
+  // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
+  void append(const Tensor& k, const Tensor& v);
   struct View {
-    Tensor k, v;  // [B, S, K, d], the new tokens last
+    Tensor k, v;  // F32 [B, end − begin, K, d]
   };
-  // Writes k, v [B,T,K,d] behind what is stored and returns everything stored. Throws Error when
-  // the cache is full.
-  View append(const Tensor& k, const Tensor& v);
+  // Tokens begin … end − 1: in place where they are stored as F32, made where they are codes.
+  View window(int64_t begin, int64_t end) const;
+  const CacheQuant& quant() const { return quant_; }
   int64_t length() const { return length_; }
-  int64_t capacity() const { return k_.dim(1); }
+  int64_t capacity() const { return shape_[1]; }
   // Forgets all tokens from position `length` on.
   void truncate(int64_t length);
 
  private:
-  Tensor k_, v_;
+  // Either floats or codes.
+  struct Store {
+    Tensor floats;  // F32 [B, capacity, K, d]
+    QuantizedRows codes;
+    Store(const Shape& shape, Device device, const std::optional<RowQuant>& s);
+    void write(int64_t at, const Tensor& x);
+    Tensor read(int64_t begin, int64_t end) const;
+  };
+  Shape shape_;  // [B, capacity, K, d]
+  CacheQuant quant_;
+  Store k_, v_;
   int64_t length_ = 0;
 };
 

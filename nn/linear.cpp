@@ -22,11 +22,20 @@ Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
   return bias.defined() ? add(out, bias) : out;
 }
 
-Tensor Linear::operator()(const Tensor& x) const {
-  const Tensor input = pre ? pre(x) : x;
-  if (!is_packed()) return dense_linear(input, std::get<Tensor>(weight), bias);
-  const Tensor y = std::get<std::shared_ptr<PackedWeight>>(weight)->matmul(input);
-  return bias.defined() ? add(y, bias) : y;
+namespace {
+
+Tensor multiply(const Linear& l, const LinearInput& x) {
+  const std::optional<RowQuant>& s = l.input_quant;
+  if (!l.is_packed()) return dense_linear(s ? x.simulated(*s) : x.tensor(), l.dense(), l.bias);
+  const auto& w = *std::get<std::shared_ptr<PackedWeight>>(l.weight);
+  const Tensor y = s ? w.matmul(x.codes(*s)) : w.matmul(x.tensor());
+  return l.bias.defined() ? add(y, l.bias) : y;
+}
+
+}  // namespace
+
+Tensor Linear::operator()(const LinearInput& x) const {
+  return pre ? multiply(*this, pre(x.tensor())) : multiply(*this, x);
 }
 
 int64_t Linear::out_features() const {

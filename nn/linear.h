@@ -1,10 +1,11 @@
-// Linear: y = x Wᵀ + b over a dense or a packed weight.
+// Linear: y = x Wᵀ + b over a dense or a packed weight, of the input as it is or quantised.
 #pragma once
 
 #include <functional>
 #include <memory>
 #include <variant>
 
+#include "nn/linear_input.h"
 #include "nn/packed_weight.h"
 #include "tensor/tensor.h"
 
@@ -13,12 +14,14 @@ namespace omq::nn {
 using Weight = std::variant<Tensor, std::shared_ptr<PackedWeight>>;
 
 struct Linear {
-  Weight weight;  // [out, in]
-  Tensor bias;    // [out] or undefined
-  std::function<Tensor(const Tensor&)>
-      pre;  // applied to the input: activation quantisers hook in here
+  Weight weight;                                  // [out, in]
+  Tensor bias;                                    // [out] or undefined
+  std::function<Tensor(const Tensor&)> pre = {};  // applied to the input first: for onlookers
+  // Every row of the input on its own grid: codes times codes where the weight is packed, simulated
+  // (with gradients) where it is dense. None: the input as it is.
+  std::optional<RowQuant> input_quant = {};
 
-  Tensor operator()(const Tensor& x) const;  // [..., in] → [..., out]
+  Tensor operator()(const LinearInput& x) const;  // [..., in] → [..., out]
   int64_t out_features() const;
   int64_t in_features() const;
   // The weight as a tensor. Throws Error when it is packed.

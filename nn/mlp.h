@@ -9,7 +9,10 @@ namespace omq::nn {
 struct MLP {
   Linear gate_proj, up_proj, down_proj;  // [F, D], [F, D], [D, F]
 
-  Tensor operator()(const Tensor& x) const { return down_proj(silu_mul(gate_proj(x), up_proj(x))); }
+  Tensor operator()(const Tensor& x) const {
+    const LinearInput in(x);
+    return down_proj(silu_mul(gate_proj(in), up_proj(in)));
+  }
 };
 
 }  // namespace omq::nn

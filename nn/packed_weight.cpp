@@ -2,8 +2,11 @@
 #include "nn/packed_weight.h"
 
 #include "autograd/ops.h"
+#include "nn/linear_input.h"
 
 namespace omq::nn {
+
+Tensor PackedWeight::matmul(const QuantizedRows& x) const { return matmul(dequantized(x)); }
 
 Tensor PackedIntWeight::matmul(const Tensor& x) const {
   check(x.dim(-1) == w_.cols, "packed matmul: x {} against a weight [{}, {}]", x.shape(), w_.rows,
@@ -14,6 +17,20 @@ Tensor PackedIntWeight::matmul(const Tensor& x) const {
   Tensor y = Tensor::empty({rows.dim(0), w_.rows}, DType::F32, x.device());
   packed_on(x).packed_matmul(y, rows, w_);
   Shape shape = x.shape();
+  shape[shape.n - 1] = w_.rows;
+  return reshape(y, shape);
+}
+
+Tensor PackedIntWeight::matmul(const QuantizedRows& x) const {
+  if (!x.spec.include_zero) return PackedWeight::matmul(x);
+  check(x.cols == w_.cols, "packed matmul: codes {} against a weight [{}, {}]", x.codes.shape(),
+        w_.rows, w_.cols);
+  QuantizedRows rows = x;
+  rows.codes = reshape(x.codes, {-1, w_.cols});
+  rows.grid = reshape(x.grid, {-1, 2});
+  Tensor y = Tensor::empty({rows.codes.dim(0), w_.rows}, DType::F32, x.codes.device());
+  packed_on(y).packed_matmul_rows(y, rows, w_);
+  Shape shape = x.codes.shape();
   shape[shape.n - 1] = w_.rows;
   return reshape(y, shape);
 }

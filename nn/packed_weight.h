@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "tensor/packed.h"
+#include "tensor/row_quant.h"
 
 namespace omq::nn {
 
@@ -19,7 +20,9 @@ struct PackedWeight {
   virtual int64_t rows() const = 0;
   virtual int64_t cols() const = 0;
   virtual Tensor matmul(const Tensor& x) const = 0;  // x [..., cols] → [..., rows], no gradient
-  virtual Tensor dequantize() const = 0;             // F32 [rows, cols]
+  // The same of codes, one a byte; here: of the floats that they stand for.
+  virtual Tensor matmul(const QuantizedRows& x) const;
+  virtual Tensor dequantize() const = 0;                  // F32 [rows, cols]
   virtual Tensor embedding(const Tensor& ids) const = 0;  // I32 [...] → F32 [..., cols]
   virtual size_t nbytes() const = 0;                      // stored bytes, grids included
   virtual double bits_per_weight() const = 0;             // 8 · nbytes / (rows · cols)
@@ -33,6 +36,8 @@ class PackedIntWeight final : public PackedWeight {
   int64_t rows() const override { return w_.rows; }
   int64_t cols() const override { return w_.cols; }
   Tensor matmul(const Tensor& x) const override;
+  // In integers, unless zero points of x need not be codes (RowQuant::include_zero).
+  Tensor matmul(const QuantizedRows& x) const override;
   Tensor dequantize() const override;
   Tensor embedding(const Tensor& ids) const override;
   size_t nbytes() const override { return w_.data.nbytes(); }

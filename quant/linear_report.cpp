@@ -30,8 +30,9 @@ double error_of(const nn::Linear& exact, const Tensor& rounded, const nn::Linear
                 const Tensor& input) {
   if (!input.defined()) return relative_error(rounded, exact.dense());
   nn::Linear a = exact, b = exact;
-  a.pre = {};
-  b.pre = quantised.pre;
+  a.pre = b.pre = {};
+  a.input_quant = {};
+  b.input_quant = quantised.input_quant;
   b.weight = rounded;
   return relative_error(b(input), a(input));
 }
@@ -41,7 +42,7 @@ double error_of(const nn::Linear& exact, const Tensor& rounded, const nn::Linear
 void watch(const nn::Block& block, const Tensor& x, const nn::Positions& at,
            const std::function<void(size_t, const Tensor&)>& see) {
   const auto watched = block.clone();
-  watched->taps() = {};
+  nn::quantize_activations(*watched, {});
   const auto linears = watched->linears();
   for (size_t i = 0; i < linears.size(); ++i)
     if (x.defined())
@@ -121,6 +122,9 @@ void report_linears(const Recipe& recipe, const BlockMethod& method, const nn::B
   NoGrad off;
   const auto untouched = fp.clone(), committed = simulated.clone();
   const auto transformed = method.transformed(fp);
+  const Device device = x.defined() ? x.device() : Device{};
+  for (nn::Block* block : {untouched.get(), committed.get(), transformed.get()})
+    nn::move_to(*block, device);
   const auto exact = untouched->linears(), moved = transformed->linears(),
              stored = committed->linears();
   report.linears.clear();

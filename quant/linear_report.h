@@ -21,7 +21,7 @@ inline constexpr double kFactorBin = 1.0 / 256, kScaleBin = 1.0 / 16;
 Histogram histogram(const std::vector<double>& values, double width, int64_t most = 256);
 
 // Fills output_errors, linears and sites of `report`. x [1,T,D]: a sample of the block's inputs, or
-// undefined. fp and simulated (the committed block, dense) may be on any device. Takes about six
+// undefined; where it lies, all is computed. simulated: the committed block, dense. Takes about six
 // forward passes of the sample.
 void report_linears(const Recipe& recipe, const BlockMethod& method, const nn::Block& fp,
                     const nn::Block& simulated, const Tensor& x, const nn::Positions& at,

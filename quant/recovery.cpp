@@ -54,9 +54,10 @@ std::string first_bad_layer(const nn::Block& block, const Tensor& x, const nn::P
       nn::Linear bare = plain;
       bare.pre = {};
       if (!found.empty()) return seen;
+      const auto& s = plain.input_quant;
       if (!all_finite(input))
         found = "input of " + name;
-      else if (!all_finite(seen))
+      else if (s && !all_finite(fake_quant_rows(seen, *s)))
         found = "quantised input of " + name;
       else if (!all_finite(bare(seen)))
         found = "output of " + name;

@@ -19,6 +19,17 @@ struct RowQuant {
   bool operator==(const RowQuant&) const = default;
 };
 
+// Rows [..., N] as codes, each row on its own grid. What integer products and the key/value cache
+// read.
+struct QuantizedRows {
+  Tensor codes;      // U8 [..., N]; paired: [..., ⌈N/2⌉], column 2i in the low half of byte i
+  Tensor grid;       // F32 [..., 2]: h and z. h is NaN where a value of the row was not finite
+  RowQuant spec;     // how they were made
+  int64_t cols = 0;  // N
+  bool paired = false;  // two codes a byte; at most 4 bits
+  int64_t code_bytes() const { return paired ? (cols + 1) / 2 : cols; }  // of a row
+};
+
 template <class T> struct RowGrid {
   T scale, zero;    // h > 0; z a whole number
   bool free_scale;  // h follows the range: gradients go through it

@@ -89,7 +89,12 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
   e.packed.method = recipe.name;
   e.packed.weight = matrix(recipe.spec);
   const quant::ActivationBits a = recipe.spec.activations();
-  e.packed.activations = {.activation = a.linear, .q = a.q, .k = a.k, .v = a.v, .p = a.p};
+  e.packed.activations = {.activation = a.linear,
+                          .q = a.q,
+                          .k = a.k,
+                          .v = a.v,
+                          .p = a.p,
+                          .include_zero = !recipe.spec.official_range};
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
   if (!config.tie_word_embeddings) e.tables.emplace_back("lm_head", kept(o, "lm_head", false));
   for (const auto& [module, keep] : e.tables)

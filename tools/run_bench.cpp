@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "autograd/node.h"
+#include "models/packed_model.h"
 #include "tensor/bandwidth.h"
 #include "tensor/isa.h"
 #include "tensor/parallel.h"
@@ -149,6 +150,7 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
     rates.push_back(static_cast<double>(test.tokens()) / seconds);
     ns.push_back(seconds * 1e9);
   }
+  const nn::CacheQuant kept = cache_quant(m.model->config());
   json j = {{"build_version", OMQ_VERSION},
             {"cpu_info", cli::cpu_name()},
             {"backends", "CPU"},
@@ -160,8 +162,8 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"bits_per_weight", m.size.bits_per_weight()},
             {"n_batch", o.batch},
             {"n_threads", test.threads},
-            {"type_k", "f32"},
-            {"type_v", "f32"},
+            {"type_k", cache_type(kept.k)},
+            {"type_v", cache_type(kept.v)},
             {"n_gpu_layers", 0},
             {"n_prompt", test.prompt},
             {"n_gen", test.gen},

@@ -13,6 +13,7 @@
 #include <random>
 
 #include "models/json_file.h"
+#include "models/packed_model.h"
 #include "tensor/isa.h"
 #include "tensor/parallel.h"
 
@@ -42,9 +43,10 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   if (!with_context) return;
   app.add_option("-c,--ctx-size", o.context, "context in tokens (default 0: the model's own)")
       ->type_name("N");
-  app.add_option("--cache-type-k", o.cache_k, "-ctk: type of the key cache; f32")
+  app.add_option("--cache-type-k", o.cache_k,
+                 "-ctk: type of the key cache: f32, or the model's own bits")
       ->type_name("TYPE");
-  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache; f32")
+  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache: likewise")
       ->type_name("TYPE");
 }
 
@@ -75,7 +77,7 @@ namespace {
 int64_t default_context(const ModelConfig& c, bool quiet) {
   const int64_t own = c.usable_context();
   int64_t context = std::min<int64_t>(own, 8192);
-  const int64_t token_bytes = c.num_layers * c.kv_size() * 2 * 4;
+  const int64_t token_bytes = cache_token_bytes(c);
   const auto half_free = static_cast<int64_t>(cli::available_memory_bytes() / 2);
   if (half_free > 0) context = std::min(context, std::max<int64_t>(512, half_free / token_bytes));
   context = std::min(context, own);
@@ -109,6 +111,14 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
                m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(),
                m.seconds);
   return m;
+}
+
+std::string cache_type(const std::optional<RowQuant>& quant) {
+  return quant ? fmt::format("u{}", quant->bits) : "f32";
+}
+
+int64_t cache_token_bytes(const ModelConfig& c) {
+  return c.num_layers * cache_quant(c).token_bytes(c.num_kv_heads, c.head_dim);
 }
 
 int64_t parameter_count(const OpenModel& m) {

@@ -52,6 +52,11 @@ struct OpenModel {
 // memory.
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
+// "f32", or the bits of codes: "u4".
+std::string cache_type(const std::optional<RowQuant>& quant);
+// Bytes of keys and values of one token, all layers.
+int64_t cache_token_bytes(const ModelConfig& config);
+
 // "llama 135M": the type and the number of weights, embedding and norms counted.
 std::string model_name(const OpenModel& m);
 int64_t parameter_count(const OpenModel& m);

@@ -62,6 +62,13 @@ json dtype_counts(const CheckpointReader& reader) {
   return counts;
 }
 
+json cache_json(const ModelConfig& c) {
+  const nn::CacheQuant kept = cache_quant(c);
+  return {{"type_k", cache_type(kept.k)},
+          {"type_v", cache_type(kept.v)},
+          {"bytes_per_token", cache_token_bytes(c)}};
+}
+
 json describe(const OpenModel& m, bool hashes) {
   const CheckpointReader& reader = *m.reader;
   json files = json::array();
@@ -82,6 +89,7 @@ json describe(const OpenModel& m, bool hashes) {
           {"block_bits_per_weight", m.size.block_bits_per_weight()},
           {"bytes_per_token", m.size.token_bytes},
           {"quantization", packed ? packed->to_json() : json(nullptr)},
+          {"cache", cache_json(reader.config())},
           {"config", config_json(reader.config())},
           {"tokenizer", tokenizer_json(*m.tokenizer)},
           {"chat_template", template_json(*m.tokenizer)},
@@ -108,6 +116,22 @@ std::string quantization_text(const json& q) {
   return text;
 }
 
+// Bits of what flows through the blocks.
+std::string activations_text(const json& q) {
+  if (q.is_null()) return "as they are";
+  std::string text;
+  for (const auto& [key, name] : {std::pair{"activation_bits", "into matrices"},
+                                  {"q_bits", "queries"},
+                                  {"k_bits", "keys"},
+                                  {"v_bits", "values"},
+                                  {"p_bits", "probabilities"}})
+    if (const int bits = q.value(key, 16); bits < 16)
+      text += fmt::format("{}{} {} bits", text.empty() ? "" : ", ", name, bits);
+  if (text.empty()) return "as they are";
+  const bool integers = q.value("activation_bits", 16) < 16 && q["activation_include_zero"];
+  return text + (integers ? "; products in integers" : "");
+}
+
 void print(const json& j) {
   auto line = [](std::string_view name, const std::string& text) {
     fmt::print("{:14}{}\n", name, text);
@@ -129,6 +153,10 @@ void print(const json& j) {
                    j["bits_per_weight"].get<double>(), j["block_bits_per_weight"].get<double>()));
   line("a token reads", bytes(j["bytes_per_token"]));
   line("quantization", quantization_text(j["quantization"]));
+  line("activations", activations_text(j["quantization"]));
+  line("cache",
+       fmt::format("keys {}, values {}, {} a token", j["cache"]["type_k"].get<std::string>(),
+                   j["cache"]["type_v"].get<std::string>(), bytes(j["cache"]["bytes_per_token"])));
   const json& c = j["config"];
   line("shape",
        fmt::format(

@@ -80,11 +80,12 @@ template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
   T lanes[8];
   for (T& l : lanes) l = start;
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int64_t j = 0; j < 8; ++j) {
-      const T v = f(i + j);
-      lanes[j] = v > lanes[j] ? v : lanes[j];
-    }
+  for (; i + 8 <= n; i += 8) {
+    T v[8];  // apart from the comparisons: only so does it vectorise
+    for (int64_t j = 0; j < 8; ++j) v[j] = f(i + j);
+    for (int64_t j = 0; j < 8; ++j) v[j] = v[j] > lanes[j] ? v[j] : lanes[j];
+    for (int64_t j = 0; j < 8; ++j) lanes[j] = v[j];
+  }
   for (int64_t j = 0; i < n; ++i, ++j) {
     const T v = f(i);
     lanes[j] = v > lanes[j] ? v : lanes[j];

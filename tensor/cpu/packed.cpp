@@ -1,77 +1,25 @@
-// The CPU's running kernels: y = x · wᵀ for packed and dense weights, dequantisation, embedding
-// rows.
+// The CPU's running kernels: y = x · wᵀ for packed and dense weights, with x as floats or as codes,
+// dequantisation, embedding rows.
 //
 // Two ways through a product, by the number of rows of x. Few rows (decoding): weights are read
 // once, straight from their packed form, panel by panel; the limit is memory. Many rows (prefill):
 // the same loops where they beat floats, else tiles of weights become F32 once each and meet all
 // rows in gemm_tile. Work is cut by shape alone, every element of y is summed by one thread in one
-// order: results do not depend on the number of threads. Inner loops: packed_isa.h.
+// order: results do not depend on the number of threads. Codes with codes go the same two ways:
+// straight from the packed form, or over panels unpacked to a byte a code, both exact in integers.
+// Inner loops: packed_isa.h.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <string>
 
 #include "tensor/cpu/gemm.h"
 #include "tensor/cpu/packed_isa.h"
-#include "tensor/isa.h"
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 #include "tensor/parallel.h"
 
-namespace omq {
-
-// ---- which instruction set ----
-
-namespace {
-
-using cpu::PackedIsa;
-
-std::atomic<const PackedIsa*> active_isa{nullptr};
-
-const PackedIsa* find_isa(std::string_view name) {
-  for (auto p = cpu::kPackedIsas; *p != nullptr; ++p)
-    if ((*p)->name == name && (*p)->runs_here()) return *p;
-  return nullptr;
-}
-
-const PackedIsa& choose_isa() {
-  const char* wanted = std::getenv("OMQ_ISA");
-  const std::vector<const char*> here = packed_isas_here();
-  const PackedIsa* isa = find_isa(wanted && *wanted ? wanted : here.front());
-  if (isa == nullptr) {
-    std::string names;
-    for (const char* name : here) names += std::string(names.empty() ? "" : ", ") + name;
-    fail("OMQ_ISA={} does not run on this machine; it runs {}", wanted, names);
-  }
-  active_isa.store(isa);
-  return *isa;
-}
-
-const PackedIsa& isa() {
-  const PackedIsa* chosen = active_isa.load(std::memory_order_relaxed);
-  return chosen ? *chosen : choose_isa();
-}
-
-}  // namespace
-
-const char* packed_isa_name() { return isa().name; }
-
-bool force_packed_isa(std::string_view name) {
-  const PackedIsa* found = find_isa(name);
-  if (found) active_isa.store(found);
-  return found != nullptr;
-}
-
-std::vector<const char*> packed_isas_here() {
-  std::vector<const char*> names;
-  for (auto p = cpu::kPackedIsas; *p != nullptr; ++p)
-    if ((*p)->runs_here()) names.push_back((*p)->name);
-  return names;
-}
-
-namespace cpu {
+namespace omq::cpu {
 namespace {
 
 constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
@@ -81,7 +29,7 @@ constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half o
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
 // never share.
-enum class Use { Prepared, Tile };
+enum class Use { Prepared, Tile };  // Tile: of weights
 template <Use> void* scratch(int64_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -133,7 +81,8 @@ int64_t check_product(const char* op, const Tensor& y, const Tensor& x, int64_t 
   return x.dim(0);
 }
 
-PanelView view_of(const char* op, const PackedInt& w) {
+// chunk_cols: the most columns of a chunk.
+PanelView view_of(const char* op, const PackedInt& w, int64_t chunk_cols = kChunkCols) {
   const int bits = w.spec.bits;
   check(bits == 2 || bits == 3 || bits == 4 || bits == 8,
         "{}: stored width is 2, 3, 4 or 8 bits, got {}", op, bits);
@@ -146,7 +95,7 @@ PanelView view_of(const char* op, const PackedInt& w) {
         bits, w.nbytes(), w.data.nbytes());
   const int64_t groups = w.groups(), full = std::min(w.spec.group_cols(w.cols), w.cols);
   const int64_t last = w.group_columns(groups - 1);
-  const auto chunks = [](int64_t cols) { return (cols + kChunkCols - 1) / kChunkCols; };
+  const auto chunks = [=](int64_t cols) { return (cols + chunk_cols - 1) / chunk_cols; };
   return {.data = w.data.data<uint8_t>(),
           .rows = w.rows,
           .cols = w.cols,
@@ -157,8 +106,9 @@ PanelView view_of(const char* op, const PackedInt& w) {
           .last_cols = last,
           .block_bytes = w.block_bytes(0),
           .panel_bytes = w.panel_bytes(),
+          .chunk_cols = chunk_cols,
           .chunks = (groups - 1) * chunks(full) + chunks(last),
-          .chunk_stride = std::min(kChunkCols, (full + 15) / 16 * 16)};
+          .chunk_stride = std::min(chunk_cols, (full + 15) / 16 * 16)};
 }
 
 // y = x · wᵀ from the packed form: rows of x are prepared once, then every panel meets them.
@@ -188,6 +138,45 @@ void multiply_dequantized(const PackedIsa& isa, const PanelView& w, const float*
       isa.dequantize(w, row / kPanelRows, weights + (row - begin), tile);
     gemm_tile(m, end - begin, w.cols, x, w.cols, 1, weights, tile, 1, y + begin, w.rows);
   });
+}
+
+// Rows of codes and their grids.
+struct CodesView {
+  const uint8_t* codes;
+  const float* grid;
+  int64_t cols;
+  int bits;
+  RowCodes row(int64_t i) const {
+    return {codes + i * cols, grid[2 * i], static_cast<int32_t>(grid[2 * i + 1]), bits};
+  }
+};
+
+void multiply_few_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x, int64_t m,
+                        float* y) {
+  const int64_t row_bytes = isa.prepared_bytes(w), panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(m * row_bytes));
+  for (int64_t i = 0; i < m; ++i) isa.prepare_codes_for_gemv(w, x.row(i), prepared + i * row_bytes);
+  parallel_for(panels, panel_grain(panels),
+               [&](int64_t begin, int64_t end) { isa.gemv(w, prepared, m, y, begin, end); });
+}
+
+void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x, int64_t m,
+                    float* y) {
+  const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.unpacked_bytes(w);
+  const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t grain = std::clamp<int64_t>(panels / 16, 1, 4);
+  for (int64_t m0 = 0; m0 < m; m0 += kPreparedRows) {
+    const int64_t rows = std::min(kPreparedRows, m - m0);
+    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(rows * row_bytes));
+    parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        prepare_codes(w, x.row(m0 + i), prepared + i * row_bytes);
+    });
+    parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
+      auto* panel = static_cast<std::byte*>(scratch<Use::Tile>(unpacked));
+      isa.gemm_codes(w, prepared, rows, y + m0 * w.rows, begin, end, panel);
+    });
+  }
 }
 
 float f16_at(const uint8_t* at) {
@@ -242,11 +231,34 @@ const float* dense_rows(const PackedIsa& isa, const DenseView& w, int64_t begin,
 void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
   const PanelView view = view_of("packed_matmul", w);
   const int64_t m = check_product("packed_matmul", y, x, w.rows, w.cols);
-  const PackedIsa& loops = isa();
+  const PackedIsa& loops = active_packed_isa();
   if (m <= kFewRows || loops.gemv_for_many_rows)
     multiply_packed(loops, view, x.data<float>(), m, y.data<float>());
   else
     multiply_dequantized(loops, view, x.data<float>(), m, y.data<float>());
+}
+
+void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
+  const char* op = "packed_matmul_rows";
+  const PanelView view = view_of(op, w, kCodesChunkCols);
+  check_plain(op, "the codes of x", x.codes, DType::U8);
+  check_plain(op, "the grid of x", x.grid, DType::F32);
+  check_plain(op, "y", y, DType::F32);
+  check(!x.paired && x.spec.include_zero && x.spec.bits >= 2 && x.spec.bits <= 8,
+        "{}: x must have one code a byte, of 2 to 8 bits, and zero points that are codes", op);
+  check(x.codes.ndim() == 2 && x.codes.dim(1) == w.cols && x.cols == w.cols,
+        "{}: x {} does not fit w [{}, {}]: inner dims differ", op, x.codes.shape(), w.rows, w.cols);
+  const int64_t m = x.codes.dim(0);
+  check(x.grid.shape() == (Shape{m, 2}) && y.shape() == (Shape{m, w.rows}),
+        "{}: grid {} and y {}, expected [{}, 2] and [{}, {}]", op, x.grid.shape(), y.shape(), m, m,
+        w.rows);
+  const PackedIsa& best = active_packed_isa();
+  const PackedIsa& loops = best.gemm_codes ? best : kScalarIsa;
+  const CodesView codes{x.codes.data<uint8_t>(), x.grid.data<float>(), w.cols, x.spec.bits};
+  if (m <= kFewRows && loops.prepare_codes_for_gemv)
+    multiply_few_codes(loops, view, codes, m, y.data<float>());
+  else
+    multiply_codes(loops, view, codes, m, y.data<float>());
 }
 
 void packed_dequantize(Tensor& y, const PackedInt& w) {
@@ -254,7 +266,7 @@ void packed_dequantize(Tensor& y, const PackedInt& w) {
   check_plain("packed_dequantize", "y", y, DType::F32);
   check(y.shape() == (Shape{w.rows, w.cols}), "packed_dequantize: y is {}, expected [{}, {}]",
         y.shape(), w.rows, w.cols);
-  const PackedIsa& loops = isa();
+  const PackedIsa& loops = active_packed_isa();
   float* out = y.data<float>();
   parallel_for(w.panels(), 1, [&](int64_t begin, int64_t end) {
     auto* columns = static_cast<float*>(scratch<Use::Tile>(kPanelRows * w.cols * 4));
@@ -290,7 +302,7 @@ void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
   const DenseView view{w.raw(), w.dim(0), w.dim(1), stored_type(w)};
   check_plain("dense_matmul", "w", w, w.dtype());
   const int64_t m = check_product("dense_matmul", y, x, view.rows, view.cols);
-  const PackedIsa& loops = isa();
+  const PackedIsa& loops = active_packed_isa();
   const float* in = x.data<float>();
   float* out = y.data<float>();
   if (m <= kFewRows) {
@@ -306,5 +318,4 @@ void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
   });
 }
 
-}  // namespace cpu
-}  // namespace omq
+}  // namespace omq::cpu

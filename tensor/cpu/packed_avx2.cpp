@@ -5,7 +5,13 @@
 // in int16 and one scale. Codes widen to 16 bits by mask and shift alone, because the two bytes of
 // a 16-bit lane are neighbouring columns of one row: the low bytes are columns 0 and 2 of a quad,
 // the high bytes 1 and 3. vpmaddwd then multiplies pairs and adds them in int32, which nothing here
-// can overflow, whatever the width. A panel is two halves of 8 rows.
+// can overflow, whatever the width. A panel is two halves of 8 rows. A row of x that comes as codes
+// takes the same loops, its codes less their zero point being the whole numbers.
+//
+// gemm_codes: many rows of codes. vpmaddubsw does twice as much, but adds its pairs of u8 · s8 in
+// 16 bits and saturates there. Nibbles leave room: 8 pairs, 8 · 2 · 15 · 128 = 30720, fit. So
+// panels are unpacked to nibbles once, codes of 8 bits to two planes of them, and sums widen every
+// 8 quads.
 //
 // Compiled with this instruction set's flags: no standard or project header with inline functions
 // may be included.
@@ -89,14 +95,41 @@ void prepare(const PanelView& w, const float* x, std::byte* out) {
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t cols = g + 1 < w.groups ? w.group_cols : w.last_cols;
-    for (int64_t c = 0; c < cols; c += kChunkCols, ++chunk)
-      prepare_chunk(x + g * w.group_cols + c, min64(kChunkCols, cols - c), w.chunk_stride,
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk)
+      prepare_chunk(x + g * w.group_cols + c, min64(w.chunk_cols, cols - c), w.chunk_stride,
                     const_cast<float*>(a.scale) + chunk, const_cast<int32_t*>(a.sum) + chunk,
                     const_cast<int16_t*>(a.x) + chunk * w.chunk_stride);
   }
 }
 
-// ---- unpacking: quad s of a half vector, as 16-bit lanes ----
+// One chunk of whole numbers from codes, as prepare_chunk.
+void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
+                   int16_t* out) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < slot; ++i) {
+    const int32_t whole = i < n ? codes[i] - zero : 0;
+    const int64_t j = i & 3;
+    out[(i & ~int64_t{3}) + (j == 1 ? 2 : j == 2 ? 1 : j)] = static_cast<int16_t>(whole);
+    total += whole;
+  }
+  *sum = total;
+}
+
+void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
+  const Acts a = acts_at(w, out);
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t cols = g + 1 < w.groups ? w.group_cols : w.last_cols;
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk) {
+      const_cast<float*>(a.scale)[chunk] = x.scale;
+      prepare_chunk(x.codes + g * w.group_cols + c, x.zero, min64(w.chunk_cols, cols - c),
+                    w.chunk_stride, const_cast<int32_t*>(a.sum) + chunk,
+                    const_cast<int16_t*>(a.x) + chunk * w.chunk_stride);
+    }
+  }
+}
+
+// ---- unpacking: quad s of a half vector ----
 
 template <int Bits>
 inline constexpr int kQuads = Bits == 8   ? 1
@@ -119,10 +152,20 @@ OMQ_INLINE __m256i third_bits(const uint8_t* word) {
                           _mm256_set1_epi8(4));
 }
 
+// 8 rows × 4 columns, a byte a code.
+template <int Bits> OMQ_INLINE __m256i unpack_bytes(__m256i v, const uint8_t* high, int s) {
+  if constexpr (Bits == 8) return v;
+  constexpr int kPlane = Bits == 3 ? 2 : Bits;
+  const __m256i low =
+      _mm256_and_si256(_mm256_srli_epi16(v, kPlane * s), _mm256_set1_epi8((1 << kPlane) - 1));
+  if constexpr (Bits == 3) return _mm256_or_si256(low, third_bits(high + 8 * s));
+  return low;
+}
+
+// The same as 16-bit lanes.
 template <int Bits> OMQ_INLINE Pairs unpack(__m256i v, const uint8_t* high, int s) {
   if constexpr (Bits == 3) {
-    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(v, 2 * s), _mm256_set1_epi8(3));
-    const __m256i code = _mm256_or_si256(low, third_bits(high + 8 * s));
+    const __m256i code = unpack_bytes<Bits>(v, high, s);
     return {_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srli_epi16(code, 8)};
   } else {
     const __m256i mask = _mm256_set1_epi16((1 << Bits) - 1);
@@ -210,8 +253,8 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
-    for (int64_t c = 0; c < b.cols; c += kChunkCols, ++chunk) {
-      const int64_t vectors = (min64(kChunkCols, b.padded - c) / 4 + Q - 1) / Q;
+    for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
+      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       __m256i dot[P][2][M];
       chunk_dots<Bits, P, M>(block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
                              w.panel_bytes, vectors, x, chunk * w.chunk_stride, dot);
@@ -265,6 +308,214 @@ void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t p
       return gemv_bits<4>(w, x, m, y, panel0, panel1);
     default:
       return gemv_bits<8>(w, x, m, y, panel0, panel1);
+  }
+}
+
+// ---- codes with codes, many rows of x ----
+//
+// An unpacked panel, chunk by chunk: I32 [16], the sums of the codes, then for each half its
+// planes, 32 bytes a quad.
+
+constexpr int64_t kQuadsInShort = 8;  // sums of so many quads stay in 16 bits
+
+OMQ_INLINE int64_t planes_of(const PanelView& w) { return w.bits == 8 ? 2 : 1; }
+OMQ_INLINE int64_t padded(const PanelView& w, int64_t cols) {
+  return round_up(cols, w.bits == 8 ? 4 : w.bits == 4 ? 8 : 16);
+}
+
+int64_t unpacked_bytes(const PanelView& w) {
+  const int64_t cols = (w.groups - 1) * padded(w, w.group_cols) + padded(w, w.last_cols);
+  return 64 * w.chunks + planes_of(w) * kRows * cols;
+}
+
+template <int Bits>
+OMQ_INLINE void unpack_half(const uint8_t* low, const uint8_t* high, int64_t quads, uint8_t* sums,
+                            uint8_t* out) {
+  constexpr int Q = kQuads<Bits>;
+  const __m256i one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1),
+                nibble = _mm256_set1_epi8(15);
+  const auto store = [](uint8_t* at, __m256i v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(at), v);
+  };
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t q = 0; q < quads; low += 64, high += 32) {
+    const __m256i v = load(low);
+    OMQ_UNROLL for (int s = 0; s < Q; ++s, ++q) {
+      const __m256i code = unpack_bytes<Bits>(v, high, s);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(code, one8), one16));
+      if constexpr (Bits == 8) {
+        store(out + 32 * q, _mm256_and_si256(code, nibble));
+        store(out + 32 * (quads + q), _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble));
+      } else {
+        store(out + 32 * q, code);
+      }
+    }
+  }
+  store(sums, sum);
+}
+
+template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t* out) {
+  const uint8_t* block = w.data + panel * w.panel_bytes;
+  for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
+    const Block<Bits> b(w, g);
+    for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
+      const int64_t quads = min64(w.chunk_cols, b.padded - c) / 4;
+      const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
+      const uint8_t* high = block + b.high + 2 * c;
+      const int64_t half_bytes = 32 * planes_of(w) * quads;
+      unpack_half<Bits>(low, high, quads, out, out + 64);
+      unpack_half<Bits>(low + 32, high + 4, quads, out + 32, out + 64 + half_bytes);
+      out += 64 + 2 * half_bytes;
+    }
+  }
+}
+
+void unpack_panel(const PanelView& w, int64_t panel, uint8_t* out) {
+  switch (w.bits) {
+    case 2:
+      return unpack_panel<2>(w, panel, out);
+    case 3:
+      return unpack_panel<3>(w, panel, out);
+    case 4:
+      return unpack_panel<4>(w, panel, out);
+    default:
+      return unpack_panel<8>(w, panel, out);
+  }
+}
+
+// A row of prepare_codes (packed_isa.h).
+struct Bytes {
+  float scale;
+  int32_t rest;
+  const int32_t* sum;
+  const int8_t* x;
+};
+
+OMQ_INLINE Bytes bytes_at(const PanelView& w, const std::byte* row) {
+  Bytes b;
+  __builtin_memcpy(&b.scale, row, 4);
+  __builtin_memcpy(&b.rest, row + 4, 4);
+  b.sum = reinterpret_cast<const int32_t*>(row + 64);
+  b.x = reinterpret_cast<const int8_t*>(row + 64 + list_bytes(w));
+  return b;
+}
+
+// Has v computed here: left alone, the compiler gathers the products of all quads before it adds
+// them, and spills them.
+OMQ_INLINE void settle(__m256i& v) { asm("" : "+x"(v)); }
+
+// Σ code · byte of a panel with M rows of x, by halves, in 16 bits: quad q of one plane.
+template <int M>
+OMQ_INLINE void short_dots(const uint8_t* const (&codes)[2], const Bytes (&x)[M], int64_t at,
+                           int64_t q, __m256i (&sum)[2][M]) {
+  const __m256i low = load(codes[0] + 32 * q), high = load(codes[1] + 32 * q);
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    int32_t four;
+    __builtin_memcpy(&four, x[m].x + at + 4 * q, 4);
+    const __m256i xs = _mm256_set1_epi32(four);
+    sum[0][m] = _mm256_add_epi16(sum[0][m], _mm256_maddubs_epi16(low, xs));
+    sum[1][m] = _mm256_add_epi16(sum[1][m], _mm256_maddubs_epi16(high, xs));
+    settle(sum[0][m]);
+    settle(sum[1][m]);
+  }
+}
+
+template <int M> OMQ_INLINE void clear(__m256i (&v)[2][M]) {
+  OMQ_UNROLL for (int m = 0; m < M; ++m) v[0][m] = v[1][m] = _mm256_setzero_si256();
+}
+template <int M> OMQ_INLINE void widen_into(__m256i (&dot)[2][M], const __m256i (&sum)[2][M]) {
+  const __m256i one = _mm256_set1_epi16(1);
+  OMQ_UNROLL for (int h = 0; h < 2; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
+      _mm256_add_epi32(dot[h][m], _mm256_madd_epi16(sum[h][m], one));
+}
+
+template <int M>
+OMQ_INLINE void nibble_dots(const uint8_t* const (&codes)[2], int64_t quads, const Bytes (&x)[M],
+                            int64_t at, __m256i (&dot)[2][M]) {
+  clear(dot);
+  __m256i sum[2][M];
+  int64_t q = 0;
+  for (; q + kQuadsInShort <= quads; q += kQuadsInShort) {
+    clear(sum);
+    OMQ_UNROLL for (int64_t i = 0; i < kQuadsInShort; ++i) short_dots(codes, x, at, q + i, sum);
+    widen_into(dot, sum);
+  }
+  clear(sum);
+  for (; q < quads; ++q) short_dots(codes, x, at, q, sum);
+  widen_into(dot, sum);
+}
+
+// y of one panel for M rows of x.
+template <int M>
+void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, const std::byte* rows,
+                float* y) {
+  const int64_t row_bytes = prepared_codes_bytes(w), planes = planes_of(w);
+  Bytes x[M];
+  __m256 total[2][M];
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    x[m] = bytes_at(w, rows + m * row_bytes);
+    total[0][m] = total[1][m] = _mm256_setzero_ps();
+  }
+  const uint8_t* block = w.data + panel * w.panel_bytes;
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
+    const int64_t cols = padded(w, g + 1 < w.groups ? w.group_cols : w.last_cols);
+    const uint8_t* grid = block + cols * kRows * w.bits / 8;
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk) {
+      const int64_t quads = min64(w.chunk_cols, cols - c) / 4, at = chunk * w.chunk_stride;
+      const uint8_t* const low[2] = {unpacked + 64, unpacked + 64 + 32 * planes * quads};
+      __m256i dot[2][M];
+      nibble_dots(low, quads, x, at, dot);
+      if (planes == 2) {
+        const uint8_t* const high[2] = {low[0] + 32 * quads, low[1] + 32 * quads};
+        __m256i upper[2][M];
+        nibble_dots(high, quads, x, at, upper);
+        OMQ_UNROLL for (int h = 0; h < 2; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
+            _mm256_add_epi32(dot[h][m], _mm256_slli_epi32(upper[h][m], 4));
+      }
+      OMQ_UNROLL for (int h = 0; h < 2; ++h) {
+        const __m256 scale = load_f16(grid + 16 * h);
+        const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, h));
+        // Σ (code − zero), the surplus columns adding nothing.
+        const __m256i codes = _mm256_sub_epi32(
+            load(unpacked + 32 * h),
+            _mm256_mullo_epi32(zero, _mm256_set1_epi32(static_cast<int32_t>(4 * quads))));
+        OMQ_UNROLL for (int m = 0; m < M; ++m) {
+          const __m256i off =
+              _mm256_add_epi32(_mm256_mullo_epi32(zero, _mm256_set1_epi32(x[m].sum[chunk])),
+                               _mm256_mullo_epi32(codes, _mm256_set1_epi32(x[m].rest)));
+          total[h][m] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[h][m], off)),
+                              _mm256_mul_ps(scale, _mm256_set1_ps(x[m].scale)), total[h][m]);
+        }
+      }
+      unpacked += 64 * (1 + planes * quads);
+    }
+  }
+  const int64_t row = panel * kRows;
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    store_rows(y + m * w.rows + row, total[0][m], w.rows - row);
+    store_rows(y + m * w.rows + row + 8, total[1][m], w.rows - row - 8);
+  }
+}
+
+// A panel stays in the first-level cache while all rows of x pass by, 4 at once: 8 sums of the 16
+// registers.
+void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                int64_t panel1, std::byte* scratch) {
+  auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    unpack_panel(w, panel, unpacked);
+    for (int64_t i = 0; i < m;) {
+      const int64_t take = m - i >= 4 ? 4 : m - i;
+      const auto multiply = take == 4   ? gemm_panel<4>
+                            : take == 3 ? gemm_panel<3>
+                            : take == 2 ? gemm_panel<2>
+                                        : gemm_panel<1>;
+      multiply(w, unpacked, panel, x + i * row_bytes, y + i * w.rows);
+      i += take;
+    }
   }
 }
 
@@ -423,6 +674,9 @@ const PackedIsa kAvx2Isa = {
     .prepare = prepare,
     .gemv = gemv,
     .gemv_for_many_rows = false,
+    .prepare_codes_for_gemv = prepare_codes_for_gemv,
+    .gemm_codes = gemm_codes,
+    .unpacked_bytes = unpacked_bytes,
     .dequantize = dequantize,
     .dense_gemv = dense_gemv,
     .widen = widen,

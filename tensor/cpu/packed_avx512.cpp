@@ -6,7 +6,12 @@
 // so 16-bit activations stay what they are. The codes are VNNI's unsigned operand; a quad (16 rows
 // × 4 columns) meets 4 bytes of x, broadcast. With whole zero points the chunk's sum Σ(code −
 // zero)·x is exact in int32 and is scaled once. Several panels are walked at once: each is a memory
-// stream of its own, prefetched ahead, and one stream alone does not fill the memory bus.
+// stream of its own, prefetched ahead, and one stream alone does not fill the memory bus. A row of
+// x that comes as codes takes the same loops, its codes less their zero point being the whole
+// numbers.
+//
+// gemm_codes: many rows of codes. One signed byte holds a code less an offset, so one plane does;
+// panels are unpacked to bytes once.
 //
 // Compiled with this instruction set's flags: no standard or project header with inline functions
 // may be included.
@@ -100,11 +105,39 @@ void prepare(const PanelView& w, const float* x, std::byte* out) {
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t cols = g + 1 < w.groups ? w.group_cols : w.last_cols;
-    for (int64_t c = 0; c < cols; c += kChunkCols, ++chunk)
-      prepare_chunk(x + g * w.group_cols + c, min64(kChunkCols, cols - c), w.chunk_stride,
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk)
+      prepare_chunk(x + g * w.group_cols + c, min64(w.chunk_cols, cols - c), w.chunk_stride,
                     const_cast<float*>(a.scale) + chunk, const_cast<int32_t*>(a.sum) + chunk,
                     const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
                     const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
+  }
+}
+
+// One chunk of whole numbers from codes, as prepare_chunk.
+void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
+                   int8_t* hi, int8_t* lo) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < slot; ++i) {
+    const int32_t whole = i < n ? codes[i] - zero : 0;
+    hi[i] = static_cast<int8_t>((whole + 128) >> 8);
+    lo[i] = static_cast<int8_t>(whole & 255);
+    total += whole;
+  }
+  *sum = total;
+}
+
+void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
+  const Acts a = acts_at(w, out);
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t cols = g + 1 < w.groups ? w.group_cols : w.last_cols;
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk) {
+      const_cast<float*>(a.scale)[chunk] = x.scale;
+      prepare_chunk(x.codes + g * w.group_cols + c, x.zero, min64(w.chunk_cols, cols - c),
+                    w.chunk_stride, const_cast<int32_t*>(a.sum) + chunk,
+                    const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
+                    const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
+    }
   }
 }
 
@@ -244,8 +277,8 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
-    for (int64_t c = 0; c < b.cols; c += kChunkCols, ++chunk) {
-      const int64_t vectors = (min64(kChunkCols, b.padded - c) / 4 + Q - 1) / Q;
+    for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
+      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       Sums<Bits, P, M> sums;
       chunk_sums<Bits, P, M>(block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
                              stream_bytes, vectors, x, chunk * w.chunk_stride, sums);
@@ -303,6 +336,140 @@ void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t p
       return gemv_bits<4>(w, x, m, y, panel0, panel1);
     default:
       return gemv_bits<8>(w, x, m, y, panel0, panel1);
+  }
+}
+
+// ---- codes with codes, many rows of x ----
+//
+// An unpacked panel, chunk by chunk: I32 [16], the sums of the codes, then 64 bytes a quad.
+
+OMQ_INLINE int64_t padded(const PanelView& w, int64_t cols) {
+  return round_up(cols, w.bits == 8 ? 4 : w.bits == 4 ? 8 : 16);
+}
+
+int64_t unpacked_bytes(const PanelView& w) {
+  const int64_t cols = (w.groups - 1) * padded(w, w.group_cols) + padded(w, w.last_cols);
+  return 64 * w.chunks + kRows * cols;
+}
+
+template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t* out) {
+  constexpr int Q = kQuads<Bits>;
+  const uint8_t* block = w.data + panel * w.panel_bytes;
+  for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
+    const Block<Bits> b(w, g);
+    for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
+      const int64_t quads = min64(w.chunk_cols, b.padded - c) / 4;
+      const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
+      const uint8_t* high = block + b.high + 2 * c;
+      uint8_t* to = out + 64;
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t q = 0; q < quads; q += Q, low += 64, high += 32) {
+        __m512i quad[Q];
+        unpack<Bits, false>(low, high, quad);
+        OMQ_UNROLL for (int s = 0; s < Q; ++s, to += 64) {
+          sum = _mm512_dpbusd_epi32(sum, quad[s], _mm512_set1_epi8(1));
+          _mm512_store_si512(to, quad[s]);
+        }
+      }
+      _mm512_store_si512(out, sum);
+      out = to;
+    }
+  }
+}
+
+void unpack_panel(const PanelView& w, int64_t panel, uint8_t* out) {
+  switch (w.bits) {
+    case 2:
+      return unpack_panel<2>(w, panel, out);
+    case 3:
+      return unpack_panel<3>(w, panel, out);
+    case 4:
+      return unpack_panel<4>(w, panel, out);
+    default:
+      return unpack_panel<8>(w, panel, out);
+  }
+}
+
+// A row of prepare_codes (packed_isa.h).
+struct Bytes {
+  float scale;
+  int32_t rest;
+  const int32_t* sum;
+  const int8_t* x;
+};
+
+OMQ_INLINE Bytes bytes_at(const PanelView& w, const std::byte* row) {
+  Bytes b;
+  __builtin_memcpy(&b.scale, row, 4);
+  __builtin_memcpy(&b.rest, row + 4, 4);
+  b.sum = reinterpret_cast<const int32_t*>(row + 64);
+  b.x = reinterpret_cast<const int8_t*>(row + 64 + list_bytes(w));
+  return b;
+}
+
+// y of one panel for M rows of x.
+template <int M>
+void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, const std::byte* rows,
+                float* y) {
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  Bytes x[M];
+  __m512 total[M];
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    x[m] = bytes_at(w, rows + m * row_bytes);
+    total[m] = _mm512_setzero_ps();
+  }
+  const uint8_t* block = w.data + panel * w.panel_bytes;
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
+    const int64_t cols = padded(w, g + 1 < w.groups ? w.group_cols : w.last_cols);
+    const uint8_t* grid = block + cols * kRows * w.bits / 8;
+    const __m512 scale = load_f16(grid);
+    const __m512i zero = zeros_at(w, grid);
+    for (int64_t c = 0; c < cols; c += w.chunk_cols, ++chunk) {
+      const int64_t quads = min64(w.chunk_cols, cols - c) / 4, at = chunk * w.chunk_stride;
+      __m512i dot[M];
+      OMQ_UNROLL for (int m = 0; m < M; ++m) dot[m] = _mm512_setzero_si512();
+      for (int64_t q = 0; q < quads; ++q) {
+        const __m512i codes = _mm512_load_si512(unpacked + 64 * (1 + q));
+        OMQ_UNROLL for (int m = 0; m < M; ++m) dot[m] =
+            _mm512_dpbusd_epi32(dot[m], codes, broadcast(x[m].x + at + 4 * q));
+      }
+      // Σ (code − zero), the surplus columns adding nothing.
+      const __m512i code_sum = _mm512_sub_epi32(
+          _mm512_load_si512(unpacked),
+          _mm512_mullo_epi32(zero, _mm512_set1_epi32(static_cast<int32_t>(4 * quads))));
+      OMQ_UNROLL for (int m = 0; m < M; ++m) {
+        const __m512i off =
+            _mm512_add_epi32(_mm512_mullo_epi32(zero, _mm512_set1_epi32(x[m].sum[chunk])),
+                             _mm512_mullo_epi32(code_sum, _mm512_set1_epi32(x[m].rest)));
+        total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(dot[m], off)),
+                                   _mm512_mul_ps(scale, _mm512_set1_ps(x[m].scale)), total[m]);
+      }
+      unpacked += 64 * (1 + quads);
+    }
+  }
+  const int64_t row = panel * kRows;
+  OMQ_UNROLL for (int m = 0; m < M; ++m)
+      _mm512_mask_storeu_ps(y + m * w.rows + row, first(w.rows - row), total[m]);
+}
+
+// A panel stays in the first-level cache while all rows of x pass by, 12 at once: as many sums keep
+// both multipliers busy through their latency.
+void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                int64_t panel1, std::byte* scratch) {
+  auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    unpack_panel(w, panel, unpacked);
+    for (int64_t i = 0; i < m;) {
+      const int64_t left = m - i, take = left >= 12 ? 12 : left >= 6 ? 6 : left >= 3 ? 3 : 1;
+      const auto multiply = take == 12  ? gemm_panel<12>
+                            : take == 6 ? gemm_panel<6>
+                            : take == 3 ? gemm_panel<3>
+                                        : gemm_panel<1>;
+      multiply(w, unpacked, panel, x + i * row_bytes, y + i * w.rows);
+      i += take;
+    }
   }
 }
 
@@ -434,6 +601,9 @@ const PackedIsa kAvx512Isa = {
     .prepare = prepare,
     .gemv = gemv,
     .gemv_for_many_rows = true,
+    .prepare_codes_for_gemv = prepare_codes_for_gemv,
+    .gemm_codes = gemm_codes,
+    .unpacked_bytes = unpacked_bytes,
     .dequantize = dequantize,
     .dense_gemv = dense_gemv,
     .widen = widen,

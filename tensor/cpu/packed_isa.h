@@ -12,10 +12,11 @@
 
 namespace omq::cpu {
 
-// Activations are quantised in chunks: at most this many columns, inside one group of the weights.
-// With codes up to 255 and activations of 15 bits, 128 products fit an int32 sum: 255 · 32512 · 128
-// < 2³¹.
+// Products are summed in int32 over chunks of at most this many columns, inside one group of the
+// weights. Activations that come as floats become whole numbers of 15 bits, chunk by chunk: 255 ·
+// 32512 · 128 < 2³¹. Those that come as codes have at most 8 bits: 255 · 255 · 32768 < 2³¹.
 inline constexpr int64_t kChunkCols = 128;
+inline constexpr int64_t kCodesChunkCols = 32768;
 
 // A PackedInt (tensor/packed.h) as the loops see it. Group g of panel p starts at data +
 // p·panel_bytes + g·block_bytes.
@@ -27,9 +28,28 @@ struct PanelView {
   int64_t groups, group_cols,
       last_cols;  // the last group has last_cols columns, the others group_cols
   int64_t block_bytes, panel_bytes;
+  int64_t chunk_cols;    // of every chunk but the last of a group
   int64_t chunks;        // in one row of activations
   int64_t chunk_stride;  // columns that a chunk takes in prepared activations: a multiple of 16
 };
+
+// A row of activations as codes of at most 8 bits: x = scale · (code − zero), zero being a code.
+struct RowCodes {
+  const uint8_t* codes;  // [cols]
+  float scale;
+  int32_t zero;
+  int bits;
+};
+
+// The same in the form that gemm_codes reads, prepare_codes writes it:
+//
+//   64 bytes: scale F32, rest I32, unused · I32 [chunks], the sums of the chunks' bytes, padded to
+//   64 bytes · I8 [chunks, chunk_stride], zeros past a chunk's end, padded to 64 bytes
+//
+//   x = scale · (byte − rest). Up to 7 bits, byte = code − zero fits and rest is 0; at 8 bits,
+//   byte = code − 128.
+int64_t prepared_codes_bytes(const PanelView& w);
+void prepare_codes(const PanelView& w, const RowCodes& x, std::byte* out);  // out: 64-byte aligned
 
 enum class Stored { F32, BF16, F16 };
 
@@ -54,6 +74,18 @@ struct PackedIsa {
                int64_t panel1);
   // True when gemv also beats dequantise-and-multiply for many rows (m in the hundreds).
   bool gemv_for_many_rows;
+  // The product of codes with codes. With d = Σ (code of w − zero) · (code of x − zero) of a chunk,
+  // exact, every table forms y ← fma(float(d), scale of w · scale of x, y) chunk by chunk from y =
+  // 0, so that all give the same bits.
+  //
+  // One row of codes in the form that gemv reads, whose product is then that; null: gemm_codes
+  // takes few rows too. A table without gemm_codes leaves such products to the scalar one.
+  void (*prepare_codes_for_gemv)(const PanelView& w, const RowCodes& x, std::byte* out);
+  // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m rows of prepare_codes that
+  // follow each other. scratch: unpacked_bytes, 64-byte aligned.
+  void (*gemm_codes)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                     int64_t panel1, std::byte* scratch);
+  int64_t (*unpacked_bytes)(const PanelView& w);
   // out[c · ld + r] = scale · (code − zero) for all 16 rows r and all columns c of one panel.
   void (*dequantize)(const PanelView& w, int64_t panel, float* out, int64_t ld);
 
@@ -71,6 +103,9 @@ extern const PackedIsa kAvx512Isa;  // x86-64 builds only
 // The tables of this build, the best first, ended by null. Defined in packed_isa_x86.cpp or
 // packed_isa_other.cpp: the build takes the file that fits the processor family.
 extern const PackedIsa* const kPackedIsas[];
+
+// The table in use; tensor/isa.h says how it is chosen.
+const PackedIsa& active_packed_isa();
 
 // One quad = 4 columns × 16 rows: codes[4r + j] is row r, column 4·quad + j of a block. The
 // definition of the layout is this function and its inverse in tensor/packed.cpp.

@@ -1,5 +1,8 @@
-// Fake quantisation of every row on its own range, and its straight-through gradient (spec
-// omniquant §2.6 with σ(u) = σ(l) = 1): x̂ depends on x directly and through the row's extremes.
+// Quantisation of every row on its own range: to codes and back, simulated, and the simulation's
+// straight-through gradient (spec omniquant §2.6 with σ(u) = σ(l) = 1): x̂ depends on x directly and
+// through the row's extremes.
+#include <limits>
+
 #include "tensor/cpu/loops.h"
 #include "tensor/kernels.h"
 
@@ -20,7 +23,96 @@ template <class T> Extremes<T> extremes(const T* p, int64_t n) {
           -lane_max<T>(n, -p[0], [p](int64_t i) { return -p[i]; })};
 }
 
+// ---- codes ----
+
+// Elements before row r, a row being the last dim.
+int64_t row_at(const Tensor& t, int64_t r) {
+  int64_t at = 0;
+  for (int i = t.ndim() - 2; i >= 0; r /= t.shape()[i], --i)
+    at += r % t.shape()[i] * t.strides()[i];
+  return at;
+}
+
+void check_rows(const char* op, const char* what, const Tensor& t, DType dtype, const Tensor& x,
+                int64_t cols) {
+  Shape wanted = x.shape();
+  wanted[wanted.n - 1] = cols;
+  check(t.defined() && t.dtype() == dtype && t.shape() == wanted && t.stride(-1) == 1,
+        "{}: {} must be {} {} with contiguous rows", op, what, dtype_name(dtype), wanted);
+}
+
+// x: the floats of q.
+void check_quantized(const char* op, const QuantizedRows& q, const Tensor& x) {
+  check(x.defined() && x.ndim() >= 1 && q.cols > 0, "{}: wants [..., N]", op);
+  check(q.spec.bits >= 2 && q.spec.bits <= (q.paired ? 4 : 8), "{}: {} bits{}, 2 to {} wanted", op,
+        q.spec.bits, q.paired ? ", two codes a byte" : "", q.paired ? 4 : 8);
+  check_rows(op, "x", x, DType::F32, x, q.cols);
+  check_rows(op, "codes", q.codes, DType::U8, x, q.code_bytes());
+  check_rows(op, "the grid", q.grid, DType::F32, x, 2);
+}
+
+// Calls body(floats, codes, grid) for every row.
+template <class F> void for_each_quantized(const QuantizedRows& q, const Tensor& x, F&& body) {
+  float *floats = x.data<float>(), *grid = q.grid.data<float>();
+  uint8_t* codes = q.codes.data<uint8_t>();
+  parallel_for(
+      rows_of(x), std::max<int64_t>(1, kGrain / 4 / q.cols), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+          body(floats + row_at(x, r), codes + row_at(q.codes, r), grid + row_at(q.grid, r));
+      });
+}
+
+// 0 · x is NaN where x is NaN or infinite.
+bool all_finite(const float* p, int64_t n) {
+  return lane_sum<float>(n, [p](int64_t i) { return p[i] * 0.0f; }) == 0.0f;
+}
+
 }  // namespace
+
+void quantize_rows(QuantizedRows& q, const Tensor& x) {
+  check_quantized("quantize_rows", q, x);
+  const float top = static_cast<float>(q.spec.max_code());
+  for_each_quantized(q, x, [&](const float* p, uint8_t* codes, float* grid) {
+    const int64_t n = q.cols;
+    if (!all_finite(p, n)) {
+      std::fill_n(codes, q.code_bytes(), uint8_t{0});
+      grid[0] = std::numeric_limits<float>::quiet_NaN(), grid[1] = 0;
+      return;
+    }
+    const auto [hi, lo] = extremes(p, n);
+    const RowGrid<float> g = row_grid(hi, lo, q.spec);
+    grid[0] = g.scale, grid[1] = g.zero;
+    const auto code = [&](int64_t i) {
+      return static_cast<uint8_t>(static_cast<int32_t>(row_code(p[i], g, top)));
+    };
+    if (!q.paired) {
+      for (int64_t i = 0; i < n; ++i) codes[i] = code(i);
+      return;
+    }
+    for (int64_t i = 0; i < n / 2; ++i)
+      codes[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+    if (n % 2) codes[n / 2] = code(n - 1);
+  });
+}
+
+void dequantize_rows(Tensor& y, const QuantizedRows& q) {
+  check_quantized("dequantize_rows", q, y);
+  for_each_quantized(q, y, [&](float* out, const uint8_t* codes, const float* grid) {
+    const float scale = grid[0], zero = grid[1];
+    const auto value = [&](int code) { return (static_cast<float>(code) - zero) * scale; };
+    if (!q.paired) {
+      for (int64_t i = 0; i < q.cols; ++i) out[i] = value(codes[i]);
+      return;
+    }
+    for (int64_t i = 0; i < q.cols / 2; ++i) {
+      out[2 * i] = value(codes[i] & 15);
+      out[2 * i + 1] = value(codes[i] >> 4);
+    }
+    if (q.cols % 2) out[q.cols - 1] = value(codes[q.cols / 2] & 15);
+  });
+}
+
+// ---- simulated ----
 
 void fake_quant_rows(Tensor& y, const Tensor& x, RowQuant s) {
   visit_float("fake_quant_rows", x.dtype(), [&]<class T>() {

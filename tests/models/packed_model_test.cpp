@@ -250,6 +250,18 @@ TEST_CASE("packed config: printing and reading") {
   CHECK(p->spec_of("lm_head") == MatrixSpec{8, 128, false});
   CHECK(p->method == "rtn");
   CHECK(p->to_json() == c.quantization);
+  CHECK(p->activations == ActivationSpec{});
+  for (const char* key :
+       {"activation_bits", "q_bits", "k_bits", "v_bits", "p_bits", "activation_include_zero"})
+    c.quantization.erase(key);  // as a file from before there were any
+  CHECK(PackedConfig::of(c)->activations == ActivationSpec{});
+  PackedConfig bits = *p;
+  bits.activations = {.activation = 4, .q = 5, .k = 6, .v = 7, .p = 8, .include_zero = false};
+  c.quantization = bits.to_json();
+  CHECK(PackedConfig::of(c)->activations == bits.activations);
+  CHECK(cache_quant(c).k == RowQuant{.bits = 6, .include_zero = false});
+  CHECK(bits.activations.quant().linear == RowQuant{.bits = 4, .include_zero = false});
+  CHECK_FALSE(ActivationSpec{}.quant().linear.has_value());
   // Five bits are stored as eight, with the zero points written out.
   CHECK(MatrixSpec{5, 32, true}.stored() == GroupSpec{.bits = 8, .group_size = 32});
   CHECK(MatrixSpec{3, 32, true}.stored() ==
@@ -284,6 +296,12 @@ TEST_CASE("packed config: what is not ours, or not whole, is refused by name") {
       {R"({"group_size": 18446744073709551615})", "group_size = "},
       {R"({"symmetric": null})", "symmetric is missing or of the wrong type"},
       {R"({"symmetric": 1})", "symmetric is missing or of the wrong type"},
+      {R"({"activation_bits": 12})", "activation_bits = 12, 2 to 8 or 16 (none) wanted"},
+      {R"({"k_bits": 1})", "k_bits = 1, 2 to 8 or 16 (none) wanted"},
+      {R"({"v_bits": 4294967300})", "v_bits = 4294967300, 2 to 8 or 16 (none) wanted"},
+      {R"({"p_bits": "4"})", "p_bits is \"4\", a whole number wanted"},
+      {R"({"q_bits": 4.5})", "q_bits is 4.5, a whole number wanted"},
+      {R"({"activation_include_zero": 1})", "activation_include_zero is 1, true or false wanted"},
       {R"({"exceptions": []})", "exceptions is not an object"},
       {R"({"exceptions": {"lm_head": 4}})", "exceptions: lm_head: not an object"},
       {R"({"exceptions": {"lm_head": {"bits": 77}}})", "exceptions: lm_head: bits = 77"},

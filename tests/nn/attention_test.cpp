@@ -79,31 +79,61 @@ TEST_CASE("with a cache, pieces of a sequence give what the whole gives") {
     }
 }
 
-TEST_CASE("taps see queries, keys, values and probabilities, whole or piece by piece") {
+namespace {
+
+// The layer's formula in plain ops, with every tap.
+Tensor by_hand(const Attention& a, const Tensor& x, const Positions& p) {
+  const auto quant = [](const Tensor& t, const std::optional<RowQuant>& s) {
+    return s ? fake_quant_rows(t, *s) : t;
+  };
+  const auto project = [&](const Linear& l, int64_t heads) {
+    return reshape(omq::linear(x, l.dense(), l.bias), {x.dim(0), x.dim(1), heads, a.head_dim});
+  };
+  const auto turn = [&](const Tensor& t) { return rope(t, p.tables.cos, p.tables.sin, p.index); };
+  const Tensor q = quant(turn(project(a.q_proj, a.heads)), a.taps.q);
+  const Tensor k = quant(turn(project(a.k_proj, a.kv_heads)), a.taps.k);
+  const Tensor v = quant(project(a.v_proj, a.kv_heads), a.taps.v);
+  const AttentionSpec s{.scale = 1 / std::sqrt(static_cast<double>(a.head_dim))};
+  const Tensor y =
+      attention_composed(q, k, v, s, [&](const Tensor& t) { return quant(t, a.taps.p); });
+  return omq::linear(reshape(y, {x.dim(0), x.dim(1), -1}), a.o_proj.dense());
+}
+
+}  // namespace
+
+TEST_CASE("taps quantise queries, keys, values and probabilities, whole or piece by piece") {
   const Sizes z;
   Rng rng(6);
   const Attention plain = make(z, rng, DType::F32, {});
   const RopeTables rope = tables(z, DType::F32, {});
   const Tensor x = normal_tensor(rng, {2, 7, z.D}, DType::F32);
-  std::vector<Shape> seen;
-  const auto watch = [&](int bits) {
-    return [&seen, bits](const Tensor& t) {
-      seen.push_back(t.shape());
-      return bits > 0 ? fake_quant_rows(t, {.bits = bits}) : t;
-    };
+  const Tensor exact = plain(x, at(0, 7, rope), nullptr);
+  const auto bits = [](int n) -> std::optional<RowQuant> {
+    if (n == 16) return std::nullopt;
+    return RowQuant{.bits = n};
   };
-  Attention layer = plain;
-  layer.taps = {watch(0), watch(0), watch(0), watch(0)};
-  CHECK(close(layer(x, at(0, 7, rope), nullptr), plain(x, at(0, 7, rope), nullptr), 1e-12));
-  CHECK(seen == std::vector<Shape>{{2, 7, 4, 8}, {2, 7, 2, 8}, {2, 7, 2, 8}, {2, 4, 7, 7}});
-
-  layer.taps = {watch(4), watch(5), watch(6), watch(8)};
-  const Tensor whole = layer(x, at(0, 7, rope), nullptr);
-  CHECK_FALSE(close(whole, plain(x, at(0, 7, rope), nullptr), 1e-6));
-  KVCache cache(2, 7, z.kv_heads, z.head_dim);
-  for (int64_t t = 0; t < 7; ++t)  // a token's codes do not depend on its neighbours
-    CHECK(close(layer(slice(x, 1, t, t + 1), at(t, 1, rope), &cache), slice(whole, 1, t, t + 1),
-                1e-10));
+  struct Bits {
+    int q, k, v, p;
+  };
+  for (const Bits& b : {Bits{4, 16, 16, 16}, Bits{16, 4, 16, 16}, Bits{16, 16, 4, 16},
+                        Bits{16, 16, 16, 4}, Bits{4, 5, 6, 16}, Bits{4, 5, 6, 8}}) {
+    CAPTURE(b.q);
+    CAPTURE(b.k);
+    CAPTURE(b.v);
+    CAPTURE(b.p);
+    Attention layer = plain;
+    layer.taps = {bits(b.q), bits(b.k), bits(b.v), bits(b.p)};
+    const Tensor whole = layer(x, at(0, 7, rope), nullptr);
+    CHECK(close(whole, by_hand(layer, x, at(0, 7, rope)), 1e-11));
+    CHECK_FALSE(close(whole, exact, 1e-6));
+    // A token's codes do not depend on its neighbours, nor on who puts keys and values on the grid.
+    for (const CacheQuant& kept : {CacheQuant{}, CacheQuant{layer.taps.k, layer.taps.v}}) {
+      KVCache cache(2, 7, z.kv_heads, z.head_dim, {}, kept);
+      for (int64_t t = 0; t < 7; ++t)
+        CHECK(close(layer(slice(x, 1, t, t + 1), at(t, 1, rope), &cache), slice(whole, 1, t, t + 1),
+                    1e-10));
+    }
+  }
 }
 
 TEST_CASE("a truncated cache goes on as if the rest had never been") {

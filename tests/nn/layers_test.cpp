@@ -131,6 +131,87 @@ TEST_CASE("a packed linear multiplies what it would dequantise to") {
   }
 }
 
+namespace {
+
+Linear packed_linear(Rng& rng, int64_t out, int64_t in, GroupSpec spec) {
+  Tensor codes = Tensor::empty({out, in}, DType::U8);
+  for (int64_t i = 0; i < codes.numel(); ++i)
+    codes.data<uint8_t>()[i] = static_cast<uint8_t>(rng.between(0, spec.max_code()));
+  const Shape grid{out, spec.groups(in)};
+  const Tensor scale =
+      converted(converted(random_tensor(rng, grid, DType::F64, 0.01, 0.1), DType::F16), DType::F32);
+  const Tensor zero = round(random_tensor(rng, grid, DType::F32, 0, spec.max_code()));
+  const PackedInt packed = pack_codes(codes, scale, zero, spec);
+  return {packed_int_weight(packed.data, out, in, spec), normal_tensor(rng, {out}, DType::F32)};
+}
+
+Tensor dense_of(const Linear& l) {
+  return std::get<std::shared_ptr<PackedWeight>>(l.weight)->dequantize();
+}
+
+}  // namespace
+
+TEST_CASE("a linear with a quantised input: in integers where packed, simulated where dense") {
+  Rng rng(6);
+  for (int wbits : {2, 3, 4, 8})
+    for (int abits = 2; abits <= 8; ++abits)
+      for (bool include_zero : {true, false}) {
+        CAPTURE(wbits);
+        CAPTURE(abits);
+        CAPTURE(include_zero);
+        const RowQuant s{.bits = abits, .include_zero = include_zero};
+        Linear packed = packed_linear(rng, 20, 72, {.bits = wbits, .group_size = 32});
+        packed.input_quant = s;
+        const Tensor w = dense_of(packed);
+        Linear dense{w, packed.bias};
+        dense.input_quant = s;
+        for (int64_t tokens : {1, 3, 20}) {
+          const Tensor x = normal_tensor(rng, {2, tokens, 72}, DType::F32);
+          const Tensor want = omq::linear(fake_quant_rows(x, s), w, packed.bias);
+          CHECK(close(packed(x), want, include_zero ? 1e-11 : 1e-8));
+          CHECK(close(dense(x), want, 1e-11));
+        }
+      }
+}
+
+TEST_CASE("inputs that linears share are quantised once") {
+  Rng rng(7);
+  const Tensor x = normal_tensor(rng, {2, 3, 72}, DType::F32);
+  const LinearInput in(x);
+  const RowQuant four{.bits = 4}, eight{.bits = 8};
+  const void* codes = in.codes(four).codes.raw();
+  CHECK(in.codes(four).codes.raw() == codes);
+  CHECK(in.codes(eight).codes.raw() != codes);
+  CHECK(in.codes(eight).spec == eight);
+  CHECK(bit_equal(dequantized(in.codes(four)), fake_quant_rows(x, four)));
+  CHECK(bit_equal(in.simulated(four), fake_quant_rows(x, four)));
+  CHECK(in.simulated(four).raw() == in.simulated(four).raw());
+  // Gradients of both readers meet before they go through the quantiser.
+  const Tensor a = normal_tensor(rng, {5, 72}, DType::F32), p = parameter(x);
+  Linear one{a, {}};
+  one.input_quant = four;
+  const LinearInput shared(p);
+  CHECK(backward(sum(one(shared) + one(shared)))[p].defined());
+  CHECK(shared.simulated(four).node() != nullptr);
+  Linear packed = packed_linear(rng, 20, 72, {.bits = 4});
+  packed.input_quant = four;
+  CHECK_THROWS_WITH_AS(
+      packed(shared),
+      "packed matmul: no gradient goes through packed weights; dequantize() to train", Error);
+  CHECK_THROWS_WITH_AS(packed(Tensor::zeros({1, 71})),
+                       "packed matmul: codes [1, 71] against a weight [20, 72]", Error);
+}
+
+TEST_CASE("an onlooker sees the input before it is quantised") {
+  const Tensor x = Tensor::from<float>({0.1f, 1, 15}, {1, 3});
+  Tensor seen;
+  Linear layer{Tensor::full({1, 3}, 1), {}};
+  layer.pre = [&](const Tensor& in) { return seen = in; };
+  layer.input_quant = RowQuant{.bits = 4};
+  CHECK(layer(x).item<float>() == 16.0f);
+  CHECK(bit_equal(seen, x));
+}
+
 TEST_CASE("RMSNorm is the formula, and lists a bias only when it has one") {
   Rng rng(3);
   const Tensor x = normal_tensor(rng, {2, 3, 8}), w = normal_tensor(rng, {8}),

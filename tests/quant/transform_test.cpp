@@ -305,10 +305,11 @@ TEST_CASE("let: a learned block keeps its shifts as biases, and packs what was s
       for (size_t j = 0; j < dense.size(); ++j) {
         CHECK(bit_equal(nn::PackedIntWeight(packed_of(*codes[j].linear)).dequantize(),
                         dense[j].linear->dense()));
-        CHECK(static_cast<bool>(dense[j].linear->pre) == (abits < 16));
+        CHECK(dense[j].linear->input_quant.has_value() == (abits < 16));
+        CHECK(codes[j].linear->input_quant == dense[j].linear->input_quant);
       }
-      CHECK(static_cast<bool>(simulated.blocks[i]->taps().k) == (abits < 16));
-      CHECK_FALSE(static_cast<bool>(simulated.blocks[i]->taps().p));
+      CHECK(simulated.blocks[i]->taps().k.has_value() == (abits < 16));
+      CHECK_FALSE(simulated.blocks[i]->taps().p.has_value());
     }
   }
 }
@@ -340,11 +341,11 @@ TEST_CASE("activations: each of q, k, v, p and the linears' inputs on its own") 
     *fields[i] = 4;
     LlamaBlock b = fp;
     quantize_activations(b, s);
-    CHECK(static_cast<bool>(b.self_attn.q_proj.pre) == (i == 0));
-    CHECK(static_cast<bool>(b.taps().q) == (i == 1));
-    CHECK(static_cast<bool>(b.taps().k) == (i == 2));
-    CHECK(static_cast<bool>(b.taps().v) == (i == 3));
-    CHECK(static_cast<bool>(b.taps().p) == (i == 4));
+    CHECK(b.self_attn.q_proj.input_quant.has_value() == (i == 0));
+    CHECK(b.taps().q.has_value() == (i == 1));
+    CHECK(b.taps().k.has_value() == (i == 2));
+    CHECK(b.taps().v.has_value() == (i == 3));
+    CHECK(b.taps().p.has_value() == (i == 4));
     const double error = worst_token(b.forward(x, at), y, x);
     CHECK(error > 1e-3);
     CHECK(error < 0.6);

@@ -2,14 +2,16 @@
 // (many rows) in Gop/s.
 //
 // Decoding walks a set of equal matrices larger than the caches, so that every weight comes from
-// memory, as in a model. Bandwidth is measured in turn with the kernel, pass by pass, because
-// shared machines drift; medians of both are shown.
+// memory, as in a model. A packed matrix meets activations as they are (A16) and as codes (A8, in
+// integers; their quantisation counts). These and the bandwidth are measured in turn, pass by pass,
+// because shared machines drift; medians are shown.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -27,6 +29,7 @@ struct Settings {
   std::vector<int> threads = {1, 2}, widths = {2, 3, 4, 8};
   int64_t rows_of_x = 512;  // in prefill
   int64_t group = 128;
+  int act_bits = 8;  // of activations as codes
   int passes = 11;
   size_t set_mib = 256;  // of weights that decoding walks; small: what the loops do without memory
   bool decode_only = false;
@@ -80,57 +83,99 @@ Tensor random_rows(int64_t m, int64_t k) {
   return x;
 }
 
-void decode_row(const std::string& name, MatrixShape shape, size_t set_bytes, size_t matrices,
-                const Settings& s, ReadBandwidth& bandwidth, auto&& pass) {
+// One way to multiply, measured in turn with the others.
+struct Contender {
+  std::string name;
+  std::function<void()> pass;
+};
+
+// Seconds of every contender, pass by pass in turn; `between` comes after each.
+std::vector<std::vector<double>> race(const std::vector<Contender>& all, int passes,
+                                      bool warm_each_time, const std::function<void()>& between) {
+  std::vector<std::vector<double>> times(all.size());
+  for (const Contender& c : all) c.pass();
+  for (int i = 0; i < passes; ++i)
+    for (size_t c = 0; c < all.size(); ++c) {
+      if (warm_each_time) all[c].pass();
+      times[c].push_back(seconds_of(all[c].pass));
+      between();
+    }
+  return times;
+}
+
+std::string threads_text(int threads) {
+  return fmt::format("{} thread{}", threads, threads == 1 ? " " : "s");
+}
+
+void decode_rows(const std::vector<Contender>& all, MatrixShape shape, size_t set_bytes,
+                 size_t matrices, const Settings& s, ReadBandwidth& bandwidth) {
   for (int threads : s.threads) {
     set_num_threads(threads);
-    std::vector<double> times, peak;
-    pass();
-    for (int i = 0; i < s.passes; ++i) {
-      if (s.set_mib < 16) pass();  // meant to lie in the cache, which the bandwidth's pass emptied
-      times.push_back(seconds_of(pass));
-      peak.push_back(bandwidth.pass());
+    std::vector<double> peak;
+    // A small set is meant to lie in the cache, which the bandwidth's pass empties.
+    const auto times =
+        race(all, s.passes, s.set_mib < 16, [&] { peak.push_back(bandwidth.pass()); });
+    for (size_t c = 0; c < all.size(); ++c) {
+      const double seconds = median(times[c]), rate = static_cast<double>(set_bytes) / seconds;
+      fmt::print(
+          "decode   {:>5} {:>5}x{:<5} {}  {:8.1f} us  {:6.2f} GB/s  {:4.0f} % of {:.1f} GB/s\n",
+          all[c].name, shape.rows, shape.cols, threads_text(threads),
+          1e6 * seconds / static_cast<double>(matrices), 1e-9 * rate, 100 * rate / median(peak),
+          1e-9 * median(peak));
     }
-    const double rate = static_cast<double>(set_bytes) / median(times);
-    fmt::print(
-        "decode   {:>5} {:>5}x{:<5} {} thread{}  {:8.1f} us  {:6.2f} GB/s  {:4.0f} % of {:.1f} "
-        "GB/s\n",
-        name, shape.rows, shape.cols, threads, threads == 1 ? " " : "s",
-        1e6 * median(times) / static_cast<double>(matrices), 1e-9 * rate, 100 * rate / median(peak),
-        1e-9 * median(peak));
     std::fflush(stdout);
   }
 }
 
-void prefill_row(const std::string& name, MatrixShape shape, const Settings& s, auto&& multiply) {
+void prefill_rows(const std::vector<Contender>& all, MatrixShape shape, const Settings& s) {
   for (int threads : s.threads) {
     set_num_threads(threads);
-    multiply();
-    std::vector<double> times;
-    for (int i = 0; i < 5; ++i) times.push_back(seconds_of(multiply));
+    const auto times = race(all, 5, false, [] {});
     const double ops = 2.0 * static_cast<double>(s.rows_of_x * shape.rows * shape.cols);
-    fmt::print("prefill  {:>5} {:>5}x{:<5} {} thread{}  {:8.2f} ms  {:6.0f} Gop/s  ({} rows)\n",
-               name, shape.rows, shape.cols, threads, threads == 1 ? " " : "s", 1e3 * median(times),
-               1e-9 * ops / median(times), s.rows_of_x);
+    for (size_t c = 0; c < all.size(); ++c)
+      fmt::print("prefill  {:>5} {:>5}x{:<5} {}  {:8.2f} ms  {:6.0f} Gop/s  ({} rows)\n",
+                 all[c].name, shape.rows, shape.cols, threads_text(threads), 1e3 * median(times[c]),
+                 1e-9 * ops / median(times[c]), s.rows_of_x);
     std::fflush(stdout);
   }
+}
+
+QuantizedRows empty_codes(const Tensor& x, int bits) {
+  return {.codes = Tensor::empty(x.shape(), DType::U8),
+          .grid = Tensor::empty({x.dim(0), 2}, DType::F32),
+          .spec = {.bits = bits},
+          .cols = x.dim(1)};
 }
 
 void bench_packed(MatrixShape shape, int bits, const Settings& s, ReadBandwidth& bandwidth) {
   const PackedInt w = random_matrix(shape, bits, s.group);
-  const std::string name = fmt::format("W{}", bits);
+  const std::string a16 = fmt::format("W{}", bits), codes = fmt::format("W{}A{}", bits, s.act_bits);
   {
     const std::vector<PackedInt> set = matrix_set(w, s.set_mib << 20);
     const Tensor x = random_rows(1, shape.cols);
+    QuantizedRows q = empty_codes(x, s.act_bits);
     Tensor y = Tensor::empty({1, shape.rows}, DType::F32);
-    decode_row(name, shape, set.size() * w.data.nbytes(), set.size(), s, bandwidth, [&] {
+    const auto floats = [&] {
       for (const PackedInt& one : set) cpu::packed_matmul(y, x, one);
-    });
+    };
+    const auto integers = [&] {
+      for (const PackedInt& one : set) {
+        cpu::quantize_rows(q, x);
+        cpu::packed_matmul_rows(y, q, one);
+      }
+    };
+    decode_rows({{a16, floats}, {codes, integers}}, shape, set.size() * w.data.nbytes(), set.size(),
+                s, bandwidth);
   }
   if (s.decode_only) return;
   const Tensor x = random_rows(s.rows_of_x, shape.cols);
+  QuantizedRows q = empty_codes(x, s.act_bits);
   Tensor y = Tensor::empty({s.rows_of_x, shape.rows}, DType::F32);
-  prefill_row(name, shape, s, [&] { cpu::packed_matmul(y, x, w); });
+  const auto integers = [&] {
+    cpu::quantize_rows(q, x);
+    cpu::packed_matmul_rows(y, q, w);
+  };
+  prefill_rows({{a16, [&] { cpu::packed_matmul(y, x, w); }}, {codes, integers}}, shape, s);
 }
 
 void bench_dense(MatrixShape shape, DType dtype, const Settings& s, ReadBandwidth& bandwidth) {
@@ -143,13 +188,14 @@ void bench_dense(MatrixShape shape, DType dtype, const Settings& s, ReadBandwidt
     set.push_back(Tensor::view(storage, i * bytes, {shape.rows, shape.cols}, dtype));
   const Tensor x = random_rows(1, shape.cols);
   Tensor y = Tensor::empty({1, shape.rows}, DType::F32);
-  decode_row(dtype_name(dtype), shape, bytes * count, count, s, bandwidth, [&] {
+  const auto decode = [&] {
     for (const Tensor& one : set) cpu::dense_matmul(y, x, one);
-  });
+  };
+  decode_rows({{dtype_name(dtype), decode}}, shape, bytes * count, count, s, bandwidth);
   if (s.decode_only) return;
   const Tensor xs = random_rows(s.rows_of_x, shape.cols);
   Tensor ys = Tensor::empty({s.rows_of_x, shape.rows}, DType::F32);
-  prefill_row(dtype_name(dtype), shape, s, [&] { cpu::dense_matmul(ys, xs, set[0]); });
+  prefill_rows({{dtype_name(dtype), [&] { cpu::dense_matmul(ys, xs, set[0]); }}}, shape, s);
 }
 
 int run(int argc, char** argv) {
@@ -159,6 +205,7 @@ int run(int argc, char** argv) {
   app.add_option("--threads", s.threads, "Numbers of threads")->delimiter(',');
   app.add_option("--bits", s.widths, "Code widths; none: dense only")->delimiter(',');
   app.add_option("--group", s.group, "Columns that share a scale; 0: the row");
+  app.add_option("--abits", s.act_bits, "Bits of activations as codes, 2 to 8");
   app.add_option("--rows", s.rows_of_x, "Rows of x in prefill");
   app.add_option("--passes", s.passes, "Passes over a set; the median counts");
   app.add_option("--set-mib", s.set_mib,
@@ -167,6 +214,7 @@ int run(int argc, char** argv) {
   app.add_option("--shape", only, "One shape only, as 2048x5632");
   app.add_flag("--decode-only", s.decode_only, "Leave prefill out");
   CLI11_PARSE(app, argc, argv);
+  check(s.act_bits >= 2 && s.act_bits <= 8, "--abits {}: 2 to 8", s.act_bits);
   check(isa.empty() || force_packed_isa(isa), "--isa {}: not on this machine", isa);
 
   fmt::print("instruction set {}, groups of {}, sets of {} MiB; rows x columns of w\n",

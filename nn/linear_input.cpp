@@ -1,0 +1,40 @@
+// LinearInput: one quantisation for all readers.
+#include "nn/linear_input.h"
+
+#include "autograd/ops.h"
+
+namespace omq::nn {
+
+QuantizedRows quantized(const Tensor& any, RowQuant s) {
+  const Tensor x = contiguous(any.detach());
+  Shape grid = x.shape();
+  grid[grid.n - 1] = 2;
+  QuantizedRows q{.codes = Tensor::empty(x.shape(), DType::U8, x.device()),
+                  .grid = Tensor::empty(grid, DType::F32, x.device()),
+                  .spec = s,
+                  .cols = x.dim(-1)};
+  packed_on(x).quantize_rows(q, x);
+  return q;
+}
+
+Tensor dequantized(const QuantizedRows& q) {
+  Shape shape = q.grid.shape();
+  shape[shape.n - 1] = q.cols;
+  Tensor y = Tensor::empty(shape, DType::F32, q.grid.device());
+  packed_on(y).dequantize_rows(y, q);
+  return y;
+}
+
+const QuantizedRows& LinearInput::codes(RowQuant s) const {
+  check(!needs_grad(x_),
+        "packed matmul: no gradient goes through packed weights; dequantize() to train");
+  if (!codes_ || codes_->s != s) codes_ = {s, quantized(x_, s)};
+  return codes_->value;
+}
+
+const Tensor& LinearInput::simulated(RowQuant s) const {
+  if (!simulated_ || simulated_->s != s) simulated_ = {s, fake_quant_rows(x_, s)};
+  return simulated_->value;
+}
+
+}  // namespace omq::nn

@@ -1,0 +1,37 @@
+// LinearInput: what a Linear reads. q, k and v read one tensor, gate and up another; where that
+// tensor is to be quantised, sharing its LinearInput quantises it once.
+#pragma once
+
+#include <optional>
+#include <utility>
+
+#include "tensor/row_quant.h"
+#include "tensor/tensor.h"
+
+namespace omq::nn {
+
+// The rows of x [..., N] as codes, one a byte, and back. No history.
+QuantizedRows quantized(const Tensor& x, RowQuant s);
+Tensor dequantized(const QuantizedRows& q);
+
+// Lives as long as one call; not shared between threads.
+class LinearInput {
+ public:
+  LinearInput(Tensor x) : x_(std::move(x)) {}  // NOLINT(google-explicit-constructor): any tensor
+  const Tensor& tensor() const { return x_; }
+  // Its rows as codes, and as the floats that these stand for, the latter with history. Made at the
+  // first call, and again only when s changes.
+  const QuantizedRows& codes(RowQuant s) const;
+  const Tensor& simulated(RowQuant s) const;
+
+ private:
+  template <class T> struct Made {
+    RowQuant s;
+    T value;
+  };
+  Tensor x_;
+  mutable std::optional<Made<QuantizedRows>> codes_;
+  mutable std::optional<Made<Tensor>> simulated_;
+};
+
+}  // namespace omq::nn
