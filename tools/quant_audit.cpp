@@ -31,7 +31,8 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
   CLI::App app(
       "Proves on a model that gradients, transformations and packing are what they should be.\n"
       "Every method is audited with the setting that the options ask for; where a method can\n"
-      "transform, with scales at all sites and shifts, unless --no-let or --no-let-shift.",
+      "transform, with scales at all sites and shifts, unless --no-let or --no-let-shift.\n"
+      "Of every learnable all entries are moved at once, in a random direction, and a few alone.",
       "omq-quant audit");
   QuantOptions& o = c.quant;
   SettingFlags setting;

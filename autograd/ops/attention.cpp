@@ -13,6 +13,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
         "attention: q {} against k {}: batch, head size or head counts do not fit", q.shape(),
         k.shape());
   check(k.dim(1) >= q.dim(1), "attention: {} queries for {} keys", q.dim(1), k.dim(1));
+  check(q.dtype() == k.dtype() && k.dtype() == v.dtype(), "attention: dtypes differ: {}, {} and {}",
+        dtype_name(q.dtype()), dtype_name(k.dtype()), dtype_name(v.dtype()));
 }
 
 // The kernel reads rows of d: tensors whose rows are torn or shared (expanded) are copied first.

@@ -122,7 +122,7 @@ TEST_CASE("linear report: without text, errors of weights") {
 }
 
 TEST_CASE("linear report: a factor for each row and group, a scale for each channel") {
-  QuantSpec spec{.wbits = 4, .abits = 4, .group_size = 32};
+  QuantSpec spec{.wbits = 4, .abits = 8, .group_size = 32};
   const Result r(make_recipe("omniquant", options(spec, 2)));
   for (const LinearReport& l : r.report.linears) {
     CAPTURE(l.name);

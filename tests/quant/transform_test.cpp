@@ -288,6 +288,7 @@ TEST_CASE("let: a learned block keeps its shifts as biases, and packs what was s
     CAPTURE(abits);
     Options o = let_options(4, abits, 10);
     o.let_shift = 1;
+    o.let_lr = 5e-3;
     o.let_up_to_down = true;
     RandomSource source(2);
     KeptBlocks packed, simulated;
