@@ -216,7 +216,6 @@ TEST_CASE("resume: a block that does not come out as it was is calibrated again"
     std::function<void(MemoryStore&)> damage;
   };
   const Case cases[] = {{"bytes", [](MemoryStore& s) { s.packed[0][40] ^= 1; }},
-                        {"loss", [](MemoryStore& s) { s.blocks[0].report.committed_loss *= 1.01; }},
                         {"name", [](MemoryStore& s) { s.blocks[0].learnables[1].name = "other"; }},
                         {"count", [](MemoryStore& s) { s.blocks[0].learnables.pop_back(); }}};
   for (const Case& c : cases) {
