@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include <cstdint>
 #include "models/tokenizer_utf8.h"
 #include "models/unicode_normal.h"
 
