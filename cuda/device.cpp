@@ -29,10 +29,12 @@ bool set(const char* variable, bool otherwise) {
 
 struct State {
   DeviceInfo info;
-  cudaStream_t stream = nullptr;
+  cudaStream_t stream = nullptr, copies = nullptr;  // copies: of copy_ahead
+  cudaEvent_t reached = nullptr, copied = nullptr;  // where copies may begin; where they are done
   cudaMemPool_t pool = nullptr;
   std::mutex mutex;  // of use
   MemoryUse use;
+  size_t limit = SIZE_MAX;  // of use.now
 };
 
 constexpr int kMaxDevices = 128;  // Device::index is 8 bits wide
@@ -82,6 +84,9 @@ std::unique_ptr<State> open_device(int index) {
   check(attribute(cudaDevAttrMemoryPoolsSupported, index) != 0,
         "cuda:{}: no stream-ordered allocation; the driver is too old or a restricted one", index);
   OMQ_CUDA(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+  OMQ_CUDA(cudaStreamCreateWithFlags(&s->copies, cudaStreamNonBlocking));
+  for (cudaEvent_t* event : {&s->reached, &s->copied})
+    OMQ_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
   OMQ_CUDA(cudaDeviceGetDefaultMemPool(&s->pool, index));
   uint64_t keep = UINT64_MAX;  // freed memory stays with the process until it is trimmed
   OMQ_CUDA(cudaMemPoolSetAttribute(s->pool, cudaMemPoolAttrReleaseThreshold, &keep));
@@ -109,6 +114,12 @@ void* cuda_alloc(size_t bytes, int index) {
   State& s = use(index);
   void* block = nullptr;
   const size_t size = std::max<size_t>(bytes, 1);
+  {
+    std::lock_guard lock(s.mutex);
+    check(bytes <= s.limit && s.use.now <= s.limit - bytes,
+          "cuda:{}: the memory limit of {} bytes is reached: {} in use by tensors, {} more wanted",
+          index, s.limit, s.use.now, bytes);
+  }
   cudaError_t status = cudaMallocAsync(&block, size, s.stream);
   if (status == cudaErrorMemoryAllocation) {  // blocks kept for other sizes may stand in the way
     cudaGetLastError();
@@ -175,14 +186,35 @@ void cuda_sync(int index) { OMQ_CUDA(cudaStreamSynchronize(use(index).stream)); 
 
 MemoryUse cuda_memory(int index) {
   State& s = use(index);
+  uint64_t pool = 0, graphs = 0;  // recorded work has memory of its own
+  OMQ_CUDA(cudaMemPoolGetAttribute(s.pool, cudaMemPoolAttrReservedMemHigh, &pool));
+  OMQ_CUDA(cudaDeviceGetGraphMemAttribute(index, cudaGraphMemAttrReservedMemHigh, &graphs));
   std::lock_guard lock(s.mutex);
+  s.use.reserved_peak = pool + graphs;
   return s.use;
 }
 
 void cuda_reset_peak(int index) {
   State& s = use(index);
+  uint64_t zero = 0;
+  OMQ_CUDA(cudaMemPoolSetAttribute(s.pool, cudaMemPoolAttrReservedMemHigh, &zero));
+  OMQ_CUDA(cudaDeviceSetGraphMemAttribute(index, cudaGraphMemAttrReservedMemHigh, &zero));
   std::lock_guard lock(s.mutex);
   s.use.peak = s.use.now;
+}
+
+size_t cuda_memory_limit(int index) {
+  State& s = use(index);
+  size_t free_bytes = 0, total = 0;
+  OMQ_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  std::lock_guard lock(s.mutex);
+  return std::min(s.limit, free_bytes + s.use.now);
+}
+
+void cuda_set_memory_limit(size_t bytes, int index) {
+  State& s = use(index);
+  std::lock_guard lock(s.mutex);
+  s.limit = bytes;
 }
 
 // The stream's work as a graph. What body allocates and frees becomes part of it, with addresses of
@@ -207,6 +239,9 @@ void* cuda_record(const std::function<void()>& body, int index) {
   const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
   cudaGraphDestroy(graph);
   OMQ_CUDA(status);
+  // What the same work used when it ran unrecorded would lie idle beside the recording's own.
+  OMQ_CUDA(cudaStreamSynchronize(s.stream));
+  OMQ_CUDA(cudaMemPoolTrimTo(s.pool, 0));
   return executable;
 }
 
@@ -223,6 +258,38 @@ void cuda_forget(void* recorded, int index) {
   }
 }
 
+void* cuda_alloc_pinned(size_t bytes, int index) {
+  use(index);
+  void* block = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&block, std::max<size_t>(bytes, 1), cudaHostAllocPortable);
+  if (status != cudaSuccess) cudaGetLastError();
+  check(status == cudaSuccess, "{} bytes of page-locked host memory: {}", bytes,
+        cudaGetErrorString(status));
+  return block;
+}
+
+void cuda_free_pinned(void* p, size_t, int index) {
+  try {
+    use(index);
+    if (p && cudaFreeHost(p) != cudaSuccess) cudaGetLastError();
+  } catch (const Error&) {  // called by destructors
+  }
+}
+
+void cuda_copy_ahead(void* dst, const void* src, size_t bytes, int index) {
+  State& s = use(index);
+  OMQ_CUDA(cudaEventRecord(s.reached, s.stream));
+  OMQ_CUDA(cudaStreamWaitEvent(s.copies, s.reached, 0));
+  OMQ_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, s.copies));
+  OMQ_CUDA(cudaEventRecord(s.copied, s.copies));
+}
+
+void cuda_join_ahead(int index) {
+  State& s = use(index);
+  OMQ_CUDA(cudaStreamWaitEvent(s.stream, s.copied, 0));
+}
+
 std::string cuda_describe(int index) {
   use(index);
   cudaDeviceProp properties{};
@@ -231,8 +298,22 @@ std::string cuda_describe(int index) {
                      static_cast<double>(properties.totalGlobalMem) / double{1 << 30});
 }
 
-const DeviceApi kCudaApi{cuda_alloc,      cuda_free,   cuda_copy,   cuda_sync,   cuda_memory,
-                         cuda_reset_peak, cuda_record, cuda_replay, cuda_forget, cuda_describe};
+const DeviceApi kCudaApi{.alloc = cuda_alloc,
+                         .free = cuda_free,
+                         .copy = cuda_copy,
+                         .sync = cuda_sync,
+                         .memory = cuda_memory,
+                         .reset_memory_peak = cuda_reset_peak,
+                         .record = cuda_record,
+                         .replay = cuda_replay,
+                         .forget = cuda_forget,
+                         .alloc_pinned = cuda_alloc_pinned,
+                         .free_pinned = cuda_free_pinned,
+                         .copy_ahead = cuda_copy_ahead,
+                         .join_ahead = cuda_join_ahead,
+                         .memory_limit = cuda_memory_limit,
+                         .set_memory_limit = cuda_set_memory_limit,
+                         .describe = cuda_describe};
 
 }  // namespace
 

@@ -101,10 +101,31 @@ void* cpu_record(const std::function<void()>&, int) { return nullptr; }
 void cpu_replay(void*, int) {}
 void cpu_forget(void*, int) {}
 
+void* cpu_alloc_pinned(size_t bytes, int index) { return cpu_alloc(bytes, index); }
+void cpu_free_pinned(void* p, size_t bytes, int index) { cpu_free(p, bytes, index); }
+void cpu_copy_ahead(void* dst, const void* src, size_t bytes, int) { std::memcpy(dst, src, bytes); }
+void cpu_join_ahead(int) {}
+size_t cpu_memory_limit(int) { return 0; }
+void cpu_set_memory_limit(size_t, int) {}
+
 std::string cpu_describe(int) { return "host memory"; }
 
-const DeviceApi kCpuApi{cpu_alloc,      cpu_free,   cpu_copy,   cpu_sync,   cpu_memory,
-                        cpu_reset_peak, cpu_record, cpu_replay, cpu_forget, cpu_describe};
+const DeviceApi kCpuApi{.alloc = cpu_alloc,
+                        .free = cpu_free,
+                        .copy = cpu_copy,
+                        .sync = cpu_sync,
+                        .memory = cpu_memory,
+                        .reset_memory_peak = cpu_reset_peak,
+                        .record = cpu_record,
+                        .replay = cpu_replay,
+                        .forget = cpu_forget,
+                        .alloc_pinned = cpu_alloc_pinned,
+                        .free_pinned = cpu_free_pinned,
+                        .copy_ahead = cpu_copy_ahead,
+                        .join_ahead = cpu_join_ahead,
+                        .memory_limit = cpu_memory_limit,
+                        .set_memory_limit = cpu_set_memory_limit,
+                        .describe = cpu_describe};
 
 }  // namespace
 

@@ -26,9 +26,10 @@ std::string to_string(Device d);
 // "cpu", "cuda".
 std::string to_string(DeviceType t);
 
-// Bytes now and at most held by live tensors.
+// Bytes now and at most held by live tensors, and the most that was taken from the system to hold
+// them (0: not known).
 struct MemoryUse {
-  size_t now = 0, peak = 0;
+  size_t now = 0, peak = 0, reserved_peak = 0;
 };
 
 // Memory functions of one device kind; sizes in bytes. alloc returns 64-byte aligned memory or
@@ -47,6 +48,19 @@ struct DeviceApi {
   void* (*record)(const std::function<void()>& body, int index);
   void (*replay)(void* recorded, int index);
   void (*forget)(void* recorded, int index);
+  // Host memory that copy_ahead reads beside the device's work (page-locked for a GPU). Throws
+  // Error when there is none left.
+  void* (*alloc_pinned)(size_t bytes, int index);
+  void (*free_pinned)(void* p, size_t bytes, int index);
+  // Begins to copy pinned host memory to the device once all work asked for so far is done, and
+  // beside what is asked for next; later work may use it after join_ahead. src must not change
+  // until then.
+  void (*copy_ahead)(void* dst, const void* src, size_t bytes, int index);
+  void (*join_ahead)(int index);
+  // Bytes that tensors may take: what the device has free or they hold already, less where a limit
+  // was set. 0: not known. Beyond a limit alloc throws Error; devices that cannot count ignore it.
+  size_t (*memory_limit)(int index);
+  void (*set_memory_limit)(size_t bytes, int index);
   std::string (*describe)(int index);  // "NVIDIA H100 80GB HBM3, 79.1 GiB"
 };
 

@@ -202,6 +202,15 @@ Tensor Tensor::detach() const {
 
 Tensor empty_like(const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); }
 
+Tensor empty_pinned(Shape shape, DType dtype, Device user) {
+  const DeviceApi& api = device_api(user);
+  const size_t bytes = static_cast<size_t>(shape.product()) * dtype_size(dtype);
+  void* const block = api.alloc_pinned(bytes, user.index);
+  std::shared_ptr<void> owner(
+      block, [&api, bytes, index = user.index](void* p) { api.free_pinned(p, bytes, index); });
+  return Tensor::view(Storage::borrow(block, bytes, Device{}, std::move(owner)), 0, shape, dtype);
+}
+
 void transfer(const Tensor& y, const Tensor& x) {
   check(x.shape() == y.shape() && x.dtype() == y.dtype() && x.is_contiguous() && y.is_contiguous(),
         "transfer: {} {} into {} {}: contiguous tensors of one shape and dtype wanted",

@@ -112,6 +112,8 @@ class Tensor {
 };
 
 Tensor empty_like(const Tensor& x);
+// Uninitialised host memory that `user` can read beside its work (DeviceApi::copy_ahead).
+Tensor empty_pinned(Shape shape, DType dtype, Device user);
 // Copies x's bytes into y, between any two devices. Both contiguous, of one shape and dtype; throws
 // Error otherwise. When it returns, host memory holds the bytes, or may be written again.
 void transfer(const Tensor& y, const Tensor& x);

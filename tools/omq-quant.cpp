@@ -23,6 +23,7 @@
 #include "tools/cli.h"
 #include "tools/device_option.h"
 #include "tools/interrupt.h"
+#include "tools/memory_option.h"
 #include "tools/quant_commands.h"
 #include "tools/quant_options.h"
 #include "tools/report_command.h"
@@ -308,6 +309,17 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
   run("sim:");
 }
 
+// Before anything is loaded: what will be needed, printed; Error where there is not as much.
+quant::MemoryPlan plan_memory_of(const QuantOptions& o, const ModelConfig& config,
+                                 const quant::Recipe& recipe, const CalibrationWindows& data) {
+  const auto windows = [&](int i) { return data.ids.defined() ? data.ids.dim(i) : 0; };
+  const quant::MemoryPlan plan = quant::plan_memory(
+      recipe, cli::plan_shapes(config, windows(0), windows(1)), o.device, o.memory_limit);
+  fmt::print(stderr, "memory: {}\n", cli::plan_text(plan, o.device, o.memory_limit));
+  if (o.memory_limit > 0) device_api(o.device).set_memory_limit(o.memory_limit, o.device.index);
+  return plan;
+}
+
 std::string report_text(json& report) {
   report["peak_memory_bytes"] = cli::peak_memory_bytes();
   return readable(report);
@@ -342,6 +354,7 @@ int quantize_checkpoint(const cli::Args& args) {
   fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.name, recipe.spec.to_string(),
              o.model.string(), reader->container(), cli::device_text(o.device));
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
+  const quant::MemoryPlan plan = plan_memory_of(o, reader->config(), recipe, data);
 
   cli::catch_interrupts();
   const json recipe_report = recipe_json(o, recipe, data);
@@ -365,7 +378,7 @@ int quantize_checkpoint(const cli::Args& args) {
     cli::Progress line("calibrating", int64_t{source.size()} * std::max(1, recipe.train.epochs),
                        o.quiet);
     blocks = quant::quantize(
-        source, writer, recipe, {data.ids, o.device},
+        source, writer, recipe, {data.ids, o.device, plan.samples_on_host},
         block_progress(source.size(), recipe, o.quiet, line), simulate ? &simulated : nullptr,
         {.poll = cli::check_interrupted, .notice = notice, .store = work ? &*work : nullptr});
   }

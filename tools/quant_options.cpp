@@ -4,6 +4,7 @@
 
 #include "tensor/cpu/gemm.h"
 #include "tools/device_option.h"
+#include "tools/memory_option.h"
 
 namespace omq {
 namespace {
@@ -31,7 +32,7 @@ struct Raw {
   bool aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
   bool unused = false;
-  std::string unused_text, compute = "f32", device = "auto";
+  std::string unused_text, compute, device = "auto", memory_limit;
   std::vector<std::string> keep;
 };
 
@@ -89,9 +90,16 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
                  "this build can use, else the CPU)")
       ->type_name("WHERE")
       ->group(group);
-  app.add_option("--compute", raw.compute,
-                 "products of a training step in f32 (default), bf16 (faster where the processor "
-                 "multiplies it) or f16 (on a GPU)")
+  app.add_option(
+         "--memory-limit", raw.memory_limit,
+         "most memory on the device, such as 24G: samples stay on the host where they do not "
+         "fit; refused at once where a block does not")
+      ->type_name("SIZE")
+      ->group(group);
+  app.add_option(
+         "--compute", raw.compute,
+         "products of a training step in f32 (default on a CPU), bf16 (default on a GPU) or "
+         "f16 (a GPU's)")
       ->type_name("TYPE")
       ->group(group);
   app.add_flag("--aug-loss", raw.aug,
@@ -186,8 +194,9 @@ void check_numbers(const QuantOptions& o) {
 }
 
 Compute parse_compute(const std::string& text, Device device) {
-  if (text == "f32" || text == "fp32") return Compute::F32;
   const bool gpu = device.type == DeviceType::CUDA;
+  if (text.empty()) return gpu ? Compute::BF16 : Compute::F32;
+  if (text == "f32" || text == "fp32") return Compute::F32;
   if (gpu && (text == "f16" || text == "fp16")) return Compute::F16;
   if (text != "bf16")
     throw UsageError(fmt::format("--compute {}: f32{} or bf16 wanted on {}", text,
@@ -203,6 +212,7 @@ void settle(const Raw& raw, QuantOptions& o) {
   if (o.out.empty()) o.out = raw.output_dir;
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
   o.device = cli::device_from(raw.device);
+  if (!raw.memory_limit.empty()) o.memory_limit = cli::parse_memory(raw.memory_limit);
   o.recipe.compute = parse_compute(raw.compute, o.device);
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;

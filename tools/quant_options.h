@@ -32,6 +32,7 @@ struct QuantOptions {
   uint32_t seed = 2;
   int threads = 0;
   Device device = {};
+  size_t memory_limit = 0;  // bytes on the device; 0: what it has
   bool force = false, quiet = false;
   std::vector<std::string> eval;  // "ppl:FILE" or "sim:FILE"
   int64_t eval_context = 2048, eval_chunks = 0;
