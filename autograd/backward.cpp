@@ -5,6 +5,7 @@
 #include <atomic>
 #include <queue>
 
+#include "autograd/compute.h"
 #include "tensor/kernels.h"
 
 namespace omq {
@@ -19,7 +20,7 @@ uint64_t next_id() {
 
 // a + b, into a fresh tensor (gradients may be shared by several nodes, so never in place).
 Tensor sum(const Tensor& a, const Tensor& b) {
-  Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
+  Tensor y = Tensor::empty(a.shape(), wide_dtype(a.dtype()), a.device());
   on(a).binary(y, a, b, Binary::Add);
   return y;
 }
@@ -83,6 +84,14 @@ const Tensor& Gradients::operator[](const Tensor& parameter) const {
   check(it != of_.end(), "gradient: the loss does not depend on this parameter of shape {}",
         parameter.shape());
   return it->second;
+}
+
+void Gradients::scale(double factor) {
+  for (auto& [leaf, g] : of_) {
+    Tensor y = Tensor::empty(g.shape(), g.dtype(), g.device());
+    on(g).unary(y, g, {UnaryKind::Affine, factor, 0});
+    g = y;
+  }
 }
 
 bool Gradients::contains(const Tensor& parameter) const {

@@ -18,6 +18,8 @@ class Gradients {
   bool contains(const Tensor& parameter) const;
   // Sums h into this: accumulation over micro-batches.
   void add(const Gradients& h);
+  // Multiplies all: back from a scaled loss.
+  void scale(double factor);
 
  private:
   friend Gradients backward(const Tensor& loss);

@@ -24,6 +24,17 @@ Tensor rounded(const Tensor& x, DType type) {
   return y;
 }
 
+DType product_dtype(const Tensor& x) {
+  return x.device().type == DeviceType::CPU ? x.dtype() : operand_dtype(x.dtype());
+}
+
+DType wide_dtype(DType type) { return type == DType::F64 ? DType::F64 : DType::F32; }
+
+DType gradient_dtype(const Tensor& x) {
+  const bool narrow = x.dtype() == DType::BF16 && x.device().type != DeviceType::CPU;
+  return narrow ? DType::BF16 : wide_dtype(x.dtype());
+}
+
 DType operand_dtype(DType stored) {
   if (stored != DType::F32 || current == Compute::F32) return stored;
   return current == Compute::BF16 ? DType::BF16 : DType::F16;

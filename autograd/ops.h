@@ -67,7 +67,11 @@ Range group_range(const Tensor& x, GroupSpec s);
 // ---- products ----
 Tensor matmul(const Tensor& a, const Tensor& b);  // [...,M,K] · [...,K,N] → [...,M,N]
 // [...,K], [N,K], [N] → [...,N]; w may be of the ComputeScope's type already.
-Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {});
+// WriteAs::Operand: y is read by nothing that needs more than the ComputeScope's type; a GPU then
+// writes that (unless there is a bias).
+enum class WriteAs : uint8_t { Wide, Operand };
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {},
+              WriteAs write = WriteAs::Wide);
 
 // ---- layers ----
 Tensor softmax(const Tensor& x);  // over the last dim
@@ -85,10 +89,15 @@ Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, Att
                           const std::function<Tensor(const Tensor&)>& on_probabilities = {});
 Tensor embedding(const Tensor& table, const Tensor& ids);  // [V,D], I32 [...] → [...,D]
 
+// w [R,C] with every column c times cols[c], every row r times rows[r]: [R], [C], either undefined.
+Tensor scale_matrix(const Tensor& w, const Tensor& rows, const Tensor& cols);
+Tensor scale_matrix_composed(const Tensor& w, const Tensor& rows, const Tensor& cols);
+
 // ---- losses ----
 Tensor cross_entropy(const Tensor& logits,
                      const Tensor& targets);   // [N,V], I32 [N] → [N] in nats; target −1 → 0
 Tensor mse(const Tensor& a, const Tensor& b);  // mean of squared differences → [1]
+Tensor mse_composed(const Tensor& a, const Tensor& b);
 
 // ---- quantisation with straight-through gradients (spec omniquant §2.4, §2.6) ----
 // (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G]. Gradients reach x and h,
@@ -104,6 +113,9 @@ ScaleZero lwc_grid(const Tensor& u, const Tensor& l, const Tensor& hi, const Ten
                    GroupSpec s);
 ScaleZero lwc_grid_composed(const Tensor& u, const Tensor& l, const Tensor& hi, const Tensor& lo,
                             GroupSpec s);
+// fake_quant of x on the lwc_grid of its group_range, in fewer passes over x: x [R,C]; u, l [R,G].
+Tensor fake_quant_lwc(const Tensor& x, const Tensor& u, const Tensor& l, GroupSpec s);
+Tensor fake_quant_lwc_composed(const Tensor& x, const Tensor& u, const Tensor& l, GroupSpec s);
 // Each row of x [..., N] on a grid of its own extremes (tensor/row_quant.h), which gradients reach.
 Tensor fake_quant_rows(const Tensor& x, RowQuant s);
 Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s);

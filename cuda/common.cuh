@@ -55,6 +55,18 @@ __device__ inline int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
+// Division by one divisor, many times: IEEE's quotient, as a / b gives it, from the rounded
+// reciprocal and two corrections. For divisors and quotients well inside the range of floats.
+struct Divisor {
+  float value, inverse;
+  __device__ explicit Divisor(float v) : value(v), inverse(1.0f / v) {}
+  __device__ float under(float a) const {
+    float q = a * inverse;
+    q = fmaf(fmaf(-q, value, a), inverse, q);
+    return fmaf(fmaf(-q, value, a), inverse, q);
+  }
+};
+
 // ---- operands ----
 
 struct Operand {  // read or written, element type known at run time; null: absent

@@ -18,8 +18,8 @@ struct Grid {
 };
 
 __device__ inline float clamped(float t, float top) { return t < 0.0f ? 0.0f : t > top ? top : t; }
-__device__ inline float code(float x, float h, float z, float top) {
-  return clamped(rintf(x / h) + z, top);
+__device__ inline float code(float x, const Divisor& h, float z, float top) {
+  return clamped(rintf(h.under(x)) + z, top);
 }
 
 // The group of piece i of the whole matrix.
@@ -34,10 +34,11 @@ template <int W> __global__ void fake_quant_kernel(Operand y, Operand x, Grid s)
   for (int64_t i = grid_index(); i < count; i += grid_stride()) {
     const auto raw = fetch<W>(x, i);
     const int64_t g = group_at<W>(s, i);
-    const float h = s.scale[g], z = s.zero[g];
+    const Divisor h(s.scale[g]);
+    const float z = s.zero[g];
     Piece<W> p = expand<W>(raw, x);
 #pragma unroll
-    for (int j = 0; j < W; ++j) p.v[j] = (code(p.v[j], h, z, s.top) - z) * h;
+    for (int j = 0; j < W; ++j) p.v[j] = (code(p.v[j], h, z, s.top) - z) * h.value;
     store_piece<W>(y, i, p);
   }
 }
@@ -47,7 +48,8 @@ template <int W> __global__ void codes_kernel(uint8_t* codes, Operand x, Grid s)
   for (int64_t i = grid_index(); i < count; i += grid_stride()) {
     const auto raw = fetch<W>(x, i);
     const int64_t g = group_at<W>(s, i);
-    const float h = s.scale[g], z = s.zero[g];
+    const Divisor h(s.scale[g]);
+    const float z = s.zero[g];
     const Piece<W> p = expand<W>(raw, x);
     if constexpr (W == 1) {
       codes[i] = static_cast<uint8_t>(code(p.v[0], h, z, s.top));
@@ -70,7 +72,8 @@ __global__ void fake_quant_vjp_kernel(Operand dx, float* dscale, Operand x, Oper
     if (valid) {
       const int64_t row = divide(g, s.groups), column = (g - row * s.groups) * s.width;
       const int64_t begin = (row * s.cols + column) / W, n = min(s.width, s.cols - column) / W;
-      const float h = s.scale[g], z = s.zero[g];
+      const Divisor h(s.scale[g]);
+      const float z = s.zero[g];
 #pragma unroll 2
       for (int64_t i = lane; i < n; i += kTeam) {
         const auto a = fetch<W>(x, begin + i), b = fetch<W>(dy, begin + i);
@@ -78,7 +81,7 @@ __global__ void fake_quant_vjp_kernel(Operand dx, float* dscale, Operand x, Oper
         Piece<W> o;
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          const float r = p.v[j] / h, t = rintf(r) + z;
+          const float r = h.under(p.v[j]), t = rintf(r) + z;
           const bool inside = t > s.first && t < s.last;
           total += d.v[j] * ((clamped(t, s.top) - z) - (inside ? r : 0.0f));
           o.v[j] = inside ? d.v[j] : 0.0f;
@@ -89,6 +92,56 @@ __global__ void fake_quant_vjp_kernel(Operand dx, float* dscale, Operand x, Oper
     if (!dscale) return;
     total = team_sum<kTeam>(total);
     if (valid && lane == 0) dscale[g] = total;
+  });
+}
+
+// The gradient of x where its own extremes make the grid; the second reading of x comes from the
+// cache.
+struct RangeGrads {
+  const float *hi, *lo, *dhi, *dlo;  // [rows, groups]
+};
+template <int kTeam, int W>
+__global__ void fake_quant_range_vjp_kernel(Operand dx, Operand x, Operand dy, Grid s,
+                                            RangeGrads e) {
+  for_each_team<kTeam>(s.rows * s.groups, [&](int64_t g, int lane, bool valid) {
+    int64_t begin = 0, n = 0;
+    float top = 0, bottom = 0;
+    if (valid) {
+      const int64_t row = divide(g, s.groups), column = (g - row * s.groups) * s.width;
+      begin = (row * s.cols + column) / W;
+      n = min(s.width, s.cols - column) / W;
+      top = e.hi[g];
+      bottom = e.lo[g];
+    }
+    int n_hi = 0, n_lo = 0;
+#pragma unroll 2
+    for (int64_t i = lane; i < n; i += kTeam) {
+      const Piece<W> p = load_piece<W>(x, begin + i);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        n_hi += p.v[j] == top;
+        n_lo += p.v[j] == bottom;
+      }
+    }
+    n_hi = team_sum<kTeam>(n_hi);
+    n_lo = team_sum<kTeam>(n_lo);
+    const float share_hi = n_hi ? e.dhi[g] / static_cast<float>(n_hi) : 0.0f;
+    const float share_lo = n_lo ? e.dlo[g] / static_cast<float>(n_lo) : 0.0f;
+    const Divisor h(valid ? s.scale[g] : 1.0f);
+    const float z = valid ? s.zero[g] : 0.0f;
+#pragma unroll 2
+    for (int64_t i = lane; i < n; i += kTeam) {
+      const auto a = fetch<W>(x, begin + i), b = fetch<W>(dy, begin + i);
+      const Piece<W> p = expand<W>(a, x), d = expand<W>(b, dy);
+      Piece<W> o;
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const float t = rintf(h.under(p.v[j])) + z;
+        o.v[j] = (t > s.first && t < s.last ? d.v[j] : 0.0f) +
+                 ((p.v[j] == top ? share_hi : 0.0f) + (p.v[j] == bottom ? share_lo : 0.0f));
+      }
+      store_piece<W>(dx, begin + i, o);
+    }
   });
 }
 
@@ -136,6 +189,23 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
     constexpr int kTeam = decltype(team)::value, kW = decltype(width)::value;
     launch("fake_quant_vjp", x, fake_quant_vjp_kernel<kTeam, kW>,
            team_blocks<kTeam>(grid.rows * grid.groups), kRowThreads, 0, out, ds, in, grad, grid);
+  });
+}
+
+void fake_quant_range_vjp(Tensor& dx, const Tensor& x, const Tensor& scale, const Tensor& zero,
+                          const Tensor& hi, const Tensor& lo, const Tensor& dhi, const Tensor& dlo,
+                          const Tensor& dy, GroupSpec s) {
+  if (x.numel() == 0) return;
+  const char* const op = "fake_quant_range_vjp";
+  const Grid grid = grid_of(x, scale, zero, s);
+  const Operand out = operand(op, dx), in = operand(op, x), grad = operand(op, dy);
+  const RangeGrads extremes{hi.data<float>(), lo.data<float>(), dhi.data<float>(),
+                            dlo.data<float>()};
+  with_team(grid.width, packs(grid, out, in, grad), [&](auto team, auto width) {
+    constexpr int kTeam = decltype(team)::value, kW = decltype(width)::value;
+    launch(op, x, fake_quant_range_vjp_kernel<kTeam, kW>,
+           team_blocks<kTeam>(grid.rows * grid.groups), kRowThreads, 0, out, in, grad, grid,
+           extremes);
   });
 }
 

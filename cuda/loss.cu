@@ -68,6 +68,52 @@ __global__ void cross_entropy_vjp_kernel(Operand dlogits, Operand logits, const 
   }
 }
 
+// parts[block] = Σ (a − b)² of the block's share; then their sum over n, in order.
+constexpr int kMseBlocks = 512, kMseThreads = 256;
+template <int W> __global__ void mse_kernel(double* parts, Operand a, Operand b, int64_t n) {
+  double total = 0;
+  for (int64_t i = grid_index(); i < n; i += grid_stride()) {
+    const auto ra = fetch<W>(a, i), rb = fetch<W>(b, i);
+    const Piece<W> x = expand<W>(ra, a), y = expand<W>(rb, b);
+    float part = 0;
+#pragma unroll
+    for (int j = 0; j < W; ++j) part += (x.v[j] - y.v[j]) * (x.v[j] - y.v[j]);
+    total += static_cast<double>(part);
+  }
+  total = team_sum<kMseThreads>(total);
+  if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+__global__ void mse_fold_kernel(float* loss, const double* parts, int64_t blocks, double n) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kMseThreads) total += parts[i];
+  total = team_sum<kMseThreads>(total);
+  if (threadIdx.x == 0) *loss = static_cast<float>(total / n);
+}
+template <int W>
+__global__ void mse_vjp_kernel(Operand da, Operand db, Operand a, Operand b, const float* dloss,
+                               float mean, int64_t n) {
+  const float g = *dloss * mean;
+  for (int64_t i = grid_index(); i < n; i += grid_stride()) {
+    const auto ra = fetch<W>(a, i), rb = fetch<W>(b, i);
+    const Piece<W> x = expand<W>(ra, a), y = expand<W>(rb, b);
+    Piece<W> d;
+#pragma unroll
+    for (int j = 0; j < W; ++j) d.v[j] = g * (2.0f * (x.v[j] - y.v[j]));
+    if (da.data) store_piece<W>(da, i, d);
+    if (!db.data) continue;
+#pragma unroll
+    for (int j = 0; j < W; ++j) d.v[j] = -d.v[j];
+    store_piece<W>(db, i, d);
+  }
+}
+
+template <class F> void with_width(bool packs, F&& body) {
+  if (packs)
+    body(Int<kPack>{});
+  else
+    body(Int<1>{});
+}
+
 }  // namespace
 
 // ---- launchers ----
@@ -97,6 +143,31 @@ void cross_entropy_vjp(Tensor& dlogits, const Tensor& logits, const Tensor& lse,
     launch("cross_entropy_vjp", logits, cross_entropy_vjp_kernel<1>, blocks_for(rows * n, kThreads),
            kThreads, 0, out, in, lse.data<float>(), targets.data<int32_t>(), dloss.data<float>(),
            rows, n);
+}
+
+void mse(Tensor& loss, const Tensor& a, const Tensor& b) {
+  const Operand x = operand("mse", a), y = operand("mse", b);
+  with_width(in_packs(a.numel(), x, y), [&](auto width) {
+    constexpr int kW = decltype(width)::value;
+    const int64_t n = a.numel() / kW;
+    const unsigned blocks = std::min<unsigned>(kMseBlocks, blocks_for(n, kMseThreads));
+    Tensor parts = Tensor::empty({blocks}, DType::F64, a.device());
+    launch("mse", a, mse_kernel<kW>, blocks, kMseThreads, 0, parts.data<double>(), x, y, n);
+    launch("mse", a, mse_fold_kernel, 1, kMseThreads, 0, loss.data<float>(), parts.data<double>(),
+           int64_t{blocks}, static_cast<double>(a.numel()));
+  });
+}
+
+void mse_vjp(Tensor& da, Tensor& db, const Tensor& a, const Tensor& b, const Tensor& dloss) {
+  const Operand to_a = operand("mse_vjp", da), to_b = operand("mse_vjp", db),
+                x = operand("mse_vjp", a), y = operand("mse_vjp", b);
+  const float mean = static_cast<float>(1.0 / static_cast<double>(a.numel()));
+  with_width(in_packs(a.numel(), x, y, to_a, to_b), [&](auto width) {
+    constexpr int kW = decltype(width)::value;
+    const int64_t n = a.numel() / kW;
+    launch("mse_vjp", a, mse_vjp_kernel<kW>, blocks_for(n, 256), 256, 0, to_a, to_b, x, y,
+           dloss.data<float>(), mean, n);
+  });
 }
 
 }  // namespace omq::cuda

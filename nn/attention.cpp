@@ -68,9 +68,9 @@ Tensor attention_by_windows(const Tensor& any_q, const KVCache& cache, Attention
 Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cache) const {
   const int64_t B = x.dim(0), T = x.dim(1);
   const LinearInput in(x);
-  Tensor q = reshape(q_proj(in), {B, T, heads, head_dim});
-  Tensor k = reshape(k_proj(in), {B, T, kv_heads, head_dim});
-  Tensor v = reshape(v_proj(in), {B, T, kv_heads, head_dim});
+  Tensor q = reshape(q_proj(in, WriteAs::Operand), {B, T, heads, head_dim});
+  Tensor k = reshape(k_proj(in, WriteAs::Operand), {B, T, kv_heads, head_dim});
+  Tensor v = reshape(v_proj(in, WriteAs::Operand), {B, T, kv_heads, head_dim});
   if (q_norm) q = (*q_norm)(q);
   if (k_norm) k = (*k_norm)(k);
   q = on_grid(rope(q, at.tables.cos, at.tables.sin, at.index), taps.q);

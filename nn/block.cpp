@@ -11,6 +11,20 @@ void move_to(Block& block, Device device) {
   });
 }
 
+void narrow_exact(Block& block) {
+  NoGrad off;
+  for (auto& [name, linear] : block.linears()) {
+    if (linear->is_packed() || linear->dense().dtype() != DType::F32) continue;
+    const Tensor w = linear->dense();
+    for (const DType type : {DType::BF16, DType::F16}) {
+      const Tensor narrow = to(w, type);
+      if (sum(abs(to(narrow, DType::F32) - w)).item<float>() != 0.0f) continue;
+      linear->weight = narrow;
+      break;
+    }
+  }
+}
+
 void quantize_activations(Block& b, const ActivationQuant& s) {
   for (auto& [name, linear] : b.linears()) linear->input_quant = s.linear;
   b.taps() = {s.q, s.k, s.v, s.p};

@@ -57,6 +57,10 @@ struct Block {
 // Every tensor of the block onto a device; those that are there already are shared.
 void move_to(Block& block, Device device);
 
+// Matrices of F32 whose every value BF16 or F16 holds exactly become that: what a checkpoint stored
+// in 16 bits. Waits for the device.
+void narrow_exact(Block& block);
+
 // What is quantised on its way through a block, each row on its own grid; none: nothing.
 struct ActivationQuant {
   std::optional<RowQuant> linear;      // inputs of the linears, a row being a token

@@ -6,9 +6,9 @@
 
 namespace omq::nn {
 
-Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
+Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias, WriteAs write) {
   const bool history = needs_grad(x) || needs_grad(w) || (bias.defined() && needs_grad(bias));
-  if (history || w.dtype() == DType::F64) return linear(x, w, bias);
+  if (history || w.dtype() == DType::F64) return linear(x, w, bias, write);
   // A device without the running kernels multiplies as training does.
   if (x.device().type != DeviceType::CPU && !cuda_packed_kernels())
     return linear(x, to(w, x.dtype()), bias);
@@ -24,9 +24,10 @@ Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias) {
 
 namespace {
 
-Tensor multiply(const Linear& l, const LinearInput& x) {
+Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
   const std::optional<RowQuant>& s = l.input_quant;
-  if (!l.is_packed()) return dense_linear(s ? x.simulated(*s) : x.tensor(), l.dense(), l.bias);
+  if (!l.is_packed())
+    return dense_linear(s ? x.simulated(*s) : x.tensor(), l.dense(), l.bias, write);
   const auto& w = *std::get<std::shared_ptr<PackedWeight>>(l.weight);
   const Tensor y = s ? w.matmul(x.codes(*s)) : w.matmul(x.tensor());
   return l.bias.defined() ? add(y, l.bias) : y;
@@ -34,8 +35,8 @@ Tensor multiply(const Linear& l, const LinearInput& x) {
 
 }  // namespace
 
-Tensor Linear::operator()(const LinearInput& x) const {
-  return pre ? multiply(*this, pre(x.tensor())) : multiply(*this, x);
+Tensor Linear::operator()(const LinearInput& x, WriteAs write) const {
+  return pre ? multiply(*this, pre(x.tensor()), write) : multiply(*this, x, write);
 }
 
 int64_t Linear::out_features() const {

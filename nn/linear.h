@@ -5,6 +5,7 @@
 #include <memory>
 #include <variant>
 
+#include "autograd/ops.h"
 #include "nn/linear_input.h"
 #include "nn/packed_weight.h"
 #include "tensor/tensor.h"
@@ -21,7 +22,8 @@ struct Linear {
   // (with gradients) where it is dense. None: the input as it is.
   std::optional<RowQuant> input_quant = {};
 
-  Tensor operator()(const LinearInput& x) const;  // [..., in] → [..., out]
+  // [..., in] → [..., out]; `write` as in linear() of autograd/ops.h.
+  Tensor operator()(const LinearInput& x, WriteAs write = WriteAs::Wide) const;
   int64_t out_features() const;
   int64_t in_features() const;
   // The weight as a tensor. Throws Error when it is packed.
@@ -32,6 +34,7 @@ struct Linear {
 
 // x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are
 // never widened whole.
-Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias);
+Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias,
+                    WriteAs write = WriteAs::Wide);
 
 }  // namespace omq::nn

@@ -30,7 +30,8 @@ Tensor run(const nn::Block& block, const Tensor& stream, const nn::Positions& at
            const Hooks& hooks) {
   NoGrad off;
   const Device device = at.index.device();
-  Tensor out = empty_like(stream);
+  Tensor out = stream.device() == device ? empty_like(stream)
+                                         : empty_pinned(stream.shape(), stream.dtype(), device);
   for (int64_t i = 0; i < stream.dim(0); ++i) {
     if (hooks.poll) hooks.poll();
     const Tensor y = block.forward(to(batch_of(stream, i, i + 1), device), at);
@@ -175,9 +176,8 @@ std::unique_ptr<nn::Block> BlockMethod::quantized(const nn::Block& fp) const {
   auto block = transformed(fp);
   const auto linears = block->linears();
   for (size_t i = 0; i < linears.size(); ++i) {
-    const Tensor w = linears[i].linear->dense();
-    const Grid grid = clips_[i]->grid(w);
-    linears[i].linear->weight = fake_quant(w, grid.scale, grid.zero, recipe_.spec.weight());
+    nn::Linear& linear = *linears[i].linear;
+    linear.weight = clips_[i]->quantized(linear.dense(), recipe_.spec.weight());
   }
   return block;
 }
@@ -277,6 +277,7 @@ Outcome quantize_block(const Job& job, nn::Block& fp, const Streams* streams, Bl
   const bool learns = job.recipe.train.epochs > 0;
   const auto there = fp.clone();  // where blocks compute; on the CPU it shares all of fp
   move_to(*there, job.device);
+  if (job.device.type != DeviceType::CPU) narrow_exact(*there);  // read at every step
   Targets targets;
   BlockStats stats;
   if (streams) {  // ① F(W, X)
@@ -319,7 +320,13 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
           data.ids.dim(0), recipe.train.batch_size);
     NoGrad off;
     streams.fp = source.embed(data.ids);
-    if (!data.samples_on_host) streams.fp = to(streams.fp, data.device);
+    if (!data.samples_on_host) {
+      streams.fp = to(streams.fp, data.device);
+    } else if (data.device != Device{}) {
+      const Tensor pinned = empty_pinned(streams.fp.shape(), streams.fp.dtype(), data.device);
+      transfer(pinned, contiguous(streams.fp));
+      streams.fp = pinned;
+    }
     streams.quant = streams.fp;
     const nn::RopeTables tables = source.rope(data.ids.dim(1));
     job.at = nn::positions(0, data.ids.dim(1),

@@ -19,6 +19,9 @@ struct Clip {
   virtual ~Clip() = default;
   virtual Grid grid(
       const Tensor& w) const = 0;  // w [rows, cols]; differentiable where there are learnables
+  // w quantised and dequantised on that grid, with the straight-through gradient: what training
+  // computes with.
+  virtual Tensor quantized(const Tensor& w, GroupSpec spec) const;
   virtual nn::ParamGroup params() const { return {}; }  // empty: nothing to learn
 };
 

@@ -17,18 +17,24 @@ class LearnedClip final : public Clip {
     NoGrad off;
     source_ = w.detach();
     range_ = group_range(w, spec);
-    gamma_logit_ = parameter(Tensor::full(range_.hi.shape(), options.logit, w.dtype(), w.device()));
-    beta_logit_ = parameter(Tensor::full(range_.hi.shape(), options.logit, w.dtype(), w.device()));
+    gamma_logit_ =
+        parameter(Tensor::full(range_.hi.shape(), options.logit, range_.hi.dtype(), w.device()));
+    beta_logit_ =
+        parameter(Tensor::full(range_.hi.shape(), options.logit, range_.hi.dtype(), w.device()));
   }
 
   Grid grid(const Tensor& w) const override {
-    const bool as_before = !needs_grad(w) && w.raw() == source_.raw();
-    const Range r = as_before ? range_ : group_range(w, spec_);
-    if (rule_ == affine_grid && !spec_.symmetric) {  // the same in one kernel
+    const Range r = is_source(w) ? range_ : group_range(w, spec_);
+    if (in_one_kernel()) {
       const ScaleZero g = lwc_grid(gamma_logit_, beta_logit_, r.hi, r.lo, spec_);
       return {g.scale, g.zero};
     }
     return rule_(sigmoid(gamma_logit_) * r.hi, sigmoid(beta_logit_) * r.lo, spec_);
+  }
+
+  Tensor quantized(const Tensor& w, GroupSpec spec) const override {
+    if (is_source(w) || !in_one_kernel()) return Clip::quantized(w, spec);
+    return fake_quant_lwc(w, gamma_logit_, beta_logit_, spec);
   }
 
   nn::ParamGroup params() const override {
@@ -38,6 +44,9 @@ class LearnedClip final : public Clip {
   }
 
  private:
+  bool is_source(const Tensor& w) const { return !needs_grad(w) && w.raw() == source_.raw(); }
+  bool in_one_kernel() const { return rule_ == affine_grid && !spec_.symmetric; }
+
   GroupSpec spec_;
   GridRule rule_;
   Tensor source_;  // holds the storage, so that its address stays a proof of identity

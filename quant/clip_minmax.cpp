@@ -5,6 +5,11 @@
 
 namespace omq::quant {
 
+Tensor Clip::quantized(const Tensor& w, GroupSpec spec) const {
+  const Grid g = grid(w);
+  return fake_quant(w, g.scale, g.zero, spec);
+}
+
 namespace {
 
 struct MinMaxClip final : Clip {

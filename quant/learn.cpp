@@ -1,6 +1,7 @@
 // See learn.h.
 #include "quant/learn.h"
 
+#include <array>
 #include <cmath>
 #include <optional>
 
@@ -22,17 +23,9 @@ Device device_of(const nn::Block& block) {
   return block.clone()->linears().front().linear->dense().device();
 }
 
-// x where the step reads it. On the CPU it is read where it lies.
-void place(Tensor& into, const Tensor& x, Device device) {
-  if (device.type == DeviceType::CPU || !x.defined()) {
-    into = x;
-    return;
-  }
-  if (!into.defined()) into = Tensor::empty(x.shape(), x.dtype(), device);
-  if (x.device() == device)
-    on(into).copy(into, x);
-  else
-    transfer(into, x);
+// The tensors of a batch, in a fixed order; some may be undefined.
+template <class B> auto parts(B& b) {
+  return std::array{&b.x, &b.targets.of_fp, &b.targets.of_quant};
 }
 
 struct Epoch {
@@ -56,8 +49,11 @@ class Trainer {
     step_.reset();
     optimizer_.emplace(method_.param_groups());
     optimizer_->set_lr_factor(factor);
-    step_.emplace(recipe_, method_, fp_, *optimizer_, data_.at, samples(0).first,
-                  samples(0).second);
+    // Gradients that left F16's range are one reason to be here: what halves rates takes 2⁴ from
+    // it.
+    const Batch first = samples(0);
+    const double scale = std::pow(factor, 4) * loss_scale(recipe_.train.compute, first.x.numel());
+    step_.emplace(recipe_, method_, fp_, *optimizer_, data_.at, first, scale);
   }
 
   // Nothing is learned from a loss that is no number, nor after it. On the CPU it ends the epoch at
@@ -66,10 +62,12 @@ class Trainer {
     const ComputeScope compute(recipe_.train.compute);
     const bool waits = losses_.device().type == DeviceType::CPU;
     const int64_t steps = losses_.dim(0);
+    Batch now = samples(0);
     for (int64_t i = 0; i < steps; ++i) {
       if (hooks_.poll) hooks_.poll();
-      const auto [x, targets] = samples(i * recipe_.train.batch_size);
-      const Tensor& loss = (*step_)(x, targets);
+      const Batch next = samples((i + 1) % steps * recipe_.train.batch_size);
+      const Tensor& loss = (*step_)(now, &next);
+      now = next;
       Tensor slot = losses_.alias({1}, {1}, i);
       on(slot).copy(slot, loss);
       if (waits && !std::isfinite(loss.item<float>())) return failure(i);
@@ -86,7 +84,7 @@ class Trainer {
     return {total / static_cast<double>(steps)};
   }
 
-  std::pair<Tensor, Targets> samples(int64_t first) const {
+  Batch samples(int64_t first) const {
     const int64_t end = first + recipe_.train.batch_size;
     return {batch_of(data_.x, first, end), batch_of(data_.targets, first, end)};
   }
@@ -106,32 +104,82 @@ class Trainer {
 
 }  // namespace
 
+double loss_scale(Compute compute, int64_t elements) {
+  if (compute != Compute::F16) return 1;
+  // 2⁻⁶ is room for errors and weights that are far larger than usual.
+  return std::exp2(std::floor(std::log2(static_cast<double>(elements))) - 6);
+}
+
 LearningStep::LearningStep(const Recipe& recipe, const BlockMethod& method, const nn::Block& fp,
-                           nn::AdamW& optimizer, const nn::Positions& at, const Tensor& x,
-                           const Targets& targets)
+                           nn::AdamW& optimizer, const nn::Positions& at, const Batch& like,
+                           double loss_scale)
     : recipe_(recipe),
       method_(method),
       fp_(fp),
       optimizer_(optimizer),
       at_(at),
       loss_(Tensor::zeros({1}, DType::F32, device_of(fp))),
+      loss_scale_(loss_scale),
       graph_(loss_.device(), [this] { learn(); }) {
-  place(x_, x, loss_.device());
-  place(targets_.of_fp, targets.of_fp, loss_.device());
-  place(targets_.of_quant, targets.of_quant, loss_.device());
+  const Device device = loss_.device();
+  if (device.type == DeviceType::CPU) return;
+  const bool arrives = like.x.device() != device;
+  for (size_t i = 0; i < parts(like).size(); ++i) {
+    const Tensor& t = *parts(like)[i];
+    if (!t.defined()) continue;
+    *parts(batch_)[i] = Tensor::empty(t.shape(), t.dtype(), device);
+    if (arrives) *parts(ahead_)[i] = Tensor::empty(t.shape(), t.dtype(), device);
+  }
+}
+
+// A copy that is still under way must not find its place taken by something else.
+LearningStep::~LearningStep() {
+  if (next_) device_api(loss_.device()).join_ahead(loss_.device().index);
+}
+
+// The batch where the step reads it. On the CPU it is read where it lies.
+void LearningStep::place(const Batch& batch) {
+  const Device device = loss_.device();
+  if (device.type == DeviceType::CPU) {
+    batch_ = batch;
+    return;
+  }
+  const bool arrived = next_ && next_ == batch.x.raw();
+  if (arrived) device_api(device).join_ahead(device.index);
+  next_ = nullptr;
+  for (size_t i = 0; i < parts(batch).size(); ++i) {
+    Tensor& to = *parts(batch_)[i];
+    if (!to.defined()) continue;
+    const Tensor& from = arrived ? *parts(ahead_)[i] : *parts(batch)[i];
+    if (from.device() == device)
+      on(to).copy(to, from);
+    else
+      transfer(to, from);
+  }
 }
 
 void LearningStep::learn() {
-  const auto block = method_.quantized(fp_);                                      // ②
-  const Tensor loss = recipe_.objective.loss(block->forward(x_, at_), targets_);  // ③ Eq. 1
+  const auto block = method_.quantized(fp_);  // ②
+  const Tensor loss =
+      recipe_.objective.loss(block->forward(batch_.x, at_), batch_.targets);  // ③ Eq. 1
   on(loss_).copy(loss_, loss.detach());
-  optimizer_.step(backward(loss), loss_);  // ④ only Θ moves
+  if (loss_scale_ == 1) return optimizer_.step(backward(loss), loss_);  // ④ only Θ moves
+  Gradients g = backward(loss * loss_scale_);
+  g.scale(1 / loss_scale_);
+  optimizer_.step(g, loss_);
 }
 
-const Tensor& LearningStep::operator()(const Tensor& x, const Targets& targets) {
-  place(x_, x, loss_.device());
-  place(targets_.of_fp, targets.of_fp, loss_.device());
-  place(targets_.of_quant, targets.of_quant, loss_.device());
+const Tensor& LearningStep::operator()(const Batch& batch, const Batch* next) {
+  place(batch);
+  const Device device = loss_.device();
+  if (next && ahead_.x.defined()) {
+    for (size_t i = 0; i < parts(*next).size(); ++i) {
+      const Tensor &to = *parts(ahead_)[i], &from = *parts(*next)[i];
+      if (to.defined())
+        device_api(device).copy_ahead(to.raw(), from.raw(), to.nbytes(), device.index);
+    }
+    next_ = next->x.raw();
+  }
   graph_.run();
   return loss_;
 }

@@ -1,6 +1,7 @@
 // LET: initial values, and the fold, which is the same code in training and at the end.
 #include "quant/transform_let.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "autograd/compute.h"
@@ -14,15 +15,37 @@ using nn::Linear;
 
 Tensor inverse(const Tensor& s) { return Tensor::full({1}, 1.0, s.dtype(), s.device()) / s; }
 
-void scale_rows(Linear& l, const Tensor& by) {
-  l.weight = l.dense() * reshape(by, {by.numel(), 1});
-  if (l.bias.defined()) l.bias = l.bias * by;
-}
-void scale_columns(Linear& l, const Tensor& by) { l.weight = l.dense() * by; }
+// The scales of each matrix, gathered from the sites that share it, so that it is read and written
+// once.
+class MatrixScales {
+ public:
+  void rows(Linear& l, const Tensor& by) {
+    times(of(l).rows, by);
+    if (l.bias.defined()) l.bias = l.bias * by;
+  }
+  void columns(Linear& l, const Tensor& by) { times(of(l).columns, by); }
+  void apply() const {
+    for (const Scales& s : all_)
+      s.linear->weight = scale_matrix(s.linear->dense(), s.rows, s.columns);
+  }
+
+ private:
+  struct Scales {
+    Linear* linear;
+    Tensor rows, columns;
+  };
+  Scales& of(Linear& l) {
+    const auto at = std::find_if(all_.begin(), all_.end(), [&](auto& s) { return s.linear == &l; });
+    return at != all_.end() ? *at : all_.emplace_back(Scales{&l, {}, {}});
+  }
+  static void times(Tensor& all, const Tensor& by) { all = all.defined() ? all * by : by; }
+  std::vector<Scales> all_;  // in the order of the sites, on which sums of gradients depend
+};
+
 // b + W·δ, with the weight as it is now.
 void absorb_shift(Linear& l, const Tensor& shift) {
   const ComputeScope exact(Compute::F32);  // one row: nothing to gain from fewer bits
-  const Tensor moved = linear(shift, l.dense());
+  const Tensor moved = linear(shift, to(l.dense(), shift.dtype()));
   l.bias = l.bias.defined() ? l.bias + moved : moved;
 }
 
@@ -98,11 +121,13 @@ class LearnedTransform final : public Transform {
     const std::vector<nn::Site> sites = b.sites();
     check(sites.size() == sites_.size(), "let: a block of {} sites, made for one of {}",
           sites.size(), sites_.size());
-    // Shifts pass through the weights as they were before any scale (spec omniquant §4.4), so the
-    // sites' order matters where they share a matrix: norm first, then v → o, then q – k.
+    // Shifts pass through the weights as they were before any scale (spec omniquant §4.4): matrices
+    // are scaled last. Biases are changed site by site: norm first, then v → o, then q – k.
+    MatrixScales matrices;
     for (size_t i = 0; i < sites.size(); ++i)
       if (sites_[i].scale.defined())
-        std::visit([&](const auto& s) { fold(s, sites_[i]); }, sites[i]);
+        std::visit([&](const auto& s) { fold(s, sites_[i], matrices); }, sites[i]);
+    matrices.apply();
   }
 
   nn::ParamGroup params() const override {
@@ -142,7 +167,7 @@ class LearnedTransform final : public Transform {
 
   static Tensor parameter_of(const std::vector<double>& v, const Tensor& like) {
     const Tensor host = Tensor::from<double>(v, {static_cast<int64_t>(v.size())});
-    return parameter(to(to(host, like.dtype()), like.device()));
+    return parameter(to(to(host, wide_dtype(like.dtype())), like.device()));
   }
   Tensor start_shift(const std::vector<double>& middle, size_t n, const Tensor& like) const {
     if (!options_.shift) return {};
@@ -188,7 +213,7 @@ class LearnedTransform final : public Transform {
             {}};
   }
 
-  void fold(const nn::NormToLinears& s, const Learned& l) const {
+  void fold(const nn::NormToLinears& s, const Learned& l, MatrixScales& m) const {
     const Tensor by = inverse(l.scale);
     nn::RMSNorm& norm = *s.norm;
     norm.weight = norm.weight * by;
@@ -198,25 +223,25 @@ class LearnedTransform final : public Transform {
       norm.bias = norm.bias * by;
     for (Linear* consumer : s.consumers) {
       if (l.shift.defined()) absorb_shift(*consumer, l.shift);
-      scale_columns(*consumer, l.scale);
+      m.columns(*consumer, l.scale);
     }
   }
-  void fold(const nn::LinearToLinear& s, const Learned& l) const {
+  void fold(const nn::LinearToLinear& s, const Learned& l, MatrixScales& m) const {
     if (l.shift.defined()) {
       s.producer->bias = s.producer->bias.defined() ? s.producer->bias - l.shift : -l.shift;
       absorb_shift(*s.consumer, expand_heads(l.shift, s.heads));
     }
-    scale_rows(*s.producer, inverse(l.scale));
-    scale_columns(*s.consumer, expand_heads(l.scale, s.heads));
+    m.rows(*s.producer, inverse(l.scale));
+    m.columns(*s.consumer, expand_heads(l.scale, s.heads));
   }
-  void fold(const nn::QueryKey& s, const Learned& l) const {
+  void fold(const nn::QueryKey& s, const Learned& l, MatrixScales& m) const {
     const Tensor k = options_.tied_pairs ? expand_pairs(l.scale, s.heads) : l.scale;
-    scale_rows(*s.q, inverse(expand_heads(k, s.heads)));
-    scale_rows(*s.k, k);
+    m.rows(*s.q, inverse(expand_heads(k, s.heads)));
+    m.rows(*s.k, k);
   }
-  void fold(const nn::UpToDown& s, const Learned& l) const {
-    scale_rows(*s.up, inverse(l.scale));
-    scale_columns(*s.down, l.scale);
+  void fold(const nn::UpToDown& s, const Learned& l, MatrixScales& m) const {
+    m.rows(*s.up, inverse(l.scale));
+    m.columns(*s.down, l.scale);
   }
 
   LetOptions options_;

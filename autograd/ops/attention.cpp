@@ -13,6 +13,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
         "attention: q {} against k {}: batch, head size or head counts do not fit", q.shape(),
         k.shape());
   check(k.dim(1) >= q.dim(1), "attention: {} queries for {} keys", q.dim(1), k.dim(1));
+}
+void check_types(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(q.dtype() == k.dtype() && k.dtype() == v.dtype(), "attention: dtypes differ: {}, {} and {}",
         dtype_name(q.dtype()), dtype_name(k.dtype()), dtype_name(v.dtype()));
 }
@@ -30,11 +32,19 @@ Tensor causal_mask(int64_t t, int64_t s, DType dtype, Device device) {
   return to(to(Tensor::from<double>(m, {t, s}), dtype), device);
 }
 
+// What was rounded to be multiplied, as F32.
+Tensor widened(const Tensor& x) {
+  return x.dtype() == DType::BF16 || x.dtype() == DType::F16 ? to(x, DType::F32) : x;
+}
+
 }  // namespace
 
-Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, AttentionSpec spec,
+Tensor attention_composed(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
+                          AttentionSpec spec,
                           const std::function<Tensor(const Tensor&)>& on_probabilities) {
+  const Tensor q = widened(any_q), k = widened(any_k), v = widened(any_v);
   check_shapes(q, k, v);
+  check_types(q, k, v);
   const int64_t B = q.dim(0), T = q.dim(1), H = q.dim(2), d = q.dim(3), S = k.dim(1), K = k.dim(2);
   auto heads = [&](const Tensor&
                        x) {  // [B,S,K,d] → [B,H,S,d], every key/value head repeated for its queries
@@ -53,11 +63,15 @@ Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
   check_shapes(any_q, any_k, any_v);
   const Tensor q = with_rows(any_q), k = with_rows(any_k), v = with_rows(any_v);
   // GPUs multiply the operands of a 16-bit ComputeScope on tensor cores; the CPU's kernel is F32.
-  const DType stored = q.dtype(),
-              type = q.device().type == DeviceType::CPU ? stored : operand_dtype(stored);
-  const Tensor lq = rounded(q, type), lk = rounded(k, type), lv = rounded(v, type);
-  Tensor y = Tensor::empty(q.shape(), stored, q.device());
-  Tensor lse = Tensor::empty({q.dim(0), q.dim(2), q.dim(1)}, stored, q.device());
+  // Queries and keys may come rounded already, beside values that were not.
+  const DType type = product_dtype(q);
+  const auto operand = [type](const Tensor& x) {
+    return product_dtype(x) == type ? rounded(x, type) : x;
+  };
+  const Tensor lq = operand(q), lk = operand(k), lv = operand(v);
+  check_types(lq, lk, lv);
+  Tensor y = Tensor::empty(q.shape(), type, q.device());
+  Tensor lse = Tensor::empty({q.dim(0), q.dim(2), q.dim(1)}, wide_dtype(type), q.device());
   on(q).attention(y, lse, lq, lk, lv, spec);
   if (!needs_grad(q) && !needs_grad(k) && !needs_grad(v)) return y;
   return record("attention", y, {q, k, v},

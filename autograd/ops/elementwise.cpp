@@ -1,5 +1,6 @@
 // Scalar functions and broadcasting arithmetic. The formulas and derivatives are in
 // tensor/elementwise.h.
+#include "autograd/compute.h"
 #include "autograd/frozen.h"
 #include "autograd/ops.h"
 
@@ -48,7 +49,7 @@ Tensor collapse(const Tensor& d, const Shape& shape) {
   Shape padded;
   for (int i = 0; i < d.ndim() - shape.n; ++i) padded.push_back(1);
   for (int i = 0; i < shape.n; ++i) padded.push_back(shape[i]);
-  Tensor y = Tensor::empty(padded, d.dtype(), d.device());
+  Tensor y = Tensor::empty(padded, wide_dtype(d.dtype()), d.device());
   on(d).sum_to(y, d);
   return y.alias(shape, contiguous_strides(shape));
 }
@@ -64,6 +65,13 @@ Tensor binary(const char* name, const Tensor& a, const Tensor& b, Binary f) {
   Tensor y = Tensor::empty(shape, a.dtype(), a.device());
   on(a).binary(y, wide_a, wide_b, f);
   const bool need_a = needs_grad(a), need_b = needs_grad(b), need = need_a || need_b;
+  if (f == Binary::Add)  // the gradient of both is that of the sum
+    return record(
+        name, y, {a, b},
+        [need_a, need_b, shape_a = a.shape(), shape_b = b.shape()](const Tensor& dy) -> Grads {
+          return {need_a ? collapse(dy, shape_a) : Tensor{},
+                  need_b ? collapse(dy, shape_b) : Tensor{}};
+        });
   return record(name, y, {a, b},
                 [wide_a = need ? wide_a : Tensor{}, wide_b = need ? wide_b : Tensor{}, need_a,
                  need_b, shape_a = a.shape(), shape_b = b.shape(), f](const Tensor& dy) -> Grads {

@@ -19,9 +19,25 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {
   });
 }
 
+Tensor mse_composed(const Tensor& a, const Tensor& b) { return mean(square(sub(a, b))); }
+
 Tensor mse(const Tensor& a, const Tensor& b) {
   check(a.shape() == b.shape(), "mse: shapes {} and {} differ", a.shape(), b.shape());
-  return mean(square(sub(a, b)));
+  check(a.numel() > 0, "mse: empty tensors");
+  check(a.dtype() == b.dtype(), "mse: dtypes differ: {} and {}", dtype_name(a.dtype()),
+        dtype_name(b.dtype()));
+  const Tensor x = contiguous(a), y = contiguous(b);
+  Tensor loss = Tensor::empty({1}, x.dtype(), x.device());
+  on(x).mse(loss, x, y);
+  const bool need_a = needs_grad(a), need_b = needs_grad(b);
+  return record("mse", loss, {x, y},
+                [a = x.detach(), b = y.detach(), need_a, need_b](const Tensor& dloss) -> Grads {
+                  Tensor da, db;
+                  if (need_a) da = empty_like(a);
+                  if (need_b) db = empty_like(b);
+                  on(a).mse_vjp(da, db, a, b, contiguous(dloss));
+                  return {da, db};
+                });
 }
 
 }  // namespace omq

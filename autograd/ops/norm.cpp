@@ -1,5 +1,6 @@
 // RMSNorm (spec omniquant §5.1): y = x / √(mean x² + eps) ⊙ w + b. b exists for the shifts of LET
 // only.
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -21,7 +22,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
           "rms_norm: x {} with a weight or bias of {}", x.shape(), t.shape());
   const Tensor source = contiguous(x);
   const Tensor gain = w.defined() ? contiguous(w) : w, shift = b.defined() ? contiguous(b) : b;
-  Tensor y = empty_like(source);
+  Tensor y = Tensor::empty(source.shape(), product_dtype(source), source.device());
   on(source).rms_norm(y, source, gain, shift, eps);
   const bool need_x = needs_grad(x), need_w = needs_grad(w), need_b = needs_grad(b);
   return record("rms_norm", y, {source, gain, shift},
@@ -30,8 +31,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
                   Tensor dx, dw, db;
                   const Shape width{x.dim(-1)};
                   if (need_x) dx = empty_like(x);
-                  if (need_w) dw = Tensor::empty(width, x.dtype(), x.device());
-                  if (need_b) db = Tensor::empty(width, x.dtype(), x.device());
+                  if (need_w) dw = Tensor::empty(width, wide_dtype(x.dtype()), x.device());
+                  if (need_b) db = Tensor::empty(width, wide_dtype(x.dtype()), x.device());
                   on(x).rms_norm_vjp(dx, dw, db, x, w, contiguous(dy), eps);
                   return {dx, dw, db};
                 });

@@ -1,4 +1,5 @@
 // Sums, means, and the ranges of groups.
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -20,7 +21,7 @@ Tensor sum_to(const Tensor& x, const Shape& shape) {
   check(shape.n == x.ndim(), "sum_to: {} to {}", x.shape(), shape);
   for (int i = 0; i < shape.n; ++i)
     check(shape[i] == x.dim(i) || shape[i] == 1, "sum_to: {} to {}", x.shape(), shape);
-  Tensor y = Tensor::empty(shape, x.dtype(), x.device());
+  Tensor y = Tensor::empty(shape, wide_dtype(x.dtype()), x.device());
   on(x).sum_to(y, x);
   return record("sum_to", y, {x},
                 [from = x.shape()](const Tensor& dy) -> Grads { return {repeat(dy, from)}; });
@@ -40,14 +41,14 @@ Tensor mean(const Tensor& x) {
 Range group_range(const Tensor& x, GroupSpec s) {
   check(x.ndim() == 2 && x.dim(1) > 0, "group_range: wants [rows, cols], got {}", x.shape());
   const Shape grid{x.dim(0), s.groups(x.dim(1))};
-  Tensor hi = Tensor::empty(grid, x.dtype(), x.device()), lo = empty_like(hi);
+  Tensor hi = Tensor::empty(grid, wide_dtype(x.dtype()), x.device()), lo = empty_like(hi);
   on(x).group_range(hi, lo, x, s);
   if (!needs_grad(x)) return {hi, lo};
   // Two outputs, two records: each passes its own gradient, and their sum is taken by the sweep.
   const Tensor xd = x.detach(), h = hi.detach(), l = lo.detach();
   auto vjp = [xd, h, l, s](bool upper) -> Vjp {
     return [xd, h, l, s, upper](const Tensor& dy) -> Grads {
-      Tensor dx = empty_like(xd);
+      Tensor dx = Tensor::empty(xd.shape(), h.dtype(), xd.device());
       const Tensor d = contiguous(dy);
       const Tensor none = Tensor::zeros(h.shape(), h.dtype(), h.device());
       on(xd).group_range_vjp(dx, xd, h, l, upper ? d : none, upper ? none : d, s);

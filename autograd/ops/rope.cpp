@@ -1,5 +1,6 @@
 // Rotary position embedding in the half-split form of Hugging Face: channels i and i + d/2 are one
 // pair.
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq {
@@ -12,13 +13,14 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor&
         "rope: positions {} {} for {} tokens", dtype_name(positions.dtype()), positions.shape(),
         x.dim(1));
   const Tensor source = contiguous(x);
-  Tensor y = empty_like(source);
+  const DType type = product_dtype(source);
+  Tensor y = Tensor::empty(source.shape(), type, source.device());
   const Tensor c = contiguous(cos.detach()), s = contiguous(sin.detach()),
                at = contiguous(positions);
   on(source).rope(y, source, c, s, at, false);
-  return record("rope", y, {source}, [c, s, at](const Tensor& dy) -> Grads {
+  return record("rope", y, {source}, [c, s, at, type](const Tensor& dy) -> Grads {
     const Tensor d = contiguous(dy);
-    Tensor dx = empty_like(d);
+    Tensor dx = Tensor::empty(d.shape(), type, d.device());
     on(d).rope(dx, d, c, s, at, true);  // a rotation's gradient is the rotation back
     return {dx};
   });

@@ -54,14 +54,14 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
     note_codes(*frozen, x, by_column(scale, x.dim(1), s), by_column(zero, x.dim(1), s),
                s.max_code(), s.end_codes_learn);
   const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
-  Tensor y = Tensor::empty(source.shape(), operand_dtype(source.dtype()), source.device());
+  Tensor y = Tensor::empty(source.shape(), operand_dtype(h.dtype()), source.device());
   on(x).fake_quant(y, source, h, z, s);
   const bool need_x = needs_grad(x), need_scale = needs_grad(scale);
   return record("fake_quant", y, {source, h},
                 [x = source.detach(), scale = h.detach(), zero = z, need_x, need_scale,
                  s](const Tensor& dy) -> Grads {
                   Tensor dx, ds;
-                  if (need_x) dx = empty_like(x);
+                  if (need_x) dx = Tensor::empty(x.shape(), scale.dtype(), x.device());
                   if (need_scale) ds = empty_like(scale);
                   on(x).fake_quant_vjp(dx, ds, x, scale, zero, contiguous(dy), s);
                   return {dx, ds};
@@ -99,6 +99,46 @@ ScaleZero lwc_grid(const Tensor& u, const Tensor& l, const Tensor& hi, const Ten
   return {scale, zero};
 }
 
+Tensor fake_quant_lwc_composed(const Tensor& x, const Tensor& u, const Tensor& l, GroupSpec s) {
+  const Range r = group_range(x, s);
+  const ScaleZero g = lwc_grid(u, l, r.hi, r.lo, s);
+  return fake_quant(x, g.scale, g.zero, s);
+}
+
+Tensor fake_quant_lwc(const Tensor& x, const Tensor& u, const Tensor& l, GroupSpec s) {
+  check(x.ndim() == 2 && x.dim(1) > 0, "fake_quant_lwc: wants [rows, cols], got {}", x.shape());
+  const Shape grid{x.dim(0), s.groups(x.dim(1))};
+  check(u.shape() == grid && l.shape() == grid,
+        "fake_quant_lwc: x {} wants learnables {}, got {} and {}", x.shape(), grid, u.shape(),
+        l.shape());
+  check(wide_dtype(x.dtype()) == u.dtype() && u.dtype() == l.dtype(),
+        "fake_quant_lwc: dtypes differ: {}, {}, {}", dtype_name(x.dtype()), dtype_name(u.dtype()),
+        dtype_name(l.dtype()));
+  // FrozenRounding looks at every step.
+  if (FrozenRounding::current()) return fake_quant_lwc_composed(x, u, l, s);
+  const Tensor source = contiguous(x), a = contiguous(u), b = contiguous(l);
+  Tensor hi = empty_like(a), lo = empty_like(a), scale = empty_like(a), zero = empty_like(a);
+  on(x).group_range(hi, lo, source, s);
+  on(x).lwc_grid(scale, zero, a, b, hi, lo, s);
+  Tensor y = Tensor::empty(source.shape(), operand_dtype(u.dtype()), source.device());
+  on(x).fake_quant(y, source, scale, zero, s);
+  return record("fake_quant_lwc", y, {source, a, b},
+                [x = source.detach(), u = a.detach(), l = b.detach(), hi, lo, scale, zero,
+                 need_x = needs_grad(x), s](const Tensor& dy_any) -> Grads {
+                  const Tensor dy = contiguous(dy_any);
+                  Tensor none, dx, dscale = empty_like(scale), du = empty_like(u),
+                                   dl = empty_like(l), dhi, dlo;
+                  on(x).fake_quant_vjp(none, dscale, x, scale, zero, dy, s);
+                  if (need_x) dhi = empty_like(hi), dlo = empty_like(lo);
+                  on(x).lwc_grid_vjp(du, dl, dhi, dlo, u, l, hi, lo, dscale, s);
+                  if (need_x) {
+                    dx = Tensor::empty(x.shape(), u.dtype(), x.device());
+                    on(x).fake_quant_range_vjp(dx, x, scale, zero, hi, lo, dhi, dlo, dy, s);
+                  }
+                  return {dx, du, dl};
+                });
+}
+
 namespace {
 
 struct RowsGrid {
@@ -134,11 +174,11 @@ Tensor fake_quant_rows(const Tensor& x, RowQuant s) {
     note_codes(*frozen, rows, g.h, g.zero, s.max_code(), s.end_codes_learn);
   }
   const Tensor source = contiguous(x);
-  Tensor y = empty_like(source);
+  Tensor y = Tensor::empty(source.shape(), product_dtype(source), source.device());
   on(x).fake_quant_rows(y, source, s);
   return record("fake_quant_rows", y, {source},
                 [x = needs_grad(x) ? source.detach() : Tensor{}, s](const Tensor& dy) -> Grads {
-                  Tensor dx = empty_like(x);
+                  Tensor dx = Tensor::empty(x.shape(), dy.dtype(), x.device());
                   on(x).fake_quant_rows_vjp(dx, x, contiguous(dy), s);
                   return {dx};
                 });

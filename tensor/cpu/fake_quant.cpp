@@ -81,6 +81,28 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
   });
 }
 
+void fake_quant_range_vjp(Tensor& dx, const Tensor& x, const Tensor& scale, const Tensor& zero,
+                          const Tensor& hi, const Tensor& lo, const Tensor& dhi, const Tensor& dlo,
+                          const Tensor& dy, GroupSpec s) {
+  visit_float("fake_quant_range_vjp", x.dtype(), [&]<class T>() {
+    const T *in = x.data<T>(), *hs = scale.data<T>(), *zs = zero.data<T>(), *pd = dy.data<T>(),
+            *tops = hi.data<T>(), *bottoms = lo.data<T>(), *dt = dhi.data<T>(), *db = dlo.data<T>();
+    T* out = dx.data<T>();
+    const Inside<T> inside(s);
+    for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
+      const T h = hs[g], z = zs[g], top = tops[g], bottom = bottoms[g];
+      const T *p = in + at, *d = pd + at;
+      int64_t n_hi = 0, n_lo = 0;
+      for (int64_t i = 0; i < n; ++i) n_hi += p[i] == top, n_lo += p[i] == bottom;
+      const T share_hi = n_hi ? dt[g] / static_cast<T>(n_hi) : T(0);
+      const T share_lo = n_lo ? db[g] / static_cast<T>(n_lo) : T(0);
+      for (int64_t i = 0; i < n; ++i)
+        out[at + i] = (inside(round_even(p[i] / h) + z) ? d[i] : T(0)) +
+                      ((p[i] == top ? share_hi : T(0)) + (p[i] == bottom ? share_lo : T(0)));
+    });
+  });
+}
+
 void quantize_codes(Tensor& codes, const Tensor& x, const Tensor& scale, const Tensor& zero,
                     GroupSpec s) {
   visit_float("quantize_codes", x.dtype(), [&]<class T>() {

@@ -59,6 +59,46 @@ TEST_CASE("16-bit compute rounds the operands of products and nothing else") {
     }
 }
 
+TEST_CASE("what is made to be multiplied has the operands' type on a GPU, and F32 on the CPU") {
+  for (Device d : test_devices()) {
+    CAPTURE(d);
+    Rng rng(5);
+    auto random = [&](const Shape& s) { return converted(normal_tensor(rng, s), DType::F32, d); };
+    const Tensor x = random({2, 6, 64}), w = random({64}), up = random({2, 6, 64}),
+                 proj = random({32, 64}), dy = random({2, 6, 32}), v = random({2, 6, 4, 16});
+    const Tensor cos = random({6, 8}), sin = random({6, 8}),
+                 at = Tensor::from<int32_t>({0, 1, 2, 3, 4, 5}, {6}, d);
+    struct Result {
+      Tensor y, dx, dw;
+    };
+    const auto run = [&](Compute c) {  // every such op, and a product behind each
+      const ComputeScope scope(c);
+      const Tensor px = parameter(x), pw = parameter(w);
+      const Tensor n = rms_norm(px, pw, {}, 1e-5),
+                   q = rope(reshape(n, {2, 6, 4, 16}), cos, sin, at);
+      const Tensor a = attention(q, q, v, {.scale = 0.25});
+      const Tensor rows = fake_quant_rows(reshape(a, {2, 6, 64}), {.bits = 8});
+      const Tensor m = silu_mul(px, up);
+      const DType want = d.type == DeviceType::CPU ? DType::F32 : operand_dtype(DType::F32);
+      for (const Tensor& t : {n, q, a, rows, m}) CHECK(t.dtype() == want);
+      const Tensor y = linear(rows, proj) + linear(m, proj);
+      CHECK(y.dtype() == DType::F32);
+      const Gradients g = backward(sum(y * dy));
+      CHECK(g[px].dtype() == DType::F32);
+      return Result{y.detach(), g[px], g[pw]};
+    };
+    const Result exact = run(Compute::F32);
+    for (const Compute c : {Compute::BF16, Compute::F16}) {
+      CAPTURE(compute_name(c));
+      const Result r = run(c);
+      const double bound = c == Compute::F16 ? 1e-3 : 2e-2;  // of squares; codes differ
+      CHECK(close(r.y, exact.y, bound));
+      CHECK(close(r.dx, exact.dx, bound));
+      CHECK(close(r.dw, exact.dw, bound));
+    }
+  }
+}
+
 TEST_CASE("compute scopes nest, and F64 stays F64") {
   CHECK(operand_dtype(DType::F32) == DType::F32);
   {

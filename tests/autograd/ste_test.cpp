@@ -266,6 +266,37 @@ TEST_CASE("fake_quant equals its composition, values and gradients") {
       }
 }
 
+TEST_CASE("fake_quant_lwc equals its composition, values and gradients") {
+  for (Device d : test_devices())
+    for (DType dtype : {DType::F64, DType::F32})
+      for (int64_t group : {0, 8, 10}) {  // 10: the last group is short
+        if (dtype == DType::F64 && d.type != DeviceType::CPU) continue;
+        CAPTURE(d);
+        CAPTURE(group);
+        const GroupSpec spec{.bits = 3, .group_size = group};
+        Rng rng(9);
+        const Shape grid{5, spec.groups(24)};
+        const auto there = [&](const Tensor& t) { return parameter(converted(t, dtype, d)); };
+        const Tensor x = there(normal_tensor(rng, {5, 24})), u = there(normal_tensor(rng, grid)),
+                     l = there(normal_tensor(rng, grid));
+        const Tensor dy = converted(normal_tensor(rng, x.shape()), dtype, d);
+        const Tensor fused = fake_quant_lwc(x, u, l, spec),
+                     plain = fake_quant_lwc_composed(x, u, l, spec);
+        CHECK(bit_equal(fused, plain));
+        const Gradients a = backward(sum(fused * dy)), b = backward(sum(plain * dy));
+        const double bound = dtype == DType::F64 ? 1e-26 : 1e-10;
+        for (const Tensor& p : {x, u, l}) CHECK(close(a[p], b[p], bound));
+        // A constant matrix gives the same gradients to its clipping.
+        const Gradients c = backward(sum(fake_quant_lwc(x.detach(), u, l, spec) * dy));
+        CHECK(!c.contains(x));
+        for (const Tensor& p : {u, l}) CHECK(close(c[p], b[p], bound));
+      }
+  const Tensor x = Tensor::zeros({2, 8}), u = Tensor::zeros({2, 1});
+  CHECK_THROWS_WITH_AS(fake_quant_lwc(x, u, Tensor::zeros({2, 2}), {.bits = 4}),
+                       "fake_quant_lwc: x [2, 8] wants learnables [2, 1], got [2, 1] and [2, 2]",
+                       Error);
+}
+
 TEST_CASE("fake_quant and the codes tell the same story, on every device") {
   for (Device d : test_devices())
     for (int bits = 2; bits <= 8; ++bits) {

@@ -36,6 +36,18 @@ Run calibrated(const Recipe& recipe, Device device, bool samples_on_host) {
   return r;
 }
 
+// The largest relative difference of losses on the way and of committed blocks.
+double distance(const Run& a, const Run& b) {
+  double worst = 0;
+  for (size_t i = 0; i < b.reports.size(); ++i) {
+    const BlockReport &x = a.reports[i], &y = b.reports[i];
+    for (size_t e = 0; e < y.epoch_loss.size(); ++e)
+      worst = std::max(worst, std::abs(x.epoch_loss[e] / y.epoch_loss[e] - 1));
+    worst = std::max(worst, std::abs(x.committed_loss / y.committed_loss - 1));
+  }
+  return worst;
+}
+
 Recipe recipe_of(const char* setting) {
   Options o;
   o.spec = QuantSpec::parse(setting);
@@ -47,29 +59,28 @@ Recipe recipe_of(const char* setting) {
 
 TEST_CASE("devices: calibration learns what the CPU learns") {
   // Rounding is chaotic: sums in another order move a code here and there, and where codes are few
-  // a whole trajectory. The kernels are held to rounding in tests/tensor; this holds the loop.
-  struct Case {
-    std::string setting;
-    double bound;
-  };
-  for (const auto& [setting, bound_there] :
-       {Case{"w3a16g32", 0.03}, Case{"w2a16", 0.15}, Case{"w4a4", 0.15}, Case{"w8a8", 0.03}}) {
+  // a whole trajectory. So the CPU is first held against itself, learning at rates that differ by a
+  // millionth; a device may differ by a few times as much. The kernels are held to rounding in
+  // tests/tensor; this holds the loop.
+  for (const std::string setting : {"w3a16g32", "w2a16", "w4a4", "w8a8"}) {
     const Recipe recipe = recipe_of(setting.c_str());
     const Run cpu = calibrated(recipe, {}, false);
+    double spread = 0.01;
+    for (const double factor : {1 - 1e-6, 1 + 1e-6, 1 + 2e-6}) {
+      Recipe other = recipe;
+      for (auto& [name, rate] : other.train.lr) rate *= factor;
+      spread = std::max(spread, distance(calibrated(other, {}, false), cpu));
+    }
+    CAPTURE(spread);
+    CHECK(spread < 0.3);
     for (Device d : test_devices())
       for (const bool samples_on_host : {false, true}) {
         CAPTURE(setting);
         CAPTURE(d);
         CAPTURE(samples_on_host);
         const Run there = calibrated(recipe, d, samples_on_host);
-        const double bound = d.type == DeviceType::CPU ? 0 : bound_there;
-        for (size_t i = 0; i < cpu.reports.size(); ++i) {
-          CAPTURE(i);
-          for (size_t e = 0; e < cpu.reports[i].epoch_loss.size(); ++e)
-            CHECK(std::abs(there.reports[i].epoch_loss[e] / cpu.reports[i].epoch_loss[e] - 1) <=
-                  bound);
-          CHECK(std::abs(there.reports[i].committed_loss / cpu.reports[i].committed_loss - 1) <=
-                bound);
+        CHECK(distance(there, cpu) <= (d.type == DeviceType::CPU ? 0 : 4 * spread));
+        for (size_t i = 0; i < there.reports.size(); ++i) {
           CHECK(there.reports[i].packed_error < 1e-4);
           for (const auto& [name, linear] : there.packed.blocks[i]->linears())
             CHECK(packed_of(*linear).data.device() == Device{});

@@ -142,7 +142,7 @@ inline std::vector<OpCase> reduction_cases() {
       {"mse",
        {{3, 4}, {3, 4}},
        [](const Inputs& in) { return mse(in[0], in[1]); },
-       [](const Inputs& in) { return mean(square(in[0] - in[1])); }},
+       [](const Inputs& in) { return mse_composed(in[0], in[1]); }},
       // 10 columns by groups of 4: the last group is short
       {"lwc_grid",
        {{3, 5}, {3, 5}, {3, 5}, {3, 5}},
@@ -155,6 +155,18 @@ inline std::vector<OpCase> reduction_cases() {
                                   {.bits = 3})
              .scale;
        }},
+      {"scale_matrix",
+       {{3, 10}, {3}, {10}},
+       [](const Inputs& in) { return scale_matrix(in[0], in[1], in[2]); },
+       [](const Inputs& in) { return scale_matrix_composed(in[0], in[1], in[2]); }},
+      {"scale_matrix of columns",
+       {{3, 8}, {8}},
+       [](const Inputs& in) { return scale_matrix(in[0], {}, in[1]); },
+       [](const Inputs& in) { return scale_matrix_composed(in[0], {}, in[1]); }},
+      {"scale_matrix of rows",
+       {{3, 8}, {3}},
+       [](const Inputs& in) { return scale_matrix(in[0], in[1], {}); },
+       [](const Inputs& in) { return scale_matrix_composed(in[0], in[1], {}); }},
       {"group_range above",
        {{3, 10}},
        [=](const Inputs& in) { return group_range(in[0], by_four).hi; },

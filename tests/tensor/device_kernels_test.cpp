@@ -182,4 +182,26 @@ TEST_CASE("devices: group_range and its gradient") {
   });
 }
 
+TEST_CASE("devices: scale_matrix and the gradients of its scales") {
+  on_devices(60, [](Rng& rng, Device d) {
+    const Shape shape{rng.between(1, 70), some_length(rng)}, rows{shape[0]}, cols{shape[1]};
+    const Input w = float_input(rng, shape, d), dy = float_input(rng, shape, d),
+                r = random_input(rng, rows, d), c = random_input(rng, cols, d);
+    const int64_t given = rng.between(1, 3), wanted = rng.between(1, 3);
+    const auto if_given = [&](const Tensor& t, int64_t bit) { return given & bit ? t : Tensor{}; };
+    compare(d, {{shape, some_float(rng, d)}}, {w, r, c}, 0,
+            [&](const DenseKernels& k, Tensors& out, const Tensors& in) {
+              k.scale_matrix(out[0], in[0], if_given(in[1], 1), if_given(in[2], 2));
+            });
+    compare(d, {{rows}, {cols}}, {w, r, c, dy}, 1e-10,
+            [&](const DenseKernels& k, Tensors& out, const Tensors& in) {
+              Tensor none;
+              k.fill(out[0], 0);
+              k.fill(out[1], 0);
+              k.scale_matrix_vjp(wanted & 1 ? out[0] : none, wanted & 2 ? out[1] : none, in[0],
+                                 if_given(in[1], 1), if_given(in[2], 2), in[3]);
+            });
+  });
+}
+
 }  // namespace omq

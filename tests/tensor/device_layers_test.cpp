@@ -153,6 +153,32 @@ TEST_CASE("devices: fake quantisation by groups has the CPU's codes") {
   });
 }
 
+TEST_CASE("devices: the gradient of a matrix whose own extremes make its grid") {
+  on_devices(60, [](Rng& rng, Device d) {
+    const Shape shape{rng.between(1, 12), some_length(rng)};
+    const int64_t sizes[] = {0, 8, 128, 100};
+    const GroupSpec s{.bits = static_cast<int>(rng.between(2, 8)),
+                      .group_size = sizes[rng.between(0, 3)],
+                      .end_codes_learn = rng.coin()};
+    const Shape grid{shape[0], s.groups(shape[1])};
+    Tensor values = random_tensor(rng, shape, DType::F32, -3, 3);
+    for (int64_t i = 0; i < values.numel(); ++i)  // ties; + 0: one zero, not two
+      values.data<float>()[i] = std::round(values.data<float>()[i] * 4) / 4 + 0.0f;
+    Tensor hi = Tensor::empty(grid, DType::F32), lo = empty_like(hi), scale = empty_like(hi),
+           zero = empty_like(hi);
+    const Tensor u = random_tensor(rng, grid, DType::F32), l = random_tensor(rng, grid, DType::F32);
+    cpu::group_range(hi, lo, values, s);
+    cpu::lwc_grid(scale, zero, u, l, hi, lo, s);
+    std::vector<Input> in{laid_out(rng, values, d, dense_or_shifted(rng))};
+    for (const Tensor& t : {scale, zero, hi, lo}) in.push_back(laid_out(rng, t, d, Layout::Dense));
+    for (int i = 0; i < 2; ++i) in.push_back(random_input(rng, grid, d));
+    in.push_back(random_input(rng, shape, d, dense_or_shifted(rng)));
+    compare(d, {{shape}}, in, 1e-13, [&](const DenseKernels& k, Tensors& out, const Tensors& t) {
+      k.fake_quant_range_vjp(out[0], t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], s);
+    });
+  });
+}
+
 TEST_CASE("devices: fake quantisation by rows has the CPU's codes") {
   on_devices(80, [](Rng& rng, Device d) {
     const Shape shape = some_rows(rng);
@@ -239,7 +265,9 @@ TEST_CASE("devices: sums have the same bits a hundred times") {
          {{130}},
          {{130}},
          {shape},
-         {shape}},
+         {shape},
+         {{130}},
+         {width}},
         {x, dy, w, ids, h, z}, 1e-10,
         [&](const DenseKernels& k, Tensors& out, const Tensors& in) {
           Tensor none;
@@ -250,6 +278,7 @@ TEST_CASE("devices: sums have the same bits a hundred times") {
           k.cross_entropy(out[8], out[9], in[0], in[3]);
           k.softmax(out[10], in[0]);
           k.fake_quant_rows_vjp(out[11], in[0], in[1], {.bits = 4});
+          k.scale_matrix_vjp(out[12], out[13], in[0], none, in[2], in[1]);
         },
         repeats);
   }

@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <array>
 #include <chrono>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -42,6 +43,7 @@ struct Bench {
   Compute compute = Compute::F32;
   int64_t samples = 16, tokens = 2048;
   int aug_loss = -1;
+  bool samples_on_host = false;
 
   void sync() const { device_api(device).sync(device.index); }
   double seconds(const std::function<void()>& run) const {
@@ -77,8 +79,10 @@ LlamaBlock make_block(const Bench& b, const BlockShape& s) {
   block.self_attn.heads = s.heads;
   block.self_attn.kv_heads = s.kv_heads;
   block.self_attn.head_dim = d;
+  // As a checkpoint holds them: in 16 bits.
   const auto matrix = [&](int64_t rows, int64_t cols) {
-    return b.random({rows, cols}, 1 / std::sqrt(static_cast<double>(cols)));
+    return to(to(b.random({rows, cols}, 1 / std::sqrt(static_cast<double>(cols))), DType::BF16),
+              DType::F32);
   };
   block.self_attn.q_proj.weight = matrix(s.hidden, s.hidden);
   block.self_attn.k_proj.weight = matrix(s.kv_heads * d, s.hidden);
@@ -103,9 +107,10 @@ double products_floor(const Bench& b, LlamaBlock& block, bool transformed) {
     const int64_t out = linear->out_features(), in = linear->in_features();
     const Tensor x = to(b.random({b.tokens, in}, 1), type), w = to(linear->dense(), type),
                  dy = to(b.random({b.tokens, out}, 1), type);
+    const DType gradients = type == DType::BF16 ? type : DType::F32;
     Tensor y = Tensor::empty({b.tokens, out}, DType::F32, b.device),
-           dw = empty_like(linear->dense()),
-           dx = Tensor::empty({b.tokens, in}, DType::F32, b.device);
+           dw = Tensor::empty({out, in}, gradients, b.device),
+           dx = Tensor::empty({b.tokens, in}, gradients, b.device);
     const auto turned = [](const Tensor& t) { return transpose(t, 0, 1); };
     // q, k and v read what nothing before them learns to change, unless there is a transformation.
     const bool first =
@@ -131,11 +136,12 @@ nlohmann::json measure(const Bench& b, const BlockShape& shape, const std::strin
   options.aug_loss = b.aug_loss;
   const quant::Recipe recipe = quant::make_recipe("omniquant", options);
   LlamaBlock block = make_block(b, shape);
+  if (b.device.type != DeviceType::CPU) narrow_exact(block);
   const std::vector<double> f = nn::rope_frequencies(block.self_attn.head_dim, 10000, {});
   const nn::RopeTables tables = nn::rope_tables(f, b.tokens);
   const nn::Positions at =
       nn::positions(0, b.tokens, {to(tables.cos, b.device), to(tables.sin, b.device)});
-  const Tensor x = b.random({b.samples, b.tokens, shape.hidden}, 1);
+  Tensor x = b.random({b.samples, b.tokens, shape.hidden}, 1);
   quant::Targets targets;
   quant::BlockStats stats;
   {
@@ -148,34 +154,55 @@ nlohmann::json measure(const Bench& b, const BlockShape& shape, const std::strin
       on(window).copy(window, watched->forward(slice(x, 0, i, i + 1), at));
     }
     stats = collector.take();
-    if (recipe.objective.wants_of_quant) targets.of_quant = targets.of_fp;
   }
+  if (b.samples_on_host)
+    for (Tensor* t : {&x, &targets.of_fp}) {
+      const Tensor host = empty_pinned(t->shape(), t->dtype(), b.device);
+      transfer(host, *t);
+      *t = host;
+    }
+  if (recipe.objective.wants_of_quant) targets.of_quant = targets.of_fp;
   const quant::BlockMethod method(recipe, block, stats);
   nn::AdamW optimizer(method.param_groups());
   const auto batch = [&](const Tensor& t, int64_t i) {
     return t.defined() ? slice(t, 0, i, i + 1) : Tensor{};
   };
   const ComputeScope compute(b.compute);
-  quant::LearningStep step(recipe, method, block, optimizer, at, batch(x, 0),
-                           {batch(targets.of_fp, 0), batch(targets.of_quant, 0)});
-  const auto epoch = [&] {
-    for (int64_t i = 0; i < b.samples; ++i)
-      step(batch(x, i), {batch(targets.of_fp, i), batch(targets.of_quant, i)});
+  const auto sample = [&](int64_t i) {
+    i %= b.samples;
+    return quant::Batch{batch(x, i), {batch(targets.of_fp, i), batch(targets.of_quant, i)}};
   };
-  device_api(b.device).reset_memory_peak(b.device.index);
+  quant::LearningStep step(recipe, method, block, optimizer, at, sample(0),
+                           quant::loss_scale(b.compute, b.tokens * shape.hidden));
+  const auto epoch = [&] {
+    for (int64_t i = 0; i < b.samples; ++i) {
+      const quant::Batch next = sample(i + 1);
+      step(sample(i), &next);
+    }
+  };
+  const DeviceApi& api = device_api(b.device);
+  api.reset_memory_peak(b.device.index);
   epoch();
+  const MemoryUse memory = api.memory(b.device.index);
   std::vector<double> times;
   for (int i = 0; i < 3; ++i) times.push_back(b.seconds(epoch) / static_cast<double>(b.samples));
   std::sort(times.begin(), times.end());
+  // Samples are counted apart: their number is the user's.
+  size_t samples = 0;
+  for (const Tensor* t : std::array<const Tensor*, 2>{&x, &targets.of_fp})
+    if (t->device() == b.device) samples += t->nbytes();
   const double floor = products_floor(b, block, recipe.let.has_value());
-  const double peak = static_cast<double>(device_api(b.device).memory(b.device.index).peak);
-  const double loss = static_cast<double>(
-      step(batch(x, 0), {batch(targets.of_fp, 0), batch(targets.of_quant, 0)}).item<float>());
+  const auto without_samples = [&](size_t bytes) {
+    return static_cast<double>(bytes - std::min(bytes, samples));
+  };
+  const double peak = without_samples(memory.peak),
+               reserved = without_samples(memory.reserved_peak);
+  const double loss = static_cast<double>(step(sample(0)).item<float>());
   fmt::print(
       "{:8} {:10}{:4} {:9.2f} ms a step {:8.3f} s a block-epoch {:8.2f} ms of products "
-      "{:5.1f} %  peak {}\n",
+      "{:5.1f} %  peak {} (reserved {})\n",
       shape.name, setting, recipe.augmented ? " aug" : "", 1e3 * times[1], 128 * times[1],
-      1e3 * floor, 100 * floor / times[1], cli::human_bytes(peak));
+      1e3 * floor, 100 * floor / times[1], cli::human_bytes(peak), cli::human_bytes(reserved));
   std::fflush(stdout);
   return {{"block", shape.name},
           {"setting", setting},
@@ -185,6 +212,8 @@ nlohmann::json measure(const Bench& b, const BlockShape& shape, const std::strin
           {"s_per_block_epoch_of_128", 128 * times[1]},
           {"ms_of_products", 1e3 * floor},
           {"peak_bytes", peak},
+          {"reserved_bytes", reserved},
+          {"samples_on_host", b.samples_on_host},
           {"tokens", b.tokens},
           {"loss", loss}};
 }
@@ -207,6 +236,7 @@ int run(const cli::Args& args) {
   app.add_option("--setting", settings, "as omq-quant's --preset; a list");
   app.add_option("--samples", b.samples, "windows of an epoch (default 16)");
   app.add_option("--tokens", b.tokens, "of a window (default 2048)");
+  app.add_flag("--samples-on-host", b.samples_on_host, "samples come to the device step by step");
   app.add_option("--aug-loss", b.aug_loss, "1 with, 0 without, -1 as the preset (default)");
   if (!cli::parse(app, args)) return 0;
   b.device = cli::device_from(device);
