@@ -127,6 +127,13 @@ TEST_CASE("gradients of micro-batches add up") {
   CHECK(h[x].to_vector<double>() == V{1, 1});  // a value: the source stays
 }
 
+TEST_CASE("gradients of a scaled loss are scaled back") {
+  const Tensor x = parameter(Tensor::from<float>({1, -2, 3}, {3}));
+  Gradients plain = backward(sum(square(x))), scaled = backward(sum(square(x)) * 1024);
+  scaled.scale(1.0 / 1024);
+  CHECK(bit_equal(scaled[x], plain[x]));
+}
+
 TEST_CASE("gradients may be read after their parameter is gone") {
   Gradients g;
   {

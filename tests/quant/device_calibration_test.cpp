@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "autograd/ops.h"
+#include "quant/learn.h"
 #include "tests/quant/blocks.h"
 #include "tests/support/close.h"
 #include "tests/support/devices.h"
@@ -86,6 +87,59 @@ TEST_CASE("devices: calibration learns what the CPU learns") {
             CHECK(packed_of(*linear).data.device() == Device{});
         }
       }
+  }
+}
+
+TEST_CASE("devices: products in 16 bits learn nearly the same") {
+  for (const std::string setting : {"w3a16g32", "w4a4"}) {
+    const Run exact = calibrated(recipe_of(setting.c_str()), {}, false);
+    for (Device d : test_devices())
+      for (const Compute c : {Compute::BF16, Compute::F16}) {
+        if (d.type == DeviceType::CPU) continue;
+        CAPTURE(setting);
+        CAPTURE(compute_name(c));
+        Recipe recipe = recipe_of(setting.c_str());
+        recipe.train.compute = c;
+        const Run there = calibrated(recipe, d, true);
+        CHECK(distance(there, exact) < 0.2);
+        const auto &first = there.reports[0].epoch_loss, &want = exact.reports[0].epoch_loss;
+        CHECK((first.back() < first.front()) == (want.back() < want.front()));  // it does learn
+      }
+  }
+}
+
+TEST_CASE("a mean's loss is scaled for F16 alone, by powers of two") {
+  CHECK(loss_scale(Compute::F32, 1 << 20) == 1);
+  CHECK(loss_scale(Compute::BF16, 1 << 20) == 1);
+  CHECK(loss_scale(Compute::F16, 1 << 20) == 1 << 14);
+  CHECK(loss_scale(Compute::F16, (1 << 20) + 7) == 1 << 14);
+}
+
+TEST_CASE("narrow_exact keeps every value, and narrows only where it can") {
+  for (Device d : test_devices()) {
+    CAPTURE(d);
+    Rng rng(3);
+    const auto matrix = [&](DType through) {
+      return converted(converted(normal_tensor(rng, {8, 8}), through), DType::F32, d);
+    };
+    LlamaBlock b;
+    b.self_attn.q_proj.weight = matrix(DType::BF16);
+    b.self_attn.k_proj.weight = matrix(DType::F16);
+    b.self_attn.v_proj.weight = matrix(DType::F32);
+    b.self_attn.o_proj.weight = converted(matrix(DType::BF16), DType::F16);  // is narrow already
+    b.mlp.gate_proj.weight = b.mlp.up_proj.weight = b.mlp.down_proj.weight =
+        Tensor::full({8, 8}, 1e-30, DType::F32, d);  // F16 has no such number, BF16 only near it
+    LlamaBlock narrow = b;
+    nn::narrow_exact(narrow);
+    CHECK(narrow.self_attn.q_proj.dense().dtype() == DType::BF16);
+    CHECK(narrow.self_attn.k_proj.dense().dtype() == DType::F16);
+    CHECK(narrow.self_attn.v_proj.dense().dtype() == DType::F32);
+    CHECK(narrow.self_attn.o_proj.dense().dtype() == DType::F16);
+    CHECK(narrow.mlp.up_proj.dense().dtype() == DType::F32);
+    const auto was = b.linears(), is = narrow.linears();
+    for (size_t i = 0; i < was.size(); ++i)
+      CHECK(
+          bit_equal(to(was[i].linear->dense(), DType::F32), to(is[i].linear->dense(), DType::F32)));
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include "tools/memory_option.h"
+
 namespace omq::cli {
 namespace {
 
@@ -74,6 +76,18 @@ TEST_CASE("numbers for people") {
   CHECK(human_seconds(242) == "4:02");
   CHECK(human_seconds(3723) == "1:02:03");
   CHECK(peak_memory_bytes() > 1000000);
+}
+
+TEST_CASE("sizes of memory") {
+  CHECK(parse_memory("24G") == size_t{24} << 30);
+  CHECK(parse_memory("512m") == size_t{512} << 20);
+  CHECK(parse_memory("1.5GiB") == size_t{3} << 29);
+  CHECK(parse_memory("64KB") == size_t{64} << 10);
+  CHECK(parse_memory("1000000") == 1000000);
+  for (const char* text : {"", "G", "-1G", "24X", "24Gb/s", "0", "inf", "1e30G", "nan"}) {
+    CAPTURE(text);
+    CHECK_THROWS_AS(parse_memory(text), UsageError);
+  }
 }
 
 TEST_CASE("exit codes") {
