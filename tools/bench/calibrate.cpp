@@ -107,7 +107,8 @@ double products_floor(const Bench& b, LlamaBlock& block, bool transformed) {
     const int64_t out = linear->out_features(), in = linear->in_features();
     const Tensor x = to(b.random({b.tokens, in}, 1), type), w = to(linear->dense(), type),
                  dy = to(b.random({b.tokens, out}, 1), type);
-    const DType gradients = type == DType::BF16 ? type : DType::F32;
+    const bool narrow = type == DType::BF16 && b.device.type != DeviceType::CPU;
+    const DType gradients = narrow ? type : DType::F32;
     Tensor y = Tensor::empty({b.tokens, out}, DType::F32, b.device),
            dw = Tensor::empty({out, in}, gradients, b.device),
            dx = Tensor::empty({b.tokens, in}, gradients, b.device);
