@@ -23,8 +23,8 @@ struct Clip {
   // computes with.
   virtual Tensor quantized(const Tensor& w, GroupSpec spec) const;
   virtual nn::ParamGroup params() const { return {}; }  // empty: nothing to learn
-  // Some clips start from what the matrix will be multiplied with: w and x [tokens, cols] in F32,
-  // on is. They say so, and are then told once, before anything is learned.
+  // Some clips start from what the matrix will be multiplied with: w and x [tokens, cols], both F32
+  // and on one device. They say so, and are then told once, before anything is learned.
   virtual bool starts_from_inputs() const { return false; }
   virtual void start(const Tensor& /*w*/, const Tensor& /*x*/) {}
 };
