@@ -73,8 +73,8 @@ if(OMQ_STATIC)
   target_link_options(omq_flags INTERFACE -static -s -Wl,--gc-sections)
 endif()
 
-# A packed kernel file is compiled for its own instruction set and entered only after CPUID
-# allowed it.
+# A packed kernel file, packed_ISA.cpp or packed_ISA_*.cpp, is compiled for its own instruction set
+# and entered only after CPUID allowed it.
 set(omq_avx2 -mavx2 -mfma -mf16c)
 set(omq_avx512 ${omq_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
     -mprefer-vector-width=512)
@@ -91,7 +91,9 @@ elseif(OMQ_ARCH STREQUAL "aarch64")
   set(OMQ_ISA_FILES neon)
 endif()
 foreach(isa IN LISTS OMQ_ISA_FILES)
-  set_source_files_properties(tensor/cpu/packed_${isa}.cpp
+  file(GLOB isa_sources CONFIGURE_DEPENDS tensor/cpu/packed_${isa}.cpp
+       tensor/cpu/packed_${isa}_*.cpp)
+  set_source_files_properties(${isa_sources}
                               PROPERTIES COMPILE_OPTIONS "${omq_${isa}}")
 endforeach()
 

@@ -5,7 +5,7 @@
 #   models/pretokenizer_pcre2.cpp       | pretokenizer_plain.cpp   PCRE2 found or not
 #   cuda/*.cu (and other cuda/*.cpp)    | absent.cpp               CUDA found or not
 #   tensor/cpu/packed_isa_x86.cpp       | packed_isa_other.cpp     the processor family
-#   and those of packed_{avx2,avx512,amx,neon}.cpp that fit the processor family
+#   and those of packed_{avx2,avx512,amx,neon}{,_*}.cpp that fit the processor family
 
 set(OMQ_FOLDERS tensor autograd nn quant models cuda)
 
@@ -38,7 +38,7 @@ else()
 endif()
 foreach(isa avx2 avx512 amx neon)
   if(NOT isa IN_LIST OMQ_ISA_FILES)
-    list(FILTER tensor_sources EXCLUDE REGEX "/packed_${isa}\\.cpp$")
+    list(FILTER tensor_sources EXCLUDE REGEX "/packed_${isa}(_[a-z]+)?\\.cpp$")
   endif()
 endforeach()
 

@@ -1,6 +1,7 @@
 // The block loop. Letters as in nn/README.md; N samples.
 #include "quant/calibrate.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <optional>
@@ -14,6 +15,8 @@
 
 namespace omq::quant {
 namespace {
+
+constexpr int64_t kStartTokens = 512;  // that a clip's start is chosen on
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -130,6 +133,21 @@ BlockMethod::BlockMethod(const Recipe& recipe, nn::Block& fp, const BlockStats& 
     clips_.push_back(recipe.clip(linear->dense(), recipe.spec.weight()));
     linears_.push_back(name);
   }
+}
+
+bool BlockMethod::starts_from_inputs() const {
+  return std::any_of(clips_.begin(), clips_.end(),
+                     [](const auto& clip) { return clip->starts_from_inputs(); });
+}
+
+void BlockMethod::start(const nn::Block& fp, const Tensor& x, const nn::Positions& at) const {
+  NoGrad off;
+  const auto block = transformed(fp);
+  const std::vector<Tensor> inputs = linear_inputs(*block, x, at);
+  const auto linears = block->linears();
+  for (size_t i = 0; i < linears.size(); ++i)
+    clips_[i]->start(to(linears[i].linear->dense(), DType::F32),
+                     reshape(inputs[i], {-1, inputs[i].dim(-1)}));
 }
 
 std::vector<nn::ParamGroup> BlockMethod::param_groups() const {
@@ -252,19 +270,37 @@ std::optional<Outcome> restore(const Job& job, nn::Block& fp, const Streams* str
   return std::nullopt;
 }
 
+// Where the first tokens of a window stand.
+nn::Positions first(const nn::Positions& at, int64_t tokens) {
+  return {slice(at.index, 0, 0, tokens), at.tables};
+}
+
+// Starts and learns on the device where the block is.
+void learn_there(const Job& job, const BlockMethod& method, nn::Block& block,
+                 const Streams& streams, const Targets& targets, BlockReport& report,
+                 const std::chrono::steady_clock::time_point start) {
+  if (method.starts_from_inputs()) {
+    const int64_t tokens = std::min(streams.quant.dim(1), kStartTokens);
+    const Tensor window = slice(batch_of(streams.quant, 0, 1), 1, 0, tokens);
+    method.start(block, to(window, job.device), first(job.at, tokens));
+  }
+  if (job.recipe.train.epochs > 0)
+    learn(job.recipe, method, block, {streams.quant, targets, job.at}, job.hooks, job.progress,
+          report, start);
+}
+
 // The method with learned clipping and transformation, in host memory; fp is there already.
 BlockMethod learned(const Job& job, nn::Block& fp, const Streams& streams, const Targets& targets,
                     const BlockStats& stats, nn::Block& on_device, BlockReport& report,
                     const std::chrono::steady_clock::time_point start) {
   BlockMethod host(job.recipe, fp, stats);
+  if (job.recipe.train.epochs == 0 && !host.starts_from_inputs()) return host;
   if (job.device == Device{}) {
-    learn(job.recipe, host, fp, {streams.quant, targets, job.at}, job.hooks, job.progress, report,
-          start);
+    learn_there(job, host, fp, streams, targets, report, start);
     return host;
   }
   const BlockMethod there(job.recipe, on_device, stats);
-  learn(job.recipe, there, on_device, {streams.quant, targets, job.at}, job.hooks, job.progress,
-        report, start);
+  learn_there(job, there, on_device, streams, targets, report, start);
   assign(host.learnables(), there.learnables());
   return host;
 }
@@ -293,8 +329,8 @@ Outcome quantize_block(const Job& job, nn::Block& fp, const Streams* streams, Bl
   if (learns && job.recipe.objective.wants_of_quant)
     targets.of_quant = run(*there, streams->quant, job.at, job.hooks);
   const BlockMethod method =  // Θ₁: clipping, Θ₂: transforms
-      learns ? learned(job, fp, *streams, targets, stats, *there, report, start)
-             : BlockMethod(job.recipe, fp, stats);
+      streams ? learned(job, fp, *streams, targets, stats, *there, report, start)
+              : BlockMethod(job.recipe, fp, stats);
   Outcome out = finish(job, method, fp, streams, targets, std::move(report));
   out.report.seconds = seconds_since(start);
   out.report.peak_bytes = api.memory(job.device.index).peak;
@@ -311,8 +347,8 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
                                   const Progress& progress, nn::BlockSink* simulated,
                                   const Hooks& hooks) {
   const bool streaming = data.ids.defined();
-  check(streaming || recipe.train.epochs == 0, "method {}: learning needs calibration text",
-        recipe.name);
+  check(streaming || (recipe.train.epochs == 0 && !recipe.clip_search),
+        "method {}: learning needs calibration text", recipe.name);
   Streams streams;
   Job job{recipe, hooks, progress, data.device, {}};
   if (streaming) {

@@ -24,6 +24,10 @@ class BlockMethod {
   std::unique_ptr<nn::Block> quantized(const nn::Block& fp) const;
   // The copy before anything is put on a grid but its activations.
   std::unique_ptr<nn::Block> transformed(const nn::Block& fp) const;
+  // Starts the clips that look at what their matrices are multiplied with (Clip::start), on x
+  // [1,T,D]: tokens that go into the block, which is where fp is.
+  bool starts_from_inputs() const;
+  void start(const nn::Block& fp, const Tensor& x, const nn::Positions& at) const;
   std::vector<nn::ParamGroup> param_groups() const;
   // Every parameter of those groups under a name of its own.
   std::vector<Learnable> learnables() const;

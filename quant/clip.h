@@ -23,6 +23,10 @@ struct Clip {
   // computes with.
   virtual Tensor quantized(const Tensor& w, GroupSpec spec) const;
   virtual nn::ParamGroup params() const { return {}; }  // empty: nothing to learn
+  // Some clips start from what the matrix will be multiplied with: w and x [tokens, cols], both F32
+  // and on one device. They say so, and are then told once, before anything is learned.
+  virtual bool starts_from_inputs() const { return false; }
+  virtual void start(const Tensor& /*w*/, const Tensor& /*x*/) {}
 };
 
 // The grid that spans [lo, hi] (spec omniquant §2.3): asymmetric h = (hi − lo)/(2ᵇ−1), z = ⌊−lo/h⌉;
@@ -41,6 +45,10 @@ std::unique_ptr<Clip> minmax_clip(const Tensor& w, GroupSpec spec, GridRule rule
 struct LearnedClipOptions {
   double logit = 4.0;  // start of both learnables: σ(4) ≈ 0.982 of the range
   GridRule rule = affine_grid;
+  // Start instead, row by row and group by group, at the share of the range among σ(logit), 0.95,
+  // 0.90, … 0.55 whose codes change the group's part of the output least: AWQ's clip search (spec
+  // omniquant §15 no. 2, §17; weight-methods on AWQ).
+  bool search = false;
 };
 // Learnable Weight Clipping (Eq. 2): two learnables per row and group.
 std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec,

@@ -9,8 +9,11 @@ Objective block_mse() {
   return {[](const Tensor& y, const Targets& t) { return mse(y, t.of_fp); }, false};
 }
 
-Objective augmented_mse() {
-  return {[](const Tensor& y, const Targets& t) { return mse(y, t.of_fp) + mse(y, t.of_quant); },
+Objective augmented_mse(double weight) {
+  return {[weight](const Tensor& y, const Targets& t) {
+            const Tensor added = mse(y, t.of_quant);
+            return mse(y, t.of_fp) + (weight == 1 ? added : added * weight);
+          },
           true};
 }
 

@@ -19,6 +19,8 @@ struct Objective {
 };
 
 Objective block_mse();  // ‖y − F(W, X)‖² / elements
-Objective augmented_mse();  // the same + ‖y − F(W, X_quant)‖² / elements: the official --aug_loss
+// The same + weight · ‖y − F(W, X_quant)‖² / elements: the official --aug_loss, there with
+// weight 1.
+Objective augmented_mse(double weight = 1);
 
 }  // namespace omq::quant

@@ -25,8 +25,10 @@ struct Options {
   int epochs = -1;  // -1: the method's (paper: 20, 40 at 2 bits)
   int batch_size = 1;
   double lwc_lr = 1e-2, weight_decay = 0;
-  int aug_loss = -1;  // -1: the method's; 0 or 1
-  int let = -1;       // the equivalent transformation; -1: when activations are quantised
+  int aug_loss = -1;         // -1: the method's; 0 or 1
+  double aug_weight = 1;     // of the augmented loss (official: 1)
+  bool clip_search = false;  // clipping starts where a search finds it best, not at σ(4)
+  int let = -1;              // the equivalent transformation; -1: when activations are quantised
   double let_lr = -1, alpha = -1;  // below 0: the method's for these bits
   int let_shift = -1;              // its shifts; -1: the method's for these bits
   bool let_up_to_down = false;     // its optional site
@@ -53,6 +55,8 @@ struct Recipe {
   std::shared_ptr<const Rounder> rounder;
   Objective objective;
   bool augmented = false;         // which objective, for reports
+  double aug_weight = 1;          // of its second term, for reports
+  bool clip_search = false;       // how clipping starts, for reports
   std::optional<LetOptions> let;  // the transformation's settings, for reports
   TrainPlan train;
 };

@@ -51,7 +51,7 @@ CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& re
     return w;
   }
   if (o.calib.empty()) {
-    check(recipe.train.epochs == 0 && !recipe.let,
+    check(recipe.train.epochs == 0 && !recipe.let && !recipe.clip_search,
           "method {} learns from text: give --calib FILE or --calib-ids JSONL", recipe.name);
     return {};
   }
@@ -183,6 +183,9 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"weight_decay", r.train.weight_decay},
             {"compute", compute_name(r.train.compute)},
             {"seed", o.seed}};
+  // Only where they were asked for, so that runs without them go on in folders of earlier versions.
+  if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
+  if (r.clip_search) j["clip_search"] = true;
   if (data.ids.defined())
     j["calibration"] = {{"source", data.description},
                         {"windows", data.ids.dim(0)},

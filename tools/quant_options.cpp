@@ -32,6 +32,7 @@ struct Raw {
   bool aug = false, no_aug = false, list = false, version = false;
   std::filesystem::path output_dir;
   bool unused = false;
+  std::optional<double> aug_weight;
   std::string unused_text, compute, device = "auto", memory_limit;
   std::vector<std::string> keep;
 };
@@ -106,6 +107,13 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
                "add the loss against the block on its quantised inputs (default at 2 bits)")
       ->group(group);
   app.add_flag("--no-aug-loss", raw.no_aug, "leave it out")->group(group);
+  app.add_option("--aug-weight", raw.aug_weight, "weight of that added loss (default 1)")
+      ->type_name("X")
+      ->group(group);
+  app.add_flag("--clip-search", o.recipe.clip_search,
+               "start each group's clipping at the best of ten shares of its range, from 0.98 down "
+               "to 0.55 (default: all at 0.98)")
+      ->group(group);
 }
 
 void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
@@ -193,6 +201,20 @@ void check_numbers(const QuantOptions& o) {
          "--eval-context: at least 2; --eval-chunks: 0 or more");
 }
 
+// What is about the objective and its start, once method and bits are known.
+void settle_learning(const Raw& raw, QuantOptions& o) {
+  if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
+  if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
+  if (o.recipe.clip_search && o.method == "rtn")
+    throw UsageError("--clip-search: method rtn learns nothing");
+  if (!raw.aug_weight) return;
+  if (!(*raw.aug_weight > 0 && *raw.aug_weight < 1e6))
+    throw UsageError("--aug-weight: above 0 and below 1e6; --no-aug-loss leaves that loss out");
+  if (!quant::make_recipe(o.method, o.recipe).augmented)
+    throw UsageError("--aug-weight: there is no augmented loss to weigh; add --aug-loss");
+  o.recipe.aug_weight = *raw.aug_weight;
+}
+
 Compute parse_compute(const std::string& text, Device device) {
   const bool gpu = device.type == DeviceType::CUDA;
   if (text.empty()) return gpu ? Compute::BF16 : Compute::F32;
@@ -214,11 +236,10 @@ void settle(const Raw& raw, QuantOptions& o) {
   o.device = cli::device_from(raw.device);
   if (!raw.memory_limit.empty()) o.memory_limit = cli::parse_memory(raw.memory_limit);
   o.recipe.compute = parse_compute(raw.compute, o.device);
-  if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
-  if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
   settle_setting(raw.setting, o);
+  settle_learning(raw, o);
   for (const std::string& item : raw.keep) {
     const size_t at = item.find('=');
     const std::string name = item.substr(0, at);

@@ -107,6 +107,11 @@ std::string rates_text(const json& r) {
   return s;
 }
 
+std::string weight_text(const json& r) {
+  const std::string weight = text_at(r, "augmented_loss_weight");
+  return weight.empty() ? "" : " times " + weight;
+}
+
 }  // namespace
 
 const json* value_at(const json& j, std::string_view path) {
@@ -186,20 +191,40 @@ std::string settings_table(const json& report) {
                      setting("Transformation", transformation_text(r)) +
                      setting("Learning", learning_text(r));
   if (number_at(r, "epochs").value_or(1) > 0)
-    rows += setting("Objective", text_at(r, "augmented_loss") == "yes"
-                                     ? "block error, augmented by that on quantised inputs"
-                                     : "block error") +
+    rows += setting("Objective",
+                    text_at(r, "augmented_loss") == "yes"
+                        ? "block error, augmented by that on quantised inputs" + weight_text(r)
+                        : "block error") +
+            setting("Clipping",
+                    text_at(r, "clip_search") == "yes" ? "starts where a search put it" : "") +
             setting("Learning rates", rates_text(r)) +
             setting("Weight decay", text_at(r, "weight_decay"));
   rows += setting("Calibration text", text_at(r, "calibration.source")) +
           setting("Seed", text_at(r, "seed")) + setting("Threads", text_at(report, "threads"));
   // What later versions write is shown too, under its own name.
-  static const std::set<std::string> kTold = {
-      "method",         "setting", "wbits",      "abits",          "q_bits",
-      "k_bits",         "v_bits",  "p_bits",     "group_size",     "symmetric",
-      "official_range", "epochs",  "batch_size", "augmented_loss", "learning_rates",
-      "weight_decay",   "compute", "seed",       "calibration",    "official_symmetric",
-      "transformation"};
+  static const std::set<std::string> kTold = {"method",
+                                              "setting",
+                                              "wbits",
+                                              "abits",
+                                              "q_bits",
+                                              "k_bits",
+                                              "v_bits",
+                                              "p_bits",
+                                              "group_size",
+                                              "symmetric",
+                                              "official_range",
+                                              "epochs",
+                                              "batch_size",
+                                              "augmented_loss",
+                                              "learning_rates",
+                                              "weight_decay",
+                                              "compute",
+                                              "seed",
+                                              "calibration",
+                                              "official_symmetric",
+                                              "transformation",
+                                              "clip_search",
+                                              "augmented_loss_weight"};
   for (const auto& [key, value] : r.items())
     if (!kTold.contains(key)) rows += setting(key, shown(value));
   return fmt::format("<dl>\n{}</dl>\n", rows);

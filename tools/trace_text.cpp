@@ -1,5 +1,5 @@
 // A trace as a page of 100 columns: for each step its equation, its numbers, and where the code and
-// its test are.
+// its test are. Only a path may be longer, on a line that holds nothing else.
 #include <bit>
 #include <cmath>
 
@@ -63,7 +63,8 @@ void numbers(const json& values, const Shown& s) {
 // ---- the steps ----
 
 void weights(const json& j, const Shown& s) {
-  line("from {}; the number in front is the column of the first", j["from"].get<std::string>());
+  line("from {}", j["from"].get<std::string>());
+  line("The number in front of a line is the column of its first weight.");
   numbers(j["w"], s);
 }
 

@@ -32,12 +32,14 @@ Recipe omniquant(const Options& o) {
            .spec = o.spec,
            .transforms = {},
            .clip =
-               [rule](const Tensor& w, GroupSpec spec) {
-                 return learned_clip(w, spec, {.logit = 4.0, .rule = rule});
+               [rule, search = o.clip_search](const Tensor& w, GroupSpec spec) {
+                 return learned_clip(w, spec, {.logit = 4.0, .rule = rule, .search = search});
                },
            .rounder = round_nearest(),
-           .objective = augmented ? augmented_mse() : block_mse(),
+           .objective = augmented ? augmented_mse(o.aug_weight) : block_mse(),
            .augmented = augmented,
+           .aug_weight = o.aug_weight,
+           .clip_search = o.clip_search,
            .let = {},
            .train = {.epochs = o.epochs >= 0 ? o.epochs : preset.epochs,
                      .batch_size = o.batch_size,

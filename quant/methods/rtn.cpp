@@ -14,6 +14,8 @@ Recipe rtn(const Options& o) {
           .rounder = round_nearest(),
           .objective = block_mse(),
           .augmented = false,
+          .aug_weight = 1,
+          .clip_search = false,
           .let = {},
           .train = {}};
 }

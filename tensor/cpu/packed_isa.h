@@ -3,7 +3,8 @@
 //
 // tensor/cpu/packed.cpp checks shapes, cuts the work and picks a table; the loops behind it see
 // plain pointers. This header is included by files compiled for instruction sets that the processor
-// may lack, so it must stay free of inline functions and of standard headers that have them: the
+// may lack (packed_ISA.cpp, packed_ISA_*.cpp), so it and all that they include must stay free of
+// inline functions, unless these are local to a file, and of standard headers that have them: the
 // linker keeps one copy of an inline function, and that copy could be the one that faults.
 #pragma once
 

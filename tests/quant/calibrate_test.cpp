@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -137,10 +138,12 @@ TEST_CASE("calibration: one or two threads, the same bits") {
 
 TEST_CASE("calibration: the augmented loss adds the block on its quantised inputs") {
   const Tensor ids = random_windows(1, kTokens);
-  for (const int augmented : {0, 1}) {
-    CAPTURE(augmented);
+  for (const double weight : {0.0, 1.0, 0.25}) {
+    CAPTURE(weight);
+    const bool augmented = weight > 0;
     Options o = options(3, 1);
     o.aug_loss = augmented;
+    if (augmented) o.aug_weight = weight;
     const Recipe recipe = make_recipe("omniquant", o);
     Run r(recipe, ids);
     // One window, one epoch: the loss of the epoch is the loss of the first step.
@@ -152,13 +155,58 @@ TEST_CASE("calibration: the augmented loss adds the block on its quantised input
       const Tensor target = run_block(block, fp), of_quant = run_block(block, quant);
       const Tensor y = BlockMethod(recipe, block).quantized(block)->forward(quant, at);
       double want = static_cast<double>(mse(y, target).item<float>());
-      if (augmented) want += static_cast<double>(mse(y, of_quant).item<float>());
+      if (augmented) want += weight * static_cast<double>(mse(y, of_quant).item<float>());
       CHECK(r.reports[i].epoch_loss.at(0) == doctest::Approx(want).epsilon(1e-5));
       if (i == 1) CHECK_FALSE(bit_equal(target, of_quant));  // in block 0 both terms are the same
       fp = target;
       quant = run_block(*r.simulated.blocks[i], quant);
     }
   }
+}
+
+TEST_CASE("calibration: a searched start sees what the transformed matrices are multiplied with") {
+  const Tensor ids = random_windows(2, kTokens);
+  Options o = options(3, 0, 16);
+  o.let = 1;
+  o.let_shift = 1;
+  o.spec.abits = 8;
+  o.clip_search = true;
+  const Recipe recipe = make_recipe("omniquant", o);
+  Run r(recipe, ids, 1);
+  LlamaBlock& block = r.source.blocks[0];
+  const nn::Positions at = nn::positions(0, kTokens, small_rope(kTokens));
+  NoGrad off;
+  const Tensor all = r.source.embed(ids), window = slice(all, 0, 0, 1);
+  const auto watched = block.clone();
+  StatsCollector collector(*watched);
+  run_block(*watched, all);
+  const BlockMethod method(recipe, block, collector.take());
+  const auto transformed = method.transformed(block);
+  const std::vector<Tensor> inputs = linear_inputs(*transformed, window, at);
+  method.start(block, window, at);
+  const auto linears = transformed->linears();
+  const auto learnables = method.learnables();
+  for (size_t i = 0; i < linears.size(); ++i) {
+    CAPTURE(linears[i].name);
+    const Tensor w = linears[i].linear->dense();
+    const auto clip = learned_clip(w, recipe.spec.weight(), {.search = true});
+    clip->start(w, reshape(inputs[i], {-1, w.dim(1)}));
+    const auto found = std::find_if(learnables.begin(), learnables.end(), [&](const Learnable& l) {
+      return l.name == linears[i].name + ".lwc.gamma_logit";
+    });
+    REQUIRE(found != learnables.end());
+    CHECK(bit_equal(found->value, clip->params().params[0]));
+    CHECK_FALSE(bit_equal(found->value, Tensor::full(found->value.shape(), 4)));
+  }
+  // And that is what the run committed.
+  const BlockMethod::Committed committed = method.commit(block);
+  const auto got = r.packed.blocks[0]->linears(), want = committed.packed->linears();
+  for (size_t i = 0; i < got.size(); ++i)
+    CHECK(bit_equal(packed_of(*got[i].linear).data, packed_of(*want[i].linear).data));
+
+  RandomSource source(1);
+  KeptBlocks sink;
+  CHECK(has(message_of([&] { quantize(source, sink, recipe, {}); }), "needs calibration text"));
 }
 
 TEST_CASE("calibration: batches take several windows, the remainder is left out") {

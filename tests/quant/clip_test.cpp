@@ -104,6 +104,75 @@ TEST_CASE("clip: the factors start at sigma(4), one pair for each row and group"
   CHECK(bit_equal(wide.zero, whole.zero));
 }
 
+// Σ over tokens of (Σ over a group's columns of x·(ŵ − w))² at a share of the range, by plain
+// loops.
+double error_at(const Tensor& w, const Tensor& x, int64_t row, int64_t begin, int64_t end,
+                double share, int bits) {
+  const auto at = [](const Tensor& t, int64_t i, int64_t j) {
+    return static_cast<double>(t.data<float>()[i * t.dim(1) + j]);
+  };
+  double hi = 0, lo = 0;
+  for (int64_t c = begin; c < end; ++c)
+    hi = std::max(hi, at(w, row, c)), lo = std::min(lo, at(w, row, c));
+  const int top = (1 << bits) - 1;
+  const double h = share * (hi - lo) / top;
+  const double z = std::clamp(std::nearbyint(-share * lo / h), 0.0, static_cast<double>(top));
+  double total = 0;
+  for (int64_t t = 0; t < x.dim(0); ++t) {
+    double y = 0;
+    for (int64_t c = begin; c < end; ++c) {
+      const double v = at(w, row, c);
+      const double q = std::clamp(std::nearbyint(v / h) + z, 0.0, static_cast<double>(top));
+      y += at(x, t, c) * ((q - z) * h - v);
+    }
+    total += y * y;
+  }
+  return total;
+}
+
+TEST_CASE("clip: a searched start is the best of ten for every row and group") {
+  Rng rng(12);
+  const GroupSpec spec{.bits = 3, .group_size = 16};
+  const Tensor w = normal_tensor(rng, {6, 40}, DType::F32);  // the last group has 8 columns
+  const Tensor x = normal_tensor(rng, {25, 40}, DType::F32);
+  const auto clip = learned_clip(w, spec, {.search = true});
+  CHECK(clip->starts_from_inputs());
+  clip->start(w, x);
+  const std::vector<float> u = clip->params().params[0].to_vector<float>(),
+                           l = clip->params().params[1].to_vector<float>();
+  CHECK(u == l);
+  int unclipped = 0;
+  for (int64_t r = 0; r < 6; ++r)
+    for (int64_t g = 0; g < 3; ++g) {
+      const int64_t begin = 16 * g, end = std::min<int64_t>(40, begin + 16);
+      double least = error_at(w, x, r, begin, end, 1 / (1 + std::exp(-4.0)), spec.bits);
+      for (int k = 1; k < 10; ++k)
+        least = std::min(least, error_at(w, x, r, begin, end, 1 - 0.05 * k, spec.bits));
+      const double logit = static_cast<double>(u[static_cast<size_t>(3 * r + g)]);
+      unclipped += logit == 4;
+      const double found = error_at(w, x, r, begin, end, 1 / (1 + std::exp(-logit)), spec.bits);
+      CHECK(found <= least * 1.001);
+    }
+  CHECK(unclipped < 18);
+  CHECK_FALSE(learned_clip(w, spec)->starts_from_inputs());
+
+  // Inputs of nothing, or of no number, leave the usual start.
+  for (const float value : {0.0f, std::nanf("")}) {
+    const auto usual = learned_clip(w, spec, {.search = true});
+    usual->start(w, Tensor::full({4, 40}, value));
+    CHECK(usual->params().params[0].to_vector<float>() == std::vector<float>(18, 4.0f));
+  }
+
+  // Weights that no input reaches may be clipped, which makes the step of the others smaller.
+  const Tensor lonely = normal_tensor(rng, {1, 40}, DType::F32);
+  lonely.data<float>()[3] = 20;
+  lonely.data<float>()[4] = -20;
+  for (int64_t t = 0; t < 25; ++t) x.data<float>()[t * 40 + 3] = x.data<float>()[t * 40 + 4] = 0;
+  const auto far = learned_clip(lonely, {.bits = 8}, {.search = true});
+  far->start(lonely, x);
+  CHECK(far->params().params[0].item<float>() < std::log(0.7f / 0.3f));
+}
+
 TEST_CASE("clip: symmetric uses every code around the middle one") {
   // h = max|w|/(2ᵇ⁻¹ − ½): the ends lie half a step beyond the last codes on either side.
   const GroupSpec spec{.bits = 4, .symmetric = true, .end_codes_learn = true};

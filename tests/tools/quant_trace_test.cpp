@@ -253,6 +253,25 @@ TEST_CASE("trace: the page fits 100 columns and leads to code and tests that exi
   CHECK(contains(w.quant("trace -m " + w.path("model")).out, "nothing is calibrated here"));
 }
 
+TEST_CASE("trace: a path of any length has a line to itself") {
+  const Workshop w;
+  const std::filesystem::path deep = w.dir / std::string(120, 'd');
+  std::filesystem::create_directory(deep);
+  std::filesystem::copy(w.dir / "model", deep / "model", std::filesystem::copy_options::recursive);
+  const std::string model = (deep / "model").string(), out = (deep / "out").string();
+  REQUIRE(w.quant(fmt::format("--method rtn -m {} -o {}", model, out)).code == 0);
+  const Outcome o = w.quant(fmt::format("trace -m {} --packed {}", model, out));
+  REQUIRE(o.code == 0);
+  std::vector<std::string> wide;
+  for (size_t at = 0; at < o.out.size();) {
+    const size_t end = o.out.find('\n', at);
+    const std::string line = o.out.substr(at, end - at);
+    if (columns_of(line) > 100) wide.push_back(line);
+    at = end + 1;
+  }
+  CHECK(wide == std::vector<std::string>{"   from " + model, "   " + out + "/model.safetensors"});
+}
+
 TEST_CASE("trace: what cannot be traced is refused by name") {
   const Workshop w;
   REQUIRE(w.quant(fmt::format("--method rtn -m {} -o {}", w.path("model"), w.path("out"))).code ==

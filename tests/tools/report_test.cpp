@@ -193,6 +193,19 @@ TEST_CASE("report: a page holds what the report says, and nothing that must be l
   for (const size_t n : {1, 2, 13, 40, 70}) check_page(report_page(some_report(n), "r"));
 }
 
+TEST_CASE("report: a weighed loss and a searched start are told where there are any") {
+  json r = some_report();
+  CHECK_FALSE(contains(report_page(r, "r"), "search"));
+  r["recipe"]["augmented_loss"] = true;
+  r["recipe"]["augmented_loss_weight"] = 0.5;
+  r["recipe"]["clip_search"] = true;
+  const std::string page = report_page(r, "r");
+  check_page(page);
+  CHECK(contains(page, "augmented by that on quantised inputs times 0.5<"));
+  CHECK(contains(page, "starts where a search put it"));
+  CHECK_FALSE(contains(page, "clip_search"));
+}
+
 TEST_CASE("report: text from outside stays text") {
   const std::string evil = "<script>alert('\"&\x01')</script>";
   json r = some_report();

@@ -1,0 +1,78 @@
+// The words of the AVX-512 kernels: panels to vectors (internal to tensor/). See packed_avx512.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "tensor/cpu/packed_panels.h"
+
+namespace omq::cpu {
+
+// Defined in packed_avx512_codes.cpp and packed_avx512_dense.cpp, for the table in
+// packed_avx512.cpp.
+namespace avx512 {
+void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                int64_t panel1, std::byte* scratch);
+int64_t unpacked_bytes(const PanelView& w);
+void dense_gemv(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
+                int64_t row1);
+void widen(const void* values, Stored type, float* out, int64_t n);
+}  // namespace avx512
+
+namespace {
+
+OMQ_INLINE void prefetch(const uint8_t* at) {
+  _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchBytes), _MM_HINT_T0);
+}
+
+OMQ_INLINE __mmask16 first(int64_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+}
+
+// ---- unpacking: one 64-byte vector (and, for 3 bits, its high bits) into quads of bytes ----
+
+// Narrow codes cost more to unpack than to multiply. With Scaled the odd quads stay two bits up, 4
+// · code, which saves half of the shifts; their sums are kept apart and shifted back once a chunk.
+template <int Bits, bool Scaled>
+OMQ_INLINE void unpack(const uint8_t* low, const uint8_t* high, __m512i* quad) {
+  const __m512i v = _mm512_loadu_si512(low);
+  if constexpr (Bits == 8) {
+    quad[0] = v;
+  } else if constexpr (Bits == 4) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    quad[0] = _mm512_and_si512(v, mask);
+    quad[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+  } else {
+    const __m512i even = _mm512_set1_epi8(3), odd = _mm512_set1_epi8(Scaled ? 12 : 3);
+    const __m512i v4 = _mm512_srli_epi16(v, 4);
+    quad[0] = _mm512_and_si512(v, even);
+    quad[1] = _mm512_and_si512(Scaled ? v : _mm512_srli_epi16(v, 2), odd);
+    quad[2] = _mm512_and_si512(v4, even);
+    quad[3] = _mm512_and_si512(Scaled ? v4 : _mm512_srli_epi16(v, 6), odd);
+    if constexpr (Bits == 3) {
+      OMQ_UNROLL for (int s = 0; s < 4; ++s) {
+        const __m512i third_bit = _mm512_set1_epi8(Scaled && s % 2 == 1 ? 16 : 4);
+        uint64_t rows_that_have_it;
+        __builtin_memcpy(&rows_that_have_it, high + 8 * s, 8);
+        quad[s] =
+            _mm512_mask_add_epi8(quad[s], _cvtu64_mask64(rows_that_have_it), quad[s], third_bit);
+      }
+    }
+  }
+}
+
+OMQ_INLINE __m512 load_f16(const uint8_t* at) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+OMQ_INLINE __m512i zeros_at(const PanelView& w, const uint8_t* grid) {
+  return w.symmetric ? _mm512_set1_epi32(1 << (w.bits - 1))
+                     : _mm512_cvtps_epi32(load_f16(grid + 2 * kRows));
+}
+OMQ_INLINE __m512i broadcast(const int8_t* x) {
+  int32_t four_columns;
+  __builtin_memcpy(&four_columns, x, 4);
+  return _mm512_set1_epi32(four_columns);
+}
+
+}  // namespace
+
+}  // namespace omq::cpu
