@@ -60,7 +60,15 @@ if(OMQ_PORTABLE_BASELINE)
 endif()
 
 set(CMAKE_CXX_FLAGS_RELEASE "-O3 -DNDEBUG")
-set(CMAKE_CXX_FLAGS_MINSIZEREL "-O2 -ffunction-sections -fdata-sections -DNDEBUG")
+set(CMAKE_CXX_FLAGS_MINSIZEREL "-Os -ffunction-sections -fdata-sections -DNDEBUG")
+# Where the time goes, small code costs more than it saves.
+if(CMAKE_BUILD_TYPE STREQUAL "MinSizeRel")
+  set(OMQ_HOT_FILES attention decode_attention gemm_naive gemm_onednn matmul norm packed
+      packed_scalar rope row_products row_quant softmax)
+  list(TRANSFORM OMQ_HOT_FILES REPLACE "(.+)" "tensor/cpu/\\1.cpp")
+  set_source_files_properties(${OMQ_HOT_FILES} tensor/parallel.cpp PROPERTIES COMPILE_OPTIONS "-O2")
+  set(omq_isa_speed -O2)
+endif()
 if(OMQ_SANITIZE)
   target_compile_options(omq_flags INTERFACE
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
@@ -92,7 +100,7 @@ elseif(OMQ_ARCH STREQUAL "aarch64")
 endif()
 foreach(isa IN LISTS OMQ_ISA_FILES)
   set_source_files_properties(tensor/cpu/packed_${isa}.cpp
-                              PROPERTIES COMPILE_OPTIONS "${omq_${isa}}")
+                              PROPERTIES COMPILE_OPTIONS "${omq_isa_speed};${omq_${isa}}")
 endforeach()
 
 find_program(OMQ_CCACHE ccache)

@@ -80,15 +80,23 @@ std::string first_bytes(const fs::path& file, size_t n) {
   return head;
 }
 
-std::unique_ptr<CheckpointReader> open_file(const fs::path& file) {
-  const std::string head = first_bytes(file, 9);
-  if (head.starts_with("GGUF")) return detail::open_gguf(file);
+enum class Container { Gguf, Safetensors };
+
+// By the first bytes of a file. Throws Error naming it when they are of neither.
+Container container_of(std::string_view head, const std::string& name) {
+  if (head.starts_with("GGUF")) return Container::Gguf;
   check(!head.starts_with("PK") && !head.starts_with("\x80"),
-        "{}: a PyTorch (pickle) file; convert the model to safetensors first", file.string());
-  const bool safetensors = head.size() == 9 && head[8] == '{';
-  check(safetensors, "{}: neither GGUF nor safetensors; the file begins with \"{}\"", file.string(),
+        "{}: a PyTorch (pickle) file; convert the model to safetensors first", name);
+  const bool safetensors = head.size() >= 9 && head[8] == '{';
+  check(safetensors, "{}: neither GGUF nor safetensors; the file begins with \"{}\"", name,
         shown(head, 8));
-  return detail::open_single_safetensors(file);
+  return Container::Safetensors;
+}
+
+std::unique_ptr<CheckpointReader> open_file(const fs::path& file) {
+  return container_of(first_bytes(file, 9), file.string()) == Container::Gguf
+             ? detail::open_gguf(file)
+             : detail::open_single_safetensors(file);
 }
 
 std::unique_ptr<CheckpointReader> open_folder(const fs::path& folder) {
@@ -198,6 +206,15 @@ std::unique_ptr<CheckpointReader> open_checkpoint(const fs::path& path) {
   if (fs::is_directory(status)) return open_folder(path);
   check(fs::is_regular_file(status), "{}: neither a file nor a folder", path.string());
   return open_file(path);
+}
+
+std::unique_ptr<CheckpointReader> open_checkpoint(std::shared_ptr<Storage> bytes,
+                                                  const std::string& name) {
+  const std::string_view head(static_cast<const char*>(bytes->data()),
+                              std::min<size_t>(bytes->bytes(), 9));
+  return container_of(head, name) == Container::Gguf
+             ? detail::open_gguf_bytes(std::move(bytes), name)
+             : detail::open_safetensors_bytes(std::move(bytes), name);
 }
 
 }  // namespace omq
