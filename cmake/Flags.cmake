@@ -68,6 +68,9 @@ if(CMAKE_BUILD_TYPE STREQUAL "MinSizeRel")
   list(TRANSFORM OMQ_HOT_FILES REPLACE "(.+)" "tensor/cpu/\\1.cpp")
   set_source_files_properties(${OMQ_HOT_FILES} tensor/parallel.cpp PROPERTIES COMPILE_OPTIONS "-O2")
   set(omq_isa_speed -O2)
+  # fmt asks the C++ locale for a separator that nobody here prints; without that, a program that
+  # uses no streams is half a megabyte smaller.
+  target_compile_definitions(omq_flags INTERFACE FMT_STATIC_THOUSANDS_SEPARATOR=44)
 endif()
 if(OMQ_SANITIZE)
   target_compile_options(omq_flags INTERFACE

@@ -140,6 +140,9 @@ template <class F> omq_status open(const omq_options* options, omq_model** out, 
   return call(m, [&] {
     try {
       const std::unique_ptr<CheckpointReader> reader = reader_of();
+      const int64_t longest = reader->config().usable_context();
+      want(o.context <= longest, OMQ_BAD_ARGUMENT,
+           "a context of {} tokens, the model was made for {}", o.context, longest);
       m->engine = std::make_unique<omq_model::Engine>(*reader, o.context);
     } catch (const Refused&) {
       throw;

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
-#include <fstream>
+#include <cstdio>
+#include <cstring>
 #include <numeric>
 
 #include "models/json_file.h"
@@ -72,11 +74,12 @@ template <class T> void check_values(const Tensor& t, std::string_view name) {
 
 // The file's first bytes, fewer when it is shorter.
 std::string first_bytes(const fs::path& file, size_t n) {
-  std::ifstream in(file, std::ios::binary);
-  check(in.good(), "{}: cannot open", file.string());
+  // Not a stream: these would be the only ones of the library, half a megabyte of a static program.
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> in(std::fopen(file.c_str(), "rb"),
+                                                           &std::fclose);
+  check(in != nullptr, "{}: cannot open: {}", file.string(), std::strerror(errno));
   std::string head(n, '\0');
-  in.read(head.data(), static_cast<std::streamsize>(n));
-  head.resize(static_cast<size_t>(in.gcount()));
+  head.resize(std::fread(head.data(), 1, n, in.get()));
   return head;
 }
 

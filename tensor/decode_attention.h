@@ -1,9 +1,10 @@
 // Attention of one query token over a key/value cache, for decoding.
 //
-// One task a key/value head and run of keys: keys and values are read once for all query heads that
-// share them, softmax is taken online (running maximum and sum, Milakov and Gimelshein 2018), and
-// runs are joined in order. So results do not depend on the number of threads. Keys and values that
-// are codes become floats a row at a time. Memory is taken when the object is made. CPU only.
+// One task a key/value head and run of 256 keys: keys and values are read once for all query heads
+// that share them; runs are joined in order by an online softmax (running maximum and sum, Milakov
+// and Gimelshein 2018). So results do not depend on the number of threads, and a single run gives
+// the general kernel's bits. Keys and values that are codes become floats a row at a time. Memory
+// is taken when the object is made. CPU only.
 #pragma once
 
 #include <cstdint>

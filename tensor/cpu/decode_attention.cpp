@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "tensor/cpu/loops.h"
 #include "tensor/numeric.h"
@@ -13,7 +12,6 @@ namespace omq {
 namespace {
 
 constexpr int64_t kRun = 256;      // keys of a task
-constexpr int64_t kBlock = 64;     // keys between two looks at the running maximum
 constexpr int64_t kAlone = 32768;  // products; below, waking a thread costs more than it saves
 
 // Row (token, head) of a cache; what is not stored as floats is made in `scratch` [d].
@@ -60,81 +58,68 @@ int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // floats to whole cac
 
 struct DecodeAttention::Impl {
   int64_t heads, kv_heads, d, group, runs;
-  // A slot a task: what it found of each of its query heads (Σ p v [d], maximum, Σ p), then a row
-  // of floats and the scores of a block.
+  // A slot a task: what it found of each of its query heads (its y [d], the largest score, Σ exp),
+  // then a row of floats and the scores.
   int64_t found_floats, slot_floats;
   Tensor slots;
 
   float* slot(int64_t task) const { return slots.data<float>() + task * slot_floats; }
-  void run(const float* q, const Rows& k, const Rows& v, int64_t head, int64_t begin, int64_t end,
+  void run(const float* q, const Rows& k, const Rows& v, int64_t head, int64_t begin, int64_t n,
            float* slot) const;
-  void block(const float* q, const Rows& k, const Rows& v, int64_t head, int64_t begin, int64_t n,
-             float* slot) const;
-  void join(int64_t head, int64_t runs_used, float* y) const;
+  void join(int64_t head, int64_t used, float* y) const;
 };
 
-// Keys begin … begin + n − 1 into the slot.
-void DecodeAttention::Impl::block(const float* q, const Rows& k, const Rows& v, int64_t head,
-                                  int64_t begin, int64_t n, float* slot) const {
-  float* scratch = slot + group * found_floats;
+// Attention to keys begin … begin + n − 1 alone, as the general kernel forms it (attention.cpp,
+// plain_row), so that up to kRun keys give its bits. q: of the query heads that share this head.
+void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, int64_t head,
+                                int64_t begin, int64_t n, float* at) const {
+  float* scratch = at + group * found_floats;
   float* scores = scratch + padded(d);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
   for (int64_t s = 0; s < n; ++s) {
     const float* key = k.at(begin + s, head, scratch);
     for (int64_t g = 0; g < group; ++g) {
       const float* query = q + g * d;
-      scores[g * kBlock + s] =
+      scores[g * kRun + s] =
           scale * cpu::lane_sum<float>(d, [query, key](int64_t i) { return query[i] * key[i]; });
     }
   }
   for (int64_t g = 0; g < group; ++g) {
-    float *p = scores + g * kBlock, *sum = slot + g * found_floats, *state = sum + d;
-    const float top = cpu::lane_max<float>(n, state[0], [p](int64_t i) { return p[i]; });
-    const float keep = state[1] == 0.0f ? 0.0f : exp_fast(state[0] - top);
+    float *p = scores + g * kRun, *y = at + g * found_floats;
+    const float top = cpu::lane_max<float>(n, p[0], [p](int64_t i) { return p[i]; });
     for (int64_t i = 0; i < n; ++i) p[i] = exp_fast(p[i] - top);
-    state[0] = top;
-    state[1] = state[1] * keep + cpu::lane_sum<float>(n, [p](int64_t i) { return p[i]; });
-    for (int64_t i = 0; i < d; ++i) sum[i] *= keep;
+    const float total = cpu::lane_sum<float>(n, [p](int64_t i) { return p[i]; });
+    for (int64_t i = 0; i < n; ++i) p[i] /= total;
+    std::fill_n(y, d, 0.0f);
+    y[d] = top, y[d + 1] = total;
   }
   for (int64_t s = 0; s < n; ++s) {
     const float* value = v.at(begin + s, head, scratch);
     for (int64_t g = 0; g < group; ++g) {
-      float* sum = slot + g * found_floats;
-      const float p = scores[g * kBlock + s];
-      for (int64_t i = 0; i < d; ++i) sum[i] += p * value[i];
+      float* y = at + g * found_floats;
+      const float weight = scores[g * kRun + s];
+      for (int64_t i = 0; i < d; ++i) y[i] += weight * value[i];
     }
   }
-}
-
-void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, int64_t head,
-                                int64_t begin, int64_t end, float* at) const {
-  for (int64_t g = 0; g < group; ++g) {
-    float* sum = at + g * found_floats;
-    std::fill_n(sum, d, 0.0f);
-    sum[d] = -std::numeric_limits<float>::infinity();
-    sum[d + 1] = 0.0f;
-  }
-  for (int64_t s = begin; s < end; s += kBlock)
-    block(q + head * group * d, k, v, head, s, std::min(kBlock, end - s), at);
 }
 
 // The runs of one key/value head, in order.
 void DecodeAttention::Impl::join(int64_t head, int64_t used, float* y) const {
   for (int64_t g = 0; g < group; ++g) {
     const auto found = [&](int64_t r) { return slot(r * kv_heads + head) + g * found_floats; };
-    float top = found(0)[d];
-    for (int64_t r = 1; r < used; ++r) top = std::max(top, found(r)[d]);
     float* out = y + (head * group + g) * d;
-    std::fill_n(out, d, 0.0f);
-    float total = 0;
-    for (int64_t r = 0; r < used; ++r) {
+    std::copy_n(found(0), d, out);
+    float top = found(0)[d], total = found(0)[d + 1];
+    for (int64_t r = 1; r < used; ++r) {
       const float* part = found(r);
-      const float weight = exp_fast(part[d] - top);
-      total += weight * part[d + 1];
-      for (int64_t i = 0; i < d; ++i) out[i] += weight * part[i];
+      const float higher = std::max(top, part[d]);
+      const float before = total * exp_fast(top - higher),
+                  more = part[d + 1] * exp_fast(part[d] - higher);
+      top = higher;
+      total = before + more;
+      const float keep = before / total, add = more / total;
+      for (int64_t i = 0; i < d; ++i) out[i] = out[i] * keep + part[i] * add;
     }
-    const float inverse = 1.0f / total;
-    for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
   }
 }
 
@@ -148,7 +133,7 @@ DecodeAttention::DecodeAttention(int64_t heads, int64_t kv_heads, int64_t head_d
   m.heads = heads, m.kv_heads = kv_heads, m.d = head_dim, m.group = heads / kv_heads;
   m.runs = (capacity + kRun - 1) / kRun;
   m.found_floats = padded(head_dim + 2);
-  m.slot_floats = m.group * (m.found_floats + kBlock) + padded(head_dim);
+  m.slot_floats = m.group * (m.found_floats + kRun) + padded(head_dim);
   m.slots = Tensor::zeros({m.runs * kv_heads, m.slot_floats});
 }
 DecodeAttention::~DecodeAttention() = default;
@@ -165,7 +150,9 @@ void DecodeAttention::operator()(const float* q, const CachedRows& k, const Cach
   parallel_for(tasks, alone ? tasks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t at = task / m.kv_heads * kRun;
-      m.run(q, keys, values, task % m.kv_heads, at, std::min(length, at + kRun), m.slot(task));
+      const int64_t head = task % m.kv_heads;
+      m.run(q + head * m.group * m.d, keys, values, head, at, std::min(kRun, length - at),
+            m.slot(task));
     }
   });
   for (int64_t head = 0; head < m.kv_heads; ++head) m.join(head, used, y);

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string>
 
 #include "autograd/ops.h"
 #include "models/generator.h"
@@ -101,7 +103,7 @@ TEST_CASE("decode plan: packed at every width, on every instruction set") {
     for (const OnDisk* source : {&tied, &biased})
       for (const int bits : {2, 3, 4, 8})
         for (const int64_t group : {0, 32}) {
-          CAPTURE(isa);
+          CAPTURE(std::string(isa));
           CAPTURE(bits);
           CAPTURE(group);
           Model model = Model::load(*source->reader, 0, LoadAs::F32);
@@ -144,11 +146,7 @@ TEST_CASE("decode plan: quantised activations, caches of codes") {
       if (packed) pack(model, 4, 32, false, 8);
       quantize_activations(model, s);
       const std::vector<double> d = differences(model, 100);
-      // Sums in another order put a value on the other side of a tie now and then; its code is then
-      // one step off and the token feels it.
-      CHECK(d[90] < 1e-5);
-      CHECK(d.back() < 0.1);
-      MESSAGE("worst difference of logits ", d.back(), ", at 90 % of the tokens ", d[90]);
+      CHECK(d.back() < 1e-5);
     }
 }
 
@@ -221,8 +219,9 @@ TEST_CASE("decode plan: no memory is taken for a token, nor for its sampling and
     return;
   }
   const int64_t before_any = allocation_count();
-  delete new int(3);
-  REQUIRE(allocation_count() > before_any);  // the counter counts
+  void* volatile memory = std::malloc(3);  // volatile: or the compiler does without
+  std::free(memory);
+  REQUIRE(allocation_count() == before_any + 1);  // the counter counts
 
   const Restore restore;
   for (const int threads : {1, 2}) {
@@ -260,7 +259,7 @@ TEST_CASE("decode plan: no memory is taken for a token, nor for its sampling and
         const GenerateResult r = generator.generate(tokenizer.encode("abc"), o);
         REQUIRE(r.tokens.size() == 40);
         CHECK(r.text.empty());
-        REQUIRE(counts.size() >= 32);
+        REQUIRE(counts.size() >= 20);
         CHECK(counts.back() == counts[1]);
       }
     }

@@ -73,7 +73,7 @@ TEST_CASE("decode attention: grouped heads, floats and codes, short and long") {
           const Threads scope(1);
           attention(q.data<float>(), k.rows(), v.rows(), n, one.data<float>());
         }
-        CHECK(close(one, want, 1e-11));
+        CHECK(close(one, want, n <= 256 ? 1e-14 : 1e-11));
         const Threads scope(3);
         Tensor three = Tensor::full(q.shape(), 77.0);
         attention(q.data<float>(), k.rows(), v.rows(), n, three.data<float>());

@@ -110,7 +110,7 @@ const std::optional<RowQuant> kInputs[] = {std::nullopt, RowQuant{.bits = 8}, Ro
 TEST_CASE("row products: every width, grouping, input and instruction set, as the kernels") {
   const Restore restore;
   for (const char* isa : packed_isas_here()) {
-    CAPTURE(isa);
+    CAPTURE(std::string(isa));
     REQUIRE(force_packed_isa(isa));
     for (const int threads : {1, 3}) {
       set_num_threads(threads);
