@@ -18,14 +18,14 @@ help:
 	@echo "make             the programs: build/bin/omq-quant, build/bin/omq-run"
 	@echo "make demo        quantise the bundled model to 3 and 2 bits, compare, generate text (< 3 min)"
 	@echo "make test        build and run the tests"
-	@echo "make test-all    the same with the slow ones, and an outside project built against an install"
+	@echo "make test-all    the same with the slow ones, and outside projects built against an install"
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
 	@echo "                 (CUDA_ARCH=90a-real: for one architecture only)"
 	@echo "make bench       run the benchmarks"
 	@echo "make smollm2     fetch the real model (SmolLM2-135M, 98 MB) to .cache/smollm2"
 	@echo "make golden      write tests/golden again (PYTHON=… with torch and transformers)"
 	@echo "make format      clang-format everything;  make lint: clang-tidy;  make lines: lines per folder"
-	@echo "make tiny        small static programs in build-tiny/bin"
+	@echo "make tiny        small static programs and libomq.a in build-tiny, and what they weigh"
 	@echo "make asan        build with sanitizers and run the fast tests"
 	@echo "make ci          what .ci/run does: format, test, tiny, embed, CUDA compile check, asan"
 	@echo "make install     to PREFIX=$(PREFIX) (DESTDIR is honoured);  make clean"
@@ -96,6 +96,7 @@ tiny: packages
 	@$(call BUILD,build-tiny) --target programs
 	@ls -l build-tiny/bin 2>/dev/null | awk 'NF > 8 { printf "%-14s %6.2f MB\n", $$9, $$5 / 1e6 }'
 	@for p in build-tiny/bin/omq-*; do [ ! -x "$$p" ] || "$$p" --help >/dev/null || exit 1; done
+	@scripts/tiny-sizes.sh build-tiny
 
 asan: packages
 	@scripts/configure.sh asan
@@ -118,7 +119,7 @@ ci:
 	@scripts/ci.sh
 
 install: programs
-	cmake --install build --prefix "$(PREFIX)"
+	@cmake --install build --prefix "$(PREFIX)" >/dev/null && echo "installed to $(DESTDIR)$(PREFIX)"
 
 clean:
 	rm -rf build build-tiny build-asan build-cuda build-cuda-check

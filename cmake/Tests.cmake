@@ -88,9 +88,10 @@ if(TARGET omq-quant)
   set_tests_properties(resume_kill_20 PROPERTIES LABELS slow)
 endif()
 
-# An outside project, built against an install of this tree.
+# Outside projects in C++ and C, built against an install of this tree.
 if(TARGET omq AND NOT OMQ_STATIC)
+  find_program(OMQ_CC NAMES cc gcc clang)
   add_test(NAME embed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/embed/run.sh"
-           "${CMAKE_BINARY_DIR}" "${CMAKE_CXX_COMPILER}")
+           "${CMAKE_BINARY_DIR}" "${CMAKE_CXX_COMPILER}" "${OMQ_CC}")
   set_tests_properties(embed PROPERTIES LABELS "slow;install" ENVIRONMENT OMQ_THREADS=1 TIMEOUT 600)
 endif()

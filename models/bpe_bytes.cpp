@@ -24,13 +24,12 @@ const std::array<std::string, 256>& byte_alphabet() {
   return table;
 }
 
-std::string bytes_of_alphabet(std::string_view piece) {
+void append_bytes_of_alphabet(std::string_view piece, std::string& out) {
   static const auto byte_of = [] {
     StringMap<char> map;
     for (int b = 0; b < 256; ++b) map.emplace(byte_alphabet()[b], static_cast<char>(b));
     return map;
   }();
-  std::string out;
   for (size_t i = 0; i < piece.size();) {
     const std::string_view c = piece.substr(i, utf8_at(piece, i).length);
     const auto found = byte_of.find(c);
@@ -40,6 +39,11 @@ std::string bytes_of_alphabet(std::string_view piece) {
       out += c;
     i += c.size();
   }
+}
+
+std::string bytes_of_alphabet(std::string_view piece) {
+  std::string out;
+  append_bytes_of_alphabet(piece, out);
   return out;
 }
 

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
-#include <fstream>
+#include <cstdio>
+#include <cstring>
 #include <numeric>
 
 #include "models/json_file.h"
@@ -72,23 +74,32 @@ template <class T> void check_values(const Tensor& t, std::string_view name) {
 
 // The file's first bytes, fewer when it is shorter.
 std::string first_bytes(const fs::path& file, size_t n) {
-  std::ifstream in(file, std::ios::binary);
-  check(in.good(), "{}: cannot open", file.string());
+  // Not a stream: these would be the only ones of the library, half a megabyte of a static program.
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> in(std::fopen(file.c_str(), "rb"),
+                                                           &std::fclose);
+  check(in != nullptr, "{}: cannot open: {}", file.string(), std::strerror(errno));
   std::string head(n, '\0');
-  in.read(head.data(), static_cast<std::streamsize>(n));
-  head.resize(static_cast<size_t>(in.gcount()));
+  head.resize(std::fread(head.data(), 1, n, in.get()));
   return head;
 }
 
-std::unique_ptr<CheckpointReader> open_file(const fs::path& file) {
-  const std::string head = first_bytes(file, 9);
-  if (head.starts_with("GGUF")) return detail::open_gguf(file);
+enum class Container { Gguf, Safetensors };
+
+// By the first bytes of a file. Throws Error naming it when they are of neither.
+Container container_of(std::string_view head, const std::string& name) {
+  if (head.starts_with("GGUF")) return Container::Gguf;
   check(!head.starts_with("PK") && !head.starts_with("\x80"),
-        "{}: a PyTorch (pickle) file; convert the model to safetensors first", file.string());
-  const bool safetensors = head.size() == 9 && head[8] == '{';
-  check(safetensors, "{}: neither GGUF nor safetensors; the file begins with \"{}\"", file.string(),
+        "{}: a PyTorch (pickle) file; convert the model to safetensors first", name);
+  const bool safetensors = head.size() >= 9 && head[8] == '{';
+  check(safetensors, "{}: neither GGUF nor safetensors; the file begins with \"{}\"", name,
         shown(head, 8));
-  return detail::open_single_safetensors(file);
+  return Container::Safetensors;
+}
+
+std::unique_ptr<CheckpointReader> open_file(const fs::path& file) {
+  return container_of(first_bytes(file, 9), file.string()) == Container::Gguf
+             ? detail::open_gguf(file)
+             : detail::open_single_safetensors(file);
 }
 
 std::unique_ptr<CheckpointReader> open_folder(const fs::path& folder) {
@@ -198,6 +209,15 @@ std::unique_ptr<CheckpointReader> open_checkpoint(const fs::path& path) {
   if (fs::is_directory(status)) return open_folder(path);
   check(fs::is_regular_file(status), "{}: neither a file nor a folder", path.string());
   return open_file(path);
+}
+
+std::unique_ptr<CheckpointReader> open_checkpoint(std::shared_ptr<Storage> bytes,
+                                                  const std::string& name) {
+  const std::string_view head(static_cast<const char*>(bytes->data()),
+                              std::min<size_t>(bytes->bytes(), 9));
+  return container_of(head, name) == Container::Gguf
+             ? detail::open_gguf_bytes(std::move(bytes), name)
+             : detail::open_safetensors_bytes(std::move(bytes), name);
 }
 
 }  // namespace omq

@@ -83,6 +83,10 @@ class CheckpointReader {
 
 // Throws Error naming the path, what was found there, and what would have been understood.
 std::unique_ptr<CheckpointReader> open_checkpoint(const std::filesystem::path& path);
+// A model in memory: the bytes of a GGUF file, or of omq-quant's safetensors file. Tensors are
+// views of them, so they must not change. `name` stands for the path in messages.
+std::unique_ptr<CheckpointReader> open_checkpoint(std::shared_ptr<Storage> bytes,
+                                                  const std::string& name = "model in memory");
 
 // Throws Error when a floating-point tensor holds NaN or an infinity, with the first place of it.
 void check_finite(const Tensor& t, std::string_view name);
@@ -91,6 +95,10 @@ namespace detail {  // checkpoint_safetensors.cpp, checkpoint_gguf.cpp
 std::unique_ptr<CheckpointReader> open_hf_folder(const std::filesystem::path& folder);
 std::unique_ptr<CheckpointReader> open_single_safetensors(const std::filesystem::path& file);
 std::unique_ptr<CheckpointReader> open_gguf(const std::filesystem::path& file);
+std::unique_ptr<CheckpointReader> open_safetensors_bytes(std::shared_ptr<Storage> bytes,
+                                                         const std::string& name);
+std::unique_ptr<CheckpointReader> open_gguf_bytes(std::shared_ptr<Storage> bytes,
+                                                  const std::string& name);
 // Hugging Face's name of a GGUF tensor; the name itself when there is no counterpart.
 std::string hf_tensor_name(std::string_view gguf_name);
 }  // namespace detail

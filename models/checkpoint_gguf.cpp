@@ -55,18 +55,20 @@ Tensor split_pairs(const Tensor& w, int64_t heads, std::string_view name) {
 
 class GgufCheckpoint : public CheckpointReader {
  public:
-  explicit GgufCheckpoint(const std::filesystem::path& file) : file_(file) {
-    path_ = file;
+  explicit GgufCheckpoint(const std::filesystem::path& file) : GgufCheckpoint(GgufFile(file)) {
+    add_file(file);
+  }
+  explicit GgufCheckpoint(GgufFile opened) : file_(std::move(opened)) {
+    path_ = file_.path();
     container_ = fmt::format("GGUF v{}", file_.version());
     config_ = ModelConfig::from_gguf(file_);
     interleaved_ = config_.model_type == "llama";
-    add_file(file);
     for (const GgufTensor& t : file_.tensors()) {
       if (t.name == "rope_freqs.weight") continue;  // part of the config now
       if (t.name == "output.weight" && config_.tie_word_embeddings)
         continue;  // equal to the embedding
       const std::string name = detail::hf_tensor_name(t.name);
-      check(gguf_name_.emplace(name, t.name).second, "{}: two tensors mean {}", file.string(),
+      check(gguf_name_.emplace(name, t.name).second, "{}: two tensors mean {}", path_.string(),
             shown(name));
       tensors_[name] = {.dtype = t.type->name, .shape = t.shape, .bytes = t.bytes.size()};
     }
@@ -152,6 +154,11 @@ std::string detail::hf_tensor_name(std::string_view name) {
 
 std::unique_ptr<CheckpointReader> detail::open_gguf(const std::filesystem::path& file) {
   return std::make_unique<GgufCheckpoint>(file);
+}
+
+std::unique_ptr<CheckpointReader> detail::open_gguf_bytes(std::shared_ptr<Storage> bytes,
+                                                          const std::string& name) {
+  return std::make_unique<GgufCheckpoint>(GgufFile(std::move(bytes), name));
 }
 
 }  // namespace omq

@@ -59,9 +59,12 @@ class SafetensorsCheckpoint : public CheckpointReader {
     return shards_[shard_of_.find(name)->second]->get(name);
   }
   SafetensorsFile& add_shard(const fs::path& file) {
-    shards_.push_back(std::make_unique<SafetensorsFile>(file));
-    check_format(*shards_.back());
     add_file(file);
+    return add_shard(std::make_unique<SafetensorsFile>(file));
+  }
+  SafetensorsFile& add_shard(std::unique_ptr<SafetensorsFile> shard) {
+    check_format(*shard);
+    shards_.push_back(std::move(shard));
     return *shards_.back();
   }
   void add_tensor(const SafetensorsEntry& e, size_t shard) {
@@ -148,18 +151,12 @@ class SingleFile : public SafetensorsCheckpoint {
   explicit SingleFile(const fs::path& file) {
     path_ = file;
     container_ = "safetensors (one file)";
-    const SafetensorsFile& shard = add_shard(file);
-    metadata_ = shard.metadata();
-    for (const SafetensorsEntry& e : shard.entries()) add_tensor(e, 0);
-    with_context(fmt::format("reading {}", file.string()), [&] {
-      check(metadata_.contains(kOmqFormatKey),
-            "a safetensors file without configuration; pass the folder that holds its config.json");
-      config_ = ModelConfig::from_hf(parse_json(text("config.json"), "config.json"));
-      if (metadata_.contains("generation_config.json")) {
-        add_generation_ids(config_,
-                           parse_json(text("generation_config.json"), "generation_config.json"));
-      }
-    });
+    open(add_shard(file));
+  }
+  SingleFile(std::shared_ptr<Storage> bytes, const std::string& name) {
+    path_ = name;
+    container_ = "safetensors (in memory)";
+    open(add_shard(std::make_unique<SafetensorsFile>(std::move(bytes), name)));
   }
 
   Tokenizer tokenizer() const override {
@@ -182,6 +179,20 @@ class SingleFile : public SafetensorsCheckpoint {
   }
 
  private:
+  void open(const SafetensorsFile& shard) {
+    metadata_ = shard.metadata();
+    for (const SafetensorsEntry& e : shard.entries()) add_tensor(e, 0);
+    with_context(fmt::format("reading {}", path_.string()), [&] {
+      check(metadata_.contains(kOmqFormatKey),
+            "a safetensors file without configuration; pass the folder that holds its config.json");
+      config_ = ModelConfig::from_hf(parse_json(text("config.json"), "config.json"));
+      if (metadata_.contains("generation_config.json")) {
+        add_generation_ids(config_,
+                           parse_json(text("generation_config.json"), "generation_config.json"));
+      }
+    });
+  }
+
   std::string text(const char* name) const {
     const auto it = metadata_.find(name);
     check(it != metadata_.end(), "its metadata has no {}", name);
@@ -204,6 +215,11 @@ std::unique_ptr<CheckpointReader> detail::open_single_safetensors(const fs::path
     return open_hf_folder(folder);
   }
   return std::make_unique<SingleFile>(file);
+}
+
+std::unique_ptr<CheckpointReader> detail::open_safetensors_bytes(std::shared_ptr<Storage> bytes,
+                                                                 const std::string& name) {
+  return std::make_unique<SingleFile>(std::move(bytes), name);
 }
 
 }  // namespace omq

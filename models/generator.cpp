@@ -46,9 +46,15 @@ std::string_view to_string(FinishReason reason) {
 
 StopFilter::StopFilter(std::vector<std::string> stop) : stop_(std::move(stop)) {
   std::erase(stop_, std::string());
+  size_t longest = 0;
+  for (const std::string& s : stop_) longest = std::max(longest, s.size());
+  constexpr size_t kUsual = 256;  // bytes of a token's text: rarely more
+  held_.reserve(longest + kUsual);
+  shown_.reserve(longest + kUsual);
 }
 
-std::string StopFilter::push(std::string_view text) {
+std::string_view StopFilter::push(std::string_view text) {
+  shown_.clear();
   if (met()) return {};
   held_ += text;
   size_t at = std::string::npos;
@@ -58,9 +64,9 @@ std::string StopFilter::push(std::string_view text) {
       found_ = s;
     }
   if (met()) {
-    std::string shown = held_.substr(0, at);
+    shown_.assign(held_, 0, at);
     held_.clear();
-    return shown;
+    return shown_;
   }
   // The longest end of the text that a stop string begins with.
   size_t keep = 0;
@@ -70,12 +76,16 @@ std::string StopFilter::push(std::string_view text) {
         keep = n;
         break;
       }
-  std::string shown = held_.substr(0, held_.size() - keep);
-  held_.erase(0, shown.size());
-  return shown;
+  shown_.assign(held_, 0, held_.size() - keep);
+  held_.erase(0, shown_.size());
+  return shown_;
 }
 
-std::string StopFilter::flush() { return std::exchange(held_, {}); }
+std::string_view StopFilter::flush() {
+  shown_.swap(held_);
+  held_.clear();
+  return shown_;
+}
 
 // ---- Generator ----
 
@@ -87,6 +97,9 @@ Generator::Generator(const Model& model, Tokenizer tokenizer, int64_t context)
         "generator: a context of {} tokens is wanted, the model was loaded for {}", context_,
         model.context());
   caches_ = model_.new_caches(1, context_);
+  cached_.reserve(static_cast<size_t>(context_));
+  unplanned_ = DecodePlan::unsupported(model_);
+  if (unplanned_.empty()) plan_.emplace(model_, context_);
 }
 
 bool Generator::ends_text(int32_t id) const {
@@ -103,21 +116,24 @@ void Generator::truncate(size_t length) {
 
 void Generator::reset() { truncate(0); }
 
-Tensor Generator::push(std::span<const int32_t> ids) {
+std::span<const float> Generator::push(std::span<const int32_t> ids, bool wanted) {
   const auto count = static_cast<int64_t>(ids.size());
   try {
+    if (count == 1 && plan_) {
+      plan_->step(ids.front(), caches_);
+      cached_.push_back(ids.front());
+      return wanted ? plan_->logits() : std::span<const float>();
+    }
     const Tensor h = model_.forward(Tensor::from<int32_t>(ids, {1, count}),
                                     static_cast<int64_t>(cached_.size()), &caches_);
     cached_.insert(cached_.end(), ids.begin(), ids.end());
-    return count == 1 ? h : slice(h, 1, count - 1, count);
+    if (wanted)
+      logits_ = model_.logits(count == 1 ? h : slice(h, 1, count - 1, count)).to_vector<float>();
+    return wanted ? logits_ : std::span<const float>();
   } catch (...) {
     truncate(cached_.size());  // some blocks may have stored what others have not
     throw;
   }
-}
-
-std::vector<float> Generator::logits_of(const Tensor& hidden) const {
-  return model_.logits(hidden).to_vector<float>();
 }
 
 Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t batch,
@@ -137,19 +153,24 @@ Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t b
   Prefill result;
   result.reused = same - cached_.begin();
   truncate(static_cast<size_t>(result.reused));
-  Tensor last;
   while (cached_.size() < prompt.size()) {
     if (cancelled(cancel)) return result;
-    last = push(prompt.subspan(
-        cached_.size(), std::min(static_cast<size_t>(batch), prompt.size() - cached_.size())));
+    const auto piece = prompt.subspan(
+        cached_.size(), std::min(static_cast<size_t>(batch), prompt.size() - cached_.size()));
+    result.logits = push(piece, cached_.size() + piece.size() == prompt.size());
   }
-  result.logits = logits_of(last);
   return result;
 }
 
-std::vector<float> Generator::next_logits(std::span<const int32_t> prompt) {
+std::span<const float> Generator::logits_after(std::span<const int32_t> prompt,
+                                               const std::atomic<bool>* cancel) {
   const NoGrad off;
-  return prefill(prompt, GenerateOptions{}.batch, nullptr).logits;
+  return prefill(prompt, GenerateOptions{}.batch, cancel).logits;
+}
+
+std::vector<float> Generator::next_logits(std::span<const int32_t> prompt) {
+  const auto logits = logits_after(prompt);
+  return {logits.begin(), logits.end()};
 }
 
 namespace {
@@ -168,19 +189,24 @@ SamplerOptions sampling_of(const GenerateOptions& options, const Generator& gene
 
 }  // namespace
 
-FinishReason Generator::decode(std::vector<float> logits, std::span<const int32_t> prompt,
+FinishReason Generator::decode(std::span<const float> logits, std::span<const int32_t> prompt,
                                const GenerateOptions& options,
                                const std::function<bool(int32_t)>& write, GenerateResult& result) {
   Sampler sampler(sampling_of(options, *this, model_.config().vocab_size));
-  std::vector<int32_t> history(prompt.begin(), prompt.end());
+  // The context ends it at the latest, one token behind its last place.
+  const int64_t room = context_ - static_cast<int64_t>(prompt.size()) + 1;
   const int64_t limit =
       options.max_tokens < 0 ? std::numeric_limits<int64_t>::max() : options.max_tokens;
+  result.tokens.reserve(static_cast<size_t>(std::min(limit, room)));
+  std::vector<int32_t> history;
+  history.reserve(prompt.size() + result.tokens.capacity());
+  history.assign(prompt.begin(), prompt.end());
   while (static_cast<int64_t>(result.tokens.size()) < limit) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
       const auto start = Clock::now();
-      logits = logits_of(push({&result.tokens.back(), 1}));
+      logits = push({&result.tokens.back(), 1});
       result.stats.decode_seconds += seconds_since(start);
       ++result.stats.decode_steps;
     }
@@ -215,9 +241,9 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   const bool text_starts = prompt.size() == 1 && tokenizer_.bos_id() == prompt.front();
   StreamDecoder decoder(tokenizer_, {.start_of_text = text_starts});
   StopFilter filter(options.stop);
-  auto emit = [&](const std::string& text) {
+  auto emit = [&](std::string_view text) {
     if (text.empty()) return;
-    result.text += text;
+    if (options.keep_text) result.text += text;
     if (options.on_text) options.on_text(text);
   };
   auto write = [&](int32_t id) {
@@ -227,7 +253,7 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
     return !filter.met();
   };
   use_threads(options.threads);
-  result.finish = decode(std::move(prompt_done.logits), prompt, options, write, result);
+  result.finish = decode(prompt_done.logits, prompt, options, write, result);
   stats.generated_tokens = static_cast<int64_t>(result.tokens.size());
   if (!filter.met()) emit(filter.push(decoder.flush()));
   if (!filter.met()) emit(filter.flush());

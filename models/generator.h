@@ -3,17 +3,20 @@
 // The prompt goes through the model in batches, then each token alone over the key/value cache.
 // What the cache already holds of a new prompt's beginning is not computed again, so a chat turn
 // costs only what is new. Text leaves as whole UTF-8 characters, and never with any part of a stop
-// string.
+// string. Single tokens run the DecodePlan where it supports the model, else the blocks; then a
+// generated token allocates nothing.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "models/decode_plan.h"
 #include "models/model.h"
 #include "models/sampler.h"
 #include "models/tokenizer.h"
@@ -32,6 +35,7 @@ struct GenerateOptions {
   int threads = 0, batch_threads = 0;  // for single tokens and for the prompt; 0: as they are
   int64_t batch = 512;                 // prompt tokens at a time
   std::function<void(std::string_view text)> on_text;  // each new piece as soon as it is certain
+  bool keep_text = true;  // false: GenerateResult::text stays empty, on_text has it all
   const std::atomic<bool>* cancel =
       nullptr;  // ends the work at the next token when it becomes true
 };
@@ -51,7 +55,7 @@ struct GenerateStats {
 };
 
 struct GenerateResult {
-  std::string text;             // all that on_text was given
+  std::string text;             // all that on_text was given, if it was to be kept
   std::vector<int32_t> tokens;  // as sampled, with the one that ended the text
   FinishReason finish = FinishReason::MaxTokens;
   std::string stop;  // the stop string that was met
@@ -68,24 +72,28 @@ class Generator {
   GenerateResult generate(std::span<const int32_t> prompt, const GenerateOptions& options);
   // Logits [V] of the token after `prompt`; the cache is used and kept as above.
   std::vector<float> next_logits(std::span<const int32_t> prompt);
+  // The same without a copy: valid until the next call; empty when cancelled.
+  std::span<const float> logits_after(std::span<const int32_t> prompt,
+                                      const std::atomic<bool>* cancel = nullptr);
   // Forgets everything.
   void reset();
+  // Why single tokens run through the blocks and not through the DecodePlan; "" when they do not.
+  const std::string& unplanned() const { return unplanned_; }
 
   int64_t context() const { return context_; }
   const Tokenizer& tokenizer() const { return tokenizer_; }
   bool ends_text(int32_t id) const;
 
  private:
-  // Puts ids behind the cached tokens; hidden states of the last one, [1,1,D].
-  Tensor push(std::span<const int32_t> ids);
-  std::vector<float> logits_of(const Tensor& hidden) const;
+  // Puts ids behind the cached tokens; with `wanted` gives the logits of the token after the last.
+  std::span<const float> push(std::span<const int32_t> ids, bool wanted = true);
   struct Prefill {
-    std::vector<float> logits;  // empty when cancelled
-    int64_t reused = 0;         // tokens found in the cache
+    std::span<const float> logits;  // empty when cancelled
+    int64_t reused = 0;             // tokens found in the cache
   };
   Prefill prefill(std::span<const int32_t> prompt, int64_t batch, const std::atomic<bool>* cancel);
   // Samples until there is a reason to end; write(id) shows a token and says whether to go on.
-  FinishReason decode(std::vector<float> logits, std::span<const int32_t> prompt,
+  FinishReason decode(std::span<const float> logits, std::span<const int32_t> prompt,
                       const GenerateOptions& options, const std::function<bool(int32_t)>& write,
                       GenerateResult& result);
   void truncate(size_t length);
@@ -95,21 +103,25 @@ class Generator {
   int64_t context_;
   std::vector<nn::KVCache> caches_;
   std::vector<int32_t> cached_;  // the tokens that the caches hold
+  std::optional<DecodePlan> plan_;
+  std::string unplanned_;
+  std::vector<float> logits_;  // [V], of the blocks
 };
 
 // Holds text back as long as it may turn out to be the beginning of a stop string.
 class StopFilter {
  public:
   explicit StopFilter(std::vector<std::string> stop);
-  // Text that can be shown now. After a stop string was met: nothing more.
-  std::string push(std::string_view text);
-  std::string flush();  // what was held back, at the end
+  // Text that can be shown now, valid until the next call. After a stop string was met: nothing
+  // more.
+  std::string_view push(std::string_view text);
+  std::string_view flush();  // what was held back, at the end
   bool met() const { return !found_.empty(); }
   const std::string& found() const { return found_; }
 
  private:
   std::vector<std::string> stop_;
-  std::string held_, found_;
+  std::string held_, shown_, found_;
 };
 
 }  // namespace omq

@@ -160,35 +160,45 @@ GgufFile::GgufFile(const std::filesystem::path& file) : path_(file) {
     const uintmax_t size = std::filesystem::file_size(file, error);
     check(!error && size > 0, "empty, or its size cannot be read");
     bytes_ = Storage::map(file, 0, static_cast<size_t>(size));
-    const std::span bytes(static_cast<const uint8_t*>(bytes_->data()), static_cast<size_t>(size));
-    Cursor c(bytes);
-    version_ = read_version(c);
-    const auto tensors = c.number<uint64_t>("the number of tensors");
-    const auto keys = c.number<uint64_t>("the number of keys");
-    // The smallest key takes 13 bytes, the smallest tensor info 32.
-    check(keys <= c.left() / 13 && tensors <= c.left() / 32,
-          "it claims {} keys and {} tensors in {} bytes", keys, tensors, size);
-    for (uint64_t i = 0; i < keys; ++i) {
-      const std::string key(c.string("a key"));
-      const GgufValue v = read_value(c, bytes, key);
-      check(values_.emplace(key, v).second, "key {} is given twice", shown(key));
-    }
-    std::vector<uint64_t> offsets;
-    for (uint64_t i = 0; i < tensors; ++i) {
-      auto [t, offset] = read_tensor(c);
-      check(index_.emplace(t.name, tensors_.size()).second, "tensor {} is given twice",
-            shown(t.name));
-      tensors_.push_back(std::move(t));
-      offsets.push_back(offset);
-    }
-    const int64_t alignment = integer("general.alignment").value_or(32);
-    check(alignment >= 1 && alignment <= (1 << 20) &&
-              std::has_single_bit(static_cast<uint64_t>(alignment)),
-          "general.alignment is {}, a power of two is expected", alignment);
-    const auto a = static_cast<uint64_t>(alignment);
-    const uint64_t start = std::min<uint64_t>((c.at() + a - 1) / a * a, size);
-    place_tensors(tensors_, offsets, bytes.subspan(static_cast<size_t>(start)), a);
+    read();
   });
+}
+
+GgufFile::GgufFile(std::shared_ptr<Storage> bytes, const std::filesystem::path& name)
+    : path_(name), bytes_(std::move(bytes)) {
+  with_context(fmt::format("reading {}", name.string()), [&] { read(); });
+}
+
+void GgufFile::read() {
+  const uint64_t size = bytes_->bytes();
+  const std::span bytes(static_cast<const uint8_t*>(bytes_->data()), static_cast<size_t>(size));
+  Cursor c(bytes);
+  version_ = read_version(c);
+  const auto tensors = c.number<uint64_t>("the number of tensors");
+  const auto keys = c.number<uint64_t>("the number of keys");
+  // The smallest key takes 13 bytes, the smallest tensor info 32.
+  check(keys <= c.left() / 13 && tensors <= c.left() / 32,
+        "it claims {} keys and {} tensors in {} bytes", keys, tensors, size);
+  for (uint64_t i = 0; i < keys; ++i) {
+    const std::string key(c.string("a key"));
+    const GgufValue v = read_value(c, bytes, key);
+    check(values_.emplace(key, v).second, "key {} is given twice", shown(key));
+  }
+  std::vector<uint64_t> offsets;
+  for (uint64_t i = 0; i < tensors; ++i) {
+    auto [t, offset] = read_tensor(c);
+    check(index_.emplace(t.name, tensors_.size()).second, "tensor {} is given twice",
+          shown(t.name));
+    tensors_.push_back(std::move(t));
+    offsets.push_back(offset);
+  }
+  const int64_t alignment = integer("general.alignment").value_or(32);
+  check(alignment >= 1 && alignment <= (1 << 20) &&
+            std::has_single_bit(static_cast<uint64_t>(alignment)),
+        "general.alignment is {}, a power of two is expected", alignment);
+  const auto a = static_cast<uint64_t>(alignment);
+  const uint64_t start = std::min<uint64_t>((c.at() + a - 1) / a * a, size);
+  place_tensors(tensors_, offsets, bytes.subspan(static_cast<size_t>(start)), a);
 }
 
 // ---- typed access
@@ -336,7 +346,8 @@ Tensor GgufFile::get_f32(std::string_view name) const {
         path_.string(), shown(name), t->type->name);
   const auto offset =
       static_cast<size_t>(t->bytes.data() - static_cast<const uint8_t*>(bytes_->data()));
-  if (t->type->id == kGgmlF32 && offset % alignof(float) == 0) {
+  if (t->type->id == kGgmlF32 &&
+      reinterpret_cast<uintptr_t>(t->bytes.data()) % alignof(float) == 0) {
     return Tensor::view(bytes_, offset, t->shape, DType::F32);
   }
   Tensor out = Tensor::empty(t->shape, DType::F32);

@@ -57,6 +57,8 @@ class GgufFile {
  public:
   // Maps the file and reads keys and tensor infos. Throws Error naming the file and the fault.
   explicit GgufFile(const std::filesystem::path& file);
+  // The same of a file that is in memory, which must outlive this. `name` stands for the path.
+  GgufFile(std::shared_ptr<Storage> bytes, const std::filesystem::path& name);
 
   const std::filesystem::path& path() const { return path_; }
   uint32_t version() const { return version_; }
@@ -81,6 +83,7 @@ class GgufFile {
   Tensor get_f32(std::string_view name) const;
 
  private:
+  void read();  // bytes_
   const GgufValue* value(std::string_view key, bool array) const;
 
   std::filesystem::path path_;

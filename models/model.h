@@ -34,6 +34,7 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   int64_t context() const { return rope_.cos.dim(0); }
+  const nn::RopeTables& rope() const { return rope_; }  // of that many positions
   // ids I32 [B,T], standing at positions first … first + T − 1 → hidden states after the final
   // norm, F32 [B,T,D]. With caches (one a block) earlier tokens are seen and these are added.
   Tensor forward(const Tensor& ids, int64_t first = 0,

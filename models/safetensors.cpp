@@ -113,20 +113,30 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) : path_(file
     check(std::filesystem::is_regular_file(file, error), "no such file, or not a regular one");
     const uintmax_t size = std::filesystem::file_size(file, error);
     check(!error, "cannot read: {}", error.message());
-    check(size >= 10, "{} bytes are too few for a safetensors file", size);
     bytes_ = Storage::map(file, 0, static_cast<size_t>(size));
-    const auto* base = static_cast<const unsigned char*>(bytes_->data());
-    uint64_t length = 0;
-    for (int i = 7; i >= 0; --i) length = length << 8 | base[i];
-    check(length <= kMaxHeader,
-          "a header of {} bytes is refused (at most {}); is this safetensors?", length, kMaxHeader);
-    check(length >= 2 && length <= size - 8,
-          "the header claims {} bytes, the file has {} after its length: cut short?", length,
-          size - 8);
-    data_offset_ = 8 + length;
-    read_header({reinterpret_cast<const char*>(base) + 8, static_cast<size_t>(length)},
-                size - data_offset_);
+    read();
   });
+}
+
+SafetensorsFile::SafetensorsFile(std::shared_ptr<Storage> bytes, const std::filesystem::path& name)
+    : path_(name), bytes_(std::move(bytes)) {
+  with_context(fmt::format("reading {}", name.string()), [&] { read(); });
+}
+
+void SafetensorsFile::read() {
+  const uint64_t size = bytes_->bytes();
+  check(size >= 10, "{} bytes are too few for a safetensors file", size);
+  const auto* base = static_cast<const unsigned char*>(bytes_->data());
+  uint64_t length = 0;
+  for (int i = 7; i >= 0; --i) length = length << 8 | base[i];
+  check(length <= kMaxHeader, "a header of {} bytes is refused (at most {}); is this safetensors?",
+        length, kMaxHeader);
+  check(length >= 2 && length <= size - 8,
+        "the header claims {} bytes, the file has {} after its length: cut short?", length,
+        size - 8);
+  data_offset_ = 8 + length;
+  read_header({reinterpret_cast<const char*>(base) + 8, static_cast<size_t>(length)},
+              size - data_offset_);
 }
 
 void SafetensorsFile::read_header(std::string_view header, uint64_t data_bytes) {
@@ -166,7 +176,8 @@ Tensor SafetensorsFile::get(std::string_view name) const {
   check(e->type.has_value(), "{}: tensor {} has dtype {}, which cannot be read here",
         path_.string(), shown(name), e->dtype);
   const uint64_t offset = data_offset_ + e->begin;
-  if (offset % dtype_size(*e->type) == 0) return Tensor::view(bytes_, offset, e->shape, *e->type);
+  const auto address = reinterpret_cast<uintptr_t>(bytes_->data()) + offset;
+  if (address % dtype_size(*e->type) == 0) return Tensor::view(bytes_, offset, e->shape, *e->type);
   Tensor copy = Tensor::empty(e->shape, *e->type);
   if (e->end > e->begin) {
     std::memcpy(copy.raw(), static_cast<const char*>(bytes_->data()) + offset, e->end - e->begin);

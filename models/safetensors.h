@@ -38,6 +38,8 @@ class SafetensorsFile {
  public:
   // Maps the file and reads its header. Throws Error naming the file and the fault.
   explicit SafetensorsFile(const std::filesystem::path& file);
+  // The same of a file that is in memory; tensors are views of `bytes`. `name` stands for the path.
+  SafetensorsFile(std::shared_ptr<Storage> bytes, const std::filesystem::path& name);
 
   const std::filesystem::path& path() const { return path_; }
   const Metadata& metadata() const { return metadata_; }
@@ -53,6 +55,7 @@ class SafetensorsFile {
   uint64_t data_offset() const { return data_offset_; }
 
  private:
+  void read();  // bytes_
   void read_header(std::string_view header, uint64_t data_bytes);
 
   std::filesystem::path path_;

@@ -6,7 +6,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <map>
 
 #include "tensor/error.h"
 
@@ -106,9 +105,10 @@ uint64_t Xoshiro256::next() {
 
 Sampler::Sampler(SamplerOptions options) : options_(std::move(options)), random_(options_.seed) {}
 
-std::vector<double> Sampler::adjusted(std::span<const float> logits,
-                                      std::span<const int32_t> history) const {
-  std::vector<double> x(logits.begin(), logits.end());
+void Sampler::adjust(std::span<const float> logits, std::span<const int32_t> history,
+                     Work& work) const {
+  std::vector<double>& x = work.logits;
+  x.assign(logits.begin(), logits.end());
   for (size_t i = 0; i < x.size(); ++i)
     check(!std::isnan(x[i]),
           "sampling: the logit of token {} is NaN; the model's weights are broken", i);
@@ -118,22 +118,29 @@ std::vector<double> Sampler::adjusted(std::span<const float> logits,
   const int64_t seen = options_.repeat_last_n < 0 ? n : std::min(n, options_.repeat_last_n);
   const bool penalised = options_.repeat_penalty != 1.0 || options_.presence_penalty != 0.0 ||
                          options_.frequency_penalty != 0.0;
-  if (!penalised) return x;
-  std::map<int32_t, int> counts;
-  for (const int32_t id : history.subspan(static_cast<size_t>(n - seen))) ++counts[id];
-  for (const auto& [id, count] : counts) {
+  if (!penalised) return;
+  std::vector<int32_t>& recent = work.recent;
+  if (options_.repeat_last_n > 0)
+    recent.reserve(static_cast<size_t>(std::min<int64_t>(options_.repeat_last_n, 4096)));
+  recent.assign(history.end() - seen, history.end());
+  std::sort(recent.begin(), recent.end());
+  for (size_t i = 0, next; i < recent.size(); i = next) {
+    const int32_t id = recent[i];
+    for (next = i; next < recent.size() && recent[next] == id; ++next) {
+    }
     if (id < 0 || static_cast<size_t>(id) >= x.size()) continue;
     double& logit = x[static_cast<size_t>(id)];
     logit = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
-    logit -= options_.presence_penalty + options_.frequency_penalty * count;
+    logit -= options_.presence_penalty + options_.frequency_penalty * static_cast<double>(next - i);
   }
-  return x;
 }
 
-std::vector<Candidate> Sampler::candidates(std::span<const float> logits,
-                                           std::span<const int32_t> history) const {
-  const std::vector<double> x = adjusted(logits, history);
-  std::vector<Candidate> list;
+void Sampler::choose(std::span<const float> logits, std::span<const int32_t> history,
+                     Work& work) const {
+  adjust(logits, history, work);
+  const std::vector<double>& x = work.logits;
+  std::vector<Candidate>& list = work.list;
+  list.clear();
   if (options_.temperature == 0) {
     const auto largest = std::max_element(x.begin(), x.end());  // the first of equals
     if (largest != x.end() && *largest > kForbidden)
@@ -144,16 +151,23 @@ std::vector<Candidate> Sampler::candidates(std::span<const float> logits,
       if (x[i] > kForbidden) list.push_back({static_cast<int32_t>(i), x[i], 0.0});
   }
   check(!list.empty(), "sampling: every token is forbidden; see --logit-bias");
-  if (options_.temperature == 0) return list;
+  if (options_.temperature == 0) return;
   keep_top_k(list, options_.top_k);
   keep_top_p(list, options_.top_p);
   keep_min_p(list, options_.min_p);
   softmax(list, options_.temperature);
-  return list;
+}
+
+std::vector<Candidate> Sampler::candidates(std::span<const float> logits,
+                                           std::span<const int32_t> history) const {
+  Work work;
+  choose(logits, history, work);
+  return std::move(work.list);
 }
 
 int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> history) {
-  const std::vector<Candidate> list = candidates(logits, history);
+  choose(logits, history, work_);
+  const std::vector<Candidate>& list = work_.list;
   if (list.size() == 1) return list.front().id;
   double left = random_.uniform();
   for (const Candidate& c : list) {

@@ -53,8 +53,8 @@ class Sampler {
  public:
   explicit Sampler(SamplerOptions options);
 
-  // logits [V] of the next token; history: all tokens so far, the prompt's too. Throws Error on
-  // NaN, and when every token is forbidden.
+  // logits [V] of the next token; history: all tokens so far, the prompt's too. Its memory is kept
+  // from call to call. Throws Error on NaN, and when every token is forbidden.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> history);
   // What sample() draws from, most probable first; one candidate at temperature 0.
   std::vector<Candidate> candidates(std::span<const float> logits,
@@ -62,11 +62,17 @@ class Sampler {
   const SamplerOptions& options() const { return options_; }
 
  private:
-  std::vector<double> adjusted(std::span<const float> logits,
-                               std::span<const int32_t> history) const;
+  struct Work {
+    std::vector<double> logits;   // [V], after bias and penalties
+    std::vector<int32_t> recent;  // what penalties look at, sorted
+    std::vector<Candidate> list;
+  };
+  void adjust(std::span<const float> logits, std::span<const int32_t> history, Work& work) const;
+  void choose(std::span<const float> logits, std::span<const int32_t> history, Work& work) const;
 
   SamplerOptions options_;
   Xoshiro256 random_;
+  Work work_;
 };
 
 }  // namespace omq

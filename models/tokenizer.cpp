@@ -188,19 +188,35 @@ const std::string& Tokenizer::token_piece(int32_t id) const {
   return data_->pieces[id];
 }
 
-std::string Tokenizer::token_bytes(int32_t id) const {
-  const std::string& piece = token_piece(id);
+void Tokenizer::append_bytes(int32_t id, std::string& out) const {
+  const std::string_view piece = token_piece(id);
   const TokenType type = data_->types[id];
-  if (type == TokenType::Control || type == TokenType::Unknown) return piece;
-  if (data_->byte_level) return type == TokenType::Normal ? bytes_of_alphabet(piece) : piece;
+  if (type == TokenType::Control || type == TokenType::Unknown) {
+    out += piece;
+    return;
+  }
+  if (data_->byte_level) {
+    if (type == TokenType::Normal)
+      append_bytes_of_alphabet(piece, out);
+    else
+      out += piece;
+    return;
+  }
   if (type == TokenType::Byte)
-    if (const auto byte = byte_of_piece(piece)) return std::string(1, static_cast<char>(*byte));
-  std::string out;
+    if (const auto byte = byte_of_piece(piece)) {
+      out += static_cast<char>(*byte);
+      return;
+    }
   for (size_t i = 0; i < piece.size();) {
-    const bool mark = std::string_view(piece).substr(i, kWordMark.size()) == kWordMark;
+    const bool mark = piece.substr(i, kWordMark.size()) == kWordMark;
     out += mark ? ' ' : piece[i];
     i += mark ? kWordMark.size() : 1;
   }
+}
+
+std::string Tokenizer::token_bytes(int32_t id) const {
+  std::string out;
+  append_bytes(id, out);
   return out;
 }
 
@@ -245,22 +261,30 @@ std::string Tokenizer::to_tokenizer_config_json() const {
 std::string Tokenizer::to_generation_config_json() const { return write_generation_config(*data_); }
 
 StreamDecoder::StreamDecoder(Tokenizer tokenizer, DecodeOptions options)
-    : tokenizer_(std::move(tokenizer)), options_(options), at_start_(options.start_of_text) {}
-
-std::string StreamDecoder::push(int32_t id) {
-  if (options_.skip_special && tokenizer_.is_special(id)) return {};
-  std::string bytes = tokenizer_.token_bytes(id);
-  if (at_start_ && !bytes.empty()) {
-    if (tokenizer_.strips_first_space() && bytes[0] == ' ') bytes.erase(0, 1);
-    at_start_ = false;
-  }
-  pending_ += bytes;
-  return utf8_take(pending_, false);
+    : tokenizer_(std::move(tokenizer)), options_(options), at_start_(options.start_of_text) {
+  constexpr size_t kUsual = 256;  // bytes of a token's text: rarely more
+  pending_.reserve(kUsual);
+  text_.reserve(kUsual);
 }
 
-std::string StreamDecoder::flush() {
+const std::string& StreamDecoder::push(int32_t id) {
+  text_.clear();
+  if (options_.skip_special && tokenizer_.is_special(id)) return text_;
+  const size_t begin = pending_.size();
+  tokenizer_.append_bytes(id, pending_);
+  if (at_start_ && pending_.size() > begin) {
+    if (tokenizer_.strips_first_space() && pending_[begin] == ' ') pending_.erase(begin, 1);
+    at_start_ = false;
+  }
+  utf8_take(pending_, false, text_);
+  return text_;
+}
+
+const std::string& StreamDecoder::flush() {
   at_start_ = options_.start_of_text;
-  return utf8_take(pending_, true);
+  text_.clear();
+  utf8_take(pending_, true, text_);
+  return text_;
 }
 
 }  // namespace omq

@@ -79,6 +79,7 @@ class Tokenizer {
   // The bytes that one token stands for, possibly part of a character; a control token gives its
   // own text.
   std::string token_bytes(int32_t id) const;
+  void append_bytes(int32_t id, std::string& out) const;  // the same, behind `out`
 
   int64_t vocab_size() const;  // highest id + 1
   const std::string& token_piece(
@@ -115,13 +116,14 @@ class StreamDecoder {
  public:
   // start_of_text false when the tokens continue a prompt: their first space is then real.
   explicit StreamDecoder(Tokenizer tokenizer, DecodeOptions options = {.start_of_text = false});
-  std::string push(int32_t id);
-  std::string flush();  // what still waits, as U+FFFD; then starts anew
+  // The text is valid until the next call.
+  const std::string& push(int32_t id);
+  const std::string& flush();  // what still waits, as U+FFFD; then starts anew
 
  private:
   Tokenizer tokenizer_;
   DecodeOptions options_;
-  std::string pending_;
+  std::string pending_, text_;
   bool at_start_;
 };
 

@@ -106,6 +106,7 @@ struct TokenizerData {
 const std::array<std::string, 256>& byte_alphabet();
 // The bytes that a piece of that alphabet stands for; characters outside it stand for themselves.
 std::string bytes_of_alphabet(std::string_view piece);
+void append_bytes_of_alphabet(std::string_view piece, std::string& out);  // the same, behind `out`
 // "<0x0A>" → 10; nothing for any other piece.
 std::optional<uint8_t> byte_of_piece(std::string_view piece);
 inline constexpr std::string_view kWordMark = "\xE2\x96\x81";  // U+2581

@@ -62,8 +62,7 @@ void utf8_append(std::string& out, char32_t c) {
   }
 }
 
-std::string utf8_take(std::string& pending, bool final) {
-  std::string out;
+void utf8_take(std::string& pending, bool final, std::string& out) {
   size_t i = 0;
   while (i < pending.size()) {
     const Utf8Char c = utf8_at(pending, i);
@@ -75,15 +74,15 @@ std::string utf8_take(std::string& pending, bool final) {
     i += c.length;
   }
   pending.erase(0, i);
-  return out;
 }
 
 std::string_view utf8_valid(std::string_view text, std::string& storage) {
   for (size_t i = 0; i < text.size();) {
     const Utf8Char c = utf8_at(text, i);
     if (c.kind != Utf8Char::Valid) {
-      storage = text;
-      storage = utf8_take(storage, true);
+      std::string pending(text);
+      storage.clear();
+      utf8_take(pending, true, storage);
       return storage;
     }
     i += c.length;

@@ -26,8 +26,9 @@ char32_t utf8_next(std::string_view text, size_t& i);
 void utf8_append(std::string& out, char32_t c);
 // The text itself when valid, else a copy in `storage` with U+FFFD in place of bad bytes.
 std::string_view utf8_valid(std::string_view text, std::string& storage);
-// Takes the complete characters out of `pending`; with `final` also an incomplete tail, as U+FFFD.
-std::string utf8_take(std::string& pending, bool final);
+// Moves the complete characters of `pending` behind `out`; with `final` also an incomplete tail, as
+// U+FFFD.
+void utf8_take(std::string& pending, bool final, std::string& out);
 
 enum class CharClass : unsigned char { Letter, Number, Space, Other };
 // Unicode general category L*, N*, the property White_Space, anything else.

@@ -36,8 +36,7 @@ class KVCache {
   // Forgets all tokens from position `length` on.
   void truncate(int64_t length);
 
- private:
-  // Either floats or codes.
+  // Either floats or codes, of all the capacity.
   struct Store {
     Tensor floats;  // F32 [B, capacity, K, d]
     QuantizedRows codes;
@@ -45,6 +44,12 @@ class KVCache {
     void write(int64_t at, const Tensor& x);
     Tensor read(int64_t begin, int64_t end) const;
   };
+  // As stored, for readers that take tokens one by one.
+  const Store& keys() const { return k_; }
+  const Store& values() const { return v_; }
+  int64_t batch() const { return shape_[0]; }
+
+ private:
   Shape shape_;  // [B, capacity, K, d]
   CacheQuant quant_;
   Store k_, v_;

@@ -1,5 +1,5 @@
-// The thread pool behind parallel_for. One job at a time; chunks are dealt by an atomic counter,
-// which decides only who runs a chunk, never what the chunk is.
+// The thread pools behind parallel_for. One job at a time in each; chunks are dealt by an atomic
+// counter, which decides only who runs a chunk, never what the chunk is.
 #include "tensor/parallel.h"
 
 #include <pthread.h>
@@ -12,9 +12,12 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "tensor/thread_pool.h"
 
 namespace omq {
 namespace {
@@ -44,19 +47,20 @@ struct Job {
   void* context = nullptr;
 };
 
+class Pool;
+thread_local Pool* own_pool = nullptr;  // null: the process's
+
 class Pool {
  public:
+  explicit Pool(int threads) : count_(threads > 0 ? threads : default_threads()) {}
   ~Pool() { stop(); }
 
-  int threads() {
-    if (count_ == 0) count_ = default_threads();
-    return count_;
-  }
+  int threads() const { return count_.load(std::memory_order_relaxed); }
 
   void set_threads(int n) {
     std::lock_guard busy(run_mutex_);
     stop();
-    count_ = std::max(1, n);
+    count_.store(std::max(1, n));
   }
 
   void run(const Job& job) {
@@ -111,13 +115,18 @@ class Pool {
   }
 
   void start() {
-    while (static_cast<int>(workers_.size()) < count_ - 1) {
+    while (static_cast<int>(workers_.size()) < threads() - 1) {
       const uint64_t seen = generation_.load();
-      workers_.emplace_back([this, seen] { loop(seen); });
+      try {
+        workers_.emplace_back([this, seen] { loop(seen); });
+      } catch (const std::system_error&) {  // no more threads here: those that there are will do
+        count_.store(static_cast<int>(workers_.size()) + 1);
+      }
     }
   }
 
   void loop(uint64_t seen) {
+    own_pool = this;
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + kSpin;
       while (generation_.load(std::memory_order_acquire) == seen &&
@@ -152,7 +161,7 @@ class Pool {
   }
 
   static thread_local bool inside_;
-  int count_ = 0;
+  std::atomic<int> count_;
   std::mutex run_mutex_, mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
@@ -167,11 +176,23 @@ class Pool {
 thread_local bool Pool::inside_ = false;
 
 Pool& pool() {
-  static Pool p;
+  if (own_pool) return *own_pool;
+  static Pool p(0);
   return p;
 }
 
 }  // namespace
+
+struct ThreadPool::Impl {
+  explicit Impl(int threads) : pool(threads) {}
+  Pool pool;
+};
+ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>(threads)) {}
+ThreadPool::~ThreadPool() = default;
+int ThreadPool::threads() const { return impl_->pool.threads(); }
+
+UsePool::UsePool(ThreadPool& pool) : before_(std::exchange(own_pool, &pool.impl_->pool)) {}
+UsePool::~UsePool() { own_pool = static_cast<Pool*>(before_); }
 
 int num_threads() { return pool().threads(); }
 void set_num_threads(int n) { pool().set_threads(n); }

@@ -6,15 +6,39 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
+#include "tensor/allocator.h"
 #include "tensor/error.h"
 
 namespace omq {
 
+namespace {
+
+constexpr size_t kAlign = 64;
+thread_local const Allocator* own_allocator = nullptr;
+
+}  // namespace
+
+AllocatorScope::AllocatorScope(const Allocator& allocator)
+    : before_(std::exchange(own_allocator, &allocator)) {}
+AllocatorScope::~AllocatorScope() { own_allocator = before_; }
+
 std::shared_ptr<Storage> Storage::allocate(size_t bytes, Device device) {
   std::shared_ptr<Storage> s(new Storage);
+  if (own_allocator && device.type == DeviceType::CPU) {
+    const Allocator a = *own_allocator;
+    const size_t size = (std::max<size_t>(bytes, 1) + kAlign - 1) / kAlign * kAlign;
+    s->data_ = a.alloc(a.user, size, kAlign);
+    check(s->data_ != nullptr, "out of memory: {} bytes wanted, the allocator gave none", size);
+    s->keep_alive_ =
+        std::shared_ptr<void>(s->data_, [a, size](void* p) { a.free(a.user, p, size); });
+    s->bytes_ = bytes;
+    return s;
+  }
   s->data_ = device_api(device).alloc(bytes, device.index);
   s->bytes_ = bytes;
   s->device_ = device;

@@ -9,8 +9,10 @@
 #include <cmath>
 #include <ctime>
 #include <numeric>
+#include <optional>
 
 #include "autograd/node.h"
+#include "models/decode_plan.h"
 #include "models/packed_model.h"
 #include "tensor/bandwidth.h"
 #include "tensor/isa.h"
@@ -98,9 +100,10 @@ double median(std::vector<double> v) {
 class Tokens {
  public:
   explicit Tokens(int64_t vocab) : vocab_(static_cast<uint64_t>(vocab)), random_(1) {}
+  int32_t next_id() { return static_cast<int32_t>(random_.next() % vocab_); }
   Tensor next(int64_t n) {
     std::vector<int32_t> ids;
-    for (int64_t i = 0; i < n; ++i) ids.push_back(static_cast<int32_t>(random_.next() % vocab_));
+    for (int64_t i = 0; i < n; ++i) ids.push_back(next_id());
     return Tensor::from<int32_t>(ids, {1, n});
   }
 
@@ -113,7 +116,16 @@ double run_once(const Model& model, const Test& test, int64_t batch) {
   const NoGrad off;
   Tokens tokens(model.config().vocab_size);
   auto caches = model.new_caches(1, test.tokens());
+  std::optional<DecodePlan> plan;
+  if (test.prompt == 0 && DecodePlan::supports(model)) plan.emplace(model, test.tokens());
   const auto start = Clock::now();
+  if (plan) {
+    for (int64_t at = 0; at < test.tokens(); ++at) {
+      plan->step(tokens.next_id(), caches);
+      plan->logits();
+    }
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
   const int64_t step = test.prompt > 0 ? batch : 1;
   for (int64_t at = 0; at < test.tokens(); at += step) {
     const int64_t n = std::min(step, test.tokens() - at);
@@ -141,6 +153,11 @@ Samples measure(const Model& model, const Test& test, const Options& o, ReadBand
     if (bandwidth) s.bandwidth.push_back(bandwidth->pass());
   }
   return s;
+}
+
+std::string decode_path(const Model& model) {
+  const std::string reason = DecodePlan::unsupported(model);
+  return reason.empty() ? "plan" : "blocks: " + reason;
 }
 
 json row(const OpenModel& m, const Options& o, const Test& test, const Samples& s,
@@ -174,6 +191,7 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"stddev_ts", deviation(rates)},
             {"samples_ts", rates}};
   if (test.gen > 0) {
+    j["decode"] = decode_path(*m.model);
     const double gbs = median(rates) * static_cast<double>(m.size.token_bytes) / 1e9;
     j["bytes_per_token"] = m.size.token_bytes;
     j["gigabytes_per_second"] = gbs;

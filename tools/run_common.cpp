@@ -110,6 +110,10 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
                options.model, model_name(m), cli::human_bytes(static_cast<double>(m.size.bytes)),
                m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(),
                m.seconds);
+  if (const std::string reason = DecodePlan::unsupported(*m.model);
+      !options.quiet && !reason.empty())
+    fmt::print(stderr, "{}: single tokens run block by block, which is slower: {}\n", options.model,
+               reason);
   return m;
 }
 

@@ -15,6 +15,7 @@
 
 #include "tensor/cpu/gemm.h"
 #include "tensor/cpu/packed_isa.h"
+#include "tensor/cpu/panel_view.h"
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 #include "tensor/parallel.h"
@@ -79,36 +80,6 @@ int64_t check_product(const char* op, const Tensor& y, const Tensor& x, int64_t 
   check(y.shape() == (Shape{x.dim(0), rows}), "{}: y is {}, expected [{}, {}]", op, y.shape(),
         x.dim(0), rows);
   return x.dim(0);
-}
-
-// chunk_cols: the most columns of a chunk.
-PanelView view_of(const char* op, const PackedInt& w, int64_t chunk_cols = kChunkCols) {
-  const int bits = w.spec.bits;
-  check(bits == 2 || bits == 3 || bits == 4 || bits == 8,
-        "{}: stored width is 2, 3, 4 or 8 bits, got {}", op, bits);
-  check(w.rows > 0 && w.cols > 0 && w.spec.group_size >= 0,
-        "{}: a packed matrix [{}, {}] with groups of {} is malformed", op, w.rows, w.cols,
-        w.spec.group_size);
-  check_plain(op, "the packed data", w.data, DType::U8);
-  check(static_cast<int64_t>(w.data.nbytes()) == w.nbytes(),
-        "{}: a [{}, {}] matrix of {} bits takes {} bytes, the data has {}", op, w.rows, w.cols,
-        bits, w.nbytes(), w.data.nbytes());
-  const int64_t groups = w.groups(), full = std::min(w.spec.group_cols(w.cols), w.cols);
-  const int64_t last = w.group_columns(groups - 1);
-  const auto chunks = [=](int64_t cols) { return (cols + chunk_cols - 1) / chunk_cols; };
-  return {.data = w.data.data<uint8_t>(),
-          .rows = w.rows,
-          .cols = w.cols,
-          .bits = bits,
-          .symmetric = w.spec.symmetric,
-          .groups = groups,
-          .group_cols = full,
-          .last_cols = last,
-          .block_bytes = w.block_bytes(0),
-          .panel_bytes = w.panel_bytes(),
-          .chunk_cols = chunk_cols,
-          .chunks = (groups - 1) * chunks(full) + chunks(last),
-          .chunk_stride = std::min(chunk_cols, (full + 15) / 16 * 16)};
 }
 
 // y = x · wᵀ from the packed form: rows of x are prepared once, then every panel meets them.
@@ -204,6 +175,46 @@ void dequantize_row(const PackedInt& w, const PanelView& view, int64_t row, floa
   }
 }
 
+// Rows begin … end − 1 of w as F32 [end − begin, cols]: w itself when it is F32.
+const float* dense_rows(const PackedIsa& isa, const DenseView& w, int64_t begin, int64_t end) {
+  if (w.type == Stored::F32) return static_cast<const float*>(w.data) + begin * w.cols;
+  auto* out = static_cast<float*>(scratch<Use::Tile>((end - begin) * w.cols * 4));
+  isa.widen(static_cast<const uint16_t*>(w.data) + begin * w.cols, w.type, out,
+            (end - begin) * w.cols);
+  return out;
+}
+
+}  // namespace
+
+PanelView view_of(const char* op, const PackedInt& w, int64_t chunk_cols) {
+  const int bits = w.spec.bits;
+  check(bits == 2 || bits == 3 || bits == 4 || bits == 8,
+        "{}: stored width is 2, 3, 4 or 8 bits, got {}", op, bits);
+  check(w.rows > 0 && w.cols > 0 && w.spec.group_size >= 0,
+        "{}: a packed matrix [{}, {}] with groups of {} is malformed", op, w.rows, w.cols,
+        w.spec.group_size);
+  check_plain(op, "the packed data", w.data, DType::U8);
+  check(static_cast<int64_t>(w.data.nbytes()) == w.nbytes(),
+        "{}: a [{}, {}] matrix of {} bits takes {} bytes, the data has {}", op, w.rows, w.cols,
+        bits, w.nbytes(), w.data.nbytes());
+  const int64_t groups = w.groups(), full = std::min(w.spec.group_cols(w.cols), w.cols);
+  const int64_t last = w.group_columns(groups - 1);
+  const auto chunks = [=](int64_t cols) { return (cols + chunk_cols - 1) / chunk_cols; };
+  return {.data = w.data.data<uint8_t>(),
+          .rows = w.rows,
+          .cols = w.cols,
+          .bits = bits,
+          .symmetric = w.spec.symmetric,
+          .groups = groups,
+          .group_cols = full,
+          .last_cols = last,
+          .block_bytes = w.block_bytes(0),
+          .panel_bytes = w.panel_bytes(),
+          .chunk_cols = chunk_cols,
+          .chunks = (groups - 1) * chunks(full) + chunks(last),
+          .chunk_stride = std::min(chunk_cols, (full + 15) / 16 * 16)};
+}
+
 Stored stored_type(const Tensor& w) {
   switch (w.dtype()) {
     case DType::F32:
@@ -216,17 +227,6 @@ Stored stored_type(const Tensor& w) {
       fail("dense_matmul: w must be F32, BF16 or F16, got {}", dtype_name(w.dtype()));
   }
 }
-
-// Rows begin … end − 1 of w as F32 [end − begin, cols]: w itself when it is F32.
-const float* dense_rows(const PackedIsa& isa, const DenseView& w, int64_t begin, int64_t end) {
-  if (w.type == Stored::F32) return static_cast<const float*>(w.data) + begin * w.cols;
-  auto* out = static_cast<float*>(scratch<Use::Tile>((end - begin) * w.cols * 4));
-  isa.widen(static_cast<const uint16_t*>(w.data) + begin * w.cols, w.type, out,
-            (end - begin) * w.cols);
-  return out;
-}
-
-}  // namespace
 
 void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
   const PanelView view = view_of("packed_matmul", w);

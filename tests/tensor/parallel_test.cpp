@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensor/thread_pool.h"
+
 namespace omq {
 namespace {
 
@@ -128,6 +130,48 @@ TEST_CASE("the number of threads can change between jobs") {
     CHECK(num_threads() == std::max(1, n));
     CHECK(chunks_of(10, 4).size() == 3);
   }
+}
+
+TEST_CASE("a pool of one's own, for as long as it is used, on this thread alone") {
+  const Threads scope(2);
+  ThreadPool three(3), one(1);
+  CHECK(three.threads() == 3);
+  CHECK(ThreadPool().threads() >= 1);
+  {
+    const UsePool use(three);
+    CHECK(num_threads() == 3);
+    CHECK(chunks_of(10, 4).size() == 3);
+    {
+      const UsePool inner(one);
+      CHECK(num_threads() == 1);
+    }
+    set_num_threads(4);
+    CHECK(num_threads() == 4);
+    int elsewhere = 0;
+    std::thread([&] { elsewhere = num_threads(); }).join();
+    CHECK(elsewhere == 2);
+  }
+  CHECK(three.threads() == 4);
+  CHECK(num_threads() == 2);
+}
+
+TEST_CASE("two callers with a pool each run side by side, nested calls and all") {
+  std::vector<std::thread> callers;
+  std::atomic<int64_t> total{0};
+  std::atomic<int> wrong{0};
+  for (int c = 0; c < 2; ++c)
+    callers.emplace_back([&, c] {
+      ThreadPool pool(2 + c);
+      const UsePool use(pool);
+      for (int round = 0; round < 300; ++round)
+        parallel_for(50, 3, [&](int64_t begin, int64_t end) {
+          parallel_for(end - begin, 1, [&](int64_t, int64_t) { total++; });
+          if (num_threads() != 2 + c) wrong++;  // a worker is of its pool
+        });
+    });
+  for (auto& c : callers) c.join();
+  CHECK(total == 2 * 300 * 50);
+  CHECK(wrong == 0);
 }
 
 }  // namespace omq

@@ -1,0 +1,46 @@
+// DecodePlan: one token through all layers of a model, in fixed buffers (ARCHITECTURE §8).
+//
+// Five stages a layer, each one dispatch of the pool: [norm, q, k, v] → [rotation, cache,
+// attention] → [o + residual] → [norm, gate, up, SiLU ⊙] → [down + residual]; then norm and head.
+// Matrices that read the same row share its quantised form (tensor/row_products.h). All memory is
+// taken when the plan is made: a step records nothing and allocates nothing. The blocks
+// (models/llama.h) are its definition; the tests hold the two equal. CPU only.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "models/model.h"
+#include "nn/kv_cache.h"
+
+namespace omq {
+
+class DecodePlan {
+ public:
+  // Why the plan cannot run this model, whose blocks then must: "" when it can. What it cannot:
+  // other devices, weights of an unknown form, quantised probabilities (p_bits), transformed
+  // inputs.
+  static std::string unsupported(const Model& model);
+  static bool supports(const Model& model) { return unsupported(model).empty(); }
+
+  // capacity: the most tokens of the caches. Shares the model's weights; takes the instruction set
+  // in use now. Throws Error when the model is not supported.
+  DecodePlan(const Model& model, int64_t capacity);
+  ~DecodePlan();
+  DecodePlan(DecodePlan&&) noexcept;
+
+  // Puts `token` behind what the caches (one a block, of one sequence) hold. Hidden states after
+  // the final norm stay in the plan; logits() multiplies them. Throws Error when the token is
+  // unknown or the caches are full or not as the model's.
+  void step(int32_t token, std::vector<nn::KVCache>& caches);
+  // Of the token after the last step: [V], valid until the next call.
+  std::span<const float> logits();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace omq

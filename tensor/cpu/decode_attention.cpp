@@ -1,0 +1,161 @@
+// DecodeAttention on the CPU.
+#include "tensor/decode_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "tensor/cpu/loops.h"
+#include "tensor/numeric.h"
+
+namespace omq {
+
+namespace {
+
+constexpr int64_t kRun = 256;      // keys of a task
+constexpr int64_t kAlone = 32768;  // products; below, waking a thread costs more than it saves
+
+// Row (token, head) of a cache; what is not stored as floats is made in `scratch` [d].
+class Rows {
+ public:
+  Rows(const CachedRows& c, int64_t kv_heads, int64_t d)
+      : kv_heads_(kv_heads), d_(d), bytes_(c.floats.defined() ? 0 : c.codes.code_bytes()) {
+    if (c.floats.defined()) {
+      floats_ = c.floats.data<float>();
+    } else {
+      codes_ = c.codes.codes.data<uint8_t>();
+      grid_ = c.codes.grid.data<float>();
+      paired_ = c.codes.paired;
+    }
+  }
+  const float* at(int64_t token, int64_t head, float* scratch) const {
+    const int64_t row = token * kv_heads_ + head;
+    if (floats_) return floats_ + row * d_;
+    const uint8_t* codes = codes_ + row * bytes_;
+    const float scale = grid_[2 * row], zero = grid_[2 * row + 1];
+    if (!paired_) {
+      for (int64_t i = 0; i < d_; ++i) scratch[i] = (static_cast<float>(codes[i]) - zero) * scale;
+      return scratch;
+    }
+    for (int64_t i = 0; i < d_ / 2; ++i) {
+      scratch[2 * i] = (static_cast<float>(codes[i] & 15) - zero) * scale;
+      scratch[2 * i + 1] = (static_cast<float>(codes[i] >> 4) - zero) * scale;
+    }
+    if (d_ % 2) scratch[d_ - 1] = (static_cast<float>(codes[d_ / 2] & 15) - zero) * scale;
+    return scratch;
+  }
+
+ private:
+  const float* floats_ = nullptr;
+  const uint8_t* codes_ = nullptr;
+  const float* grid_ = nullptr;
+  bool paired_ = false;
+  int64_t kv_heads_, d_, bytes_;
+};
+
+int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // floats to whole cache lines
+
+}  // namespace
+
+struct DecodeAttention::Impl {
+  int64_t heads, kv_heads, d, group, runs;
+  // A slot a task: what it found of each of its query heads (its y [d], the largest score, Σ exp),
+  // then a row of floats and the scores.
+  int64_t found_floats, slot_floats;
+  Tensor slots;
+
+  float* slot(int64_t task) const { return slots.data<float>() + task * slot_floats; }
+  void run(const float* q, const Rows& k, const Rows& v, int64_t head, int64_t begin, int64_t n,
+           float* slot) const;
+  void join(int64_t head, int64_t used, float* y) const;
+};
+
+// Attention to keys begin … begin + n − 1 alone, as the general kernel forms it (attention.cpp,
+// plain_row), so that up to kRun keys give its bits. q: of the query heads that share this head.
+void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, int64_t head,
+                                int64_t begin, int64_t n, float* at) const {
+  float* scratch = at + group * found_floats;
+  float* scores = scratch + padded(d);
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
+  for (int64_t s = 0; s < n; ++s) {
+    const float* key = k.at(begin + s, head, scratch);
+    for (int64_t g = 0; g < group; ++g) {
+      const float* query = q + g * d;
+      scores[g * kRun + s] =
+          scale * cpu::lane_sum<float>(d, [query, key](int64_t i) { return query[i] * key[i]; });
+    }
+  }
+  for (int64_t g = 0; g < group; ++g) {
+    float *p = scores + g * kRun, *y = at + g * found_floats;
+    const float top = cpu::lane_max<float>(n, p[0], [p](int64_t i) { return p[i]; });
+    for (int64_t i = 0; i < n; ++i) p[i] = exp_fast(p[i] - top);
+    const float total = cpu::lane_sum<float>(n, [p](int64_t i) { return p[i]; });
+    for (int64_t i = 0; i < n; ++i) p[i] /= total;
+    std::fill_n(y, d, 0.0f);
+    y[d] = top, y[d + 1] = total;
+  }
+  for (int64_t s = 0; s < n; ++s) {
+    const float* value = v.at(begin + s, head, scratch);
+    for (int64_t g = 0; g < group; ++g) {
+      float* y = at + g * found_floats;
+      const float weight = scores[g * kRun + s];
+      for (int64_t i = 0; i < d; ++i) y[i] += weight * value[i];
+    }
+  }
+}
+
+// The runs of one key/value head, in order.
+void DecodeAttention::Impl::join(int64_t head, int64_t used, float* y) const {
+  for (int64_t g = 0; g < group; ++g) {
+    const auto found = [&](int64_t r) { return slot(r * kv_heads + head) + g * found_floats; };
+    float* out = y + (head * group + g) * d;
+    std::copy_n(found(0), d, out);
+    float top = found(0)[d], total = found(0)[d + 1];
+    for (int64_t r = 1; r < used; ++r) {
+      const float* part = found(r);
+      const float higher = std::max(top, part[d]);
+      const float before = total * exp_fast(top - higher),
+                  more = part[d + 1] * exp_fast(part[d] - higher);
+      top = higher;
+      total = before + more;
+      const float keep = before / total, add = more / total;
+      for (int64_t i = 0; i < d; ++i) out[i] = out[i] * keep + part[i] * add;
+    }
+  }
+}
+
+DecodeAttention::DecodeAttention(int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                 int64_t capacity)
+    : impl_(std::make_unique<Impl>()) {
+  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && capacity > 0,
+        "decode attention: {} heads over {} of {} values, {} tokens", heads, kv_heads, head_dim,
+        capacity);
+  Impl& m = *impl_;
+  m.heads = heads, m.kv_heads = kv_heads, m.d = head_dim, m.group = heads / kv_heads;
+  m.runs = (capacity + kRun - 1) / kRun;
+  m.found_floats = padded(head_dim + 2);
+  m.slot_floats = m.group * (m.found_floats + kRun) + padded(head_dim);
+  m.slots = Tensor::zeros({m.runs * kv_heads, m.slot_floats});
+}
+DecodeAttention::~DecodeAttention() = default;
+DecodeAttention::DecodeAttention(DecodeAttention&&) noexcept = default;
+
+void DecodeAttention::operator()(const float* q, const CachedRows& k, const CachedRows& v,
+                                 int64_t length, float* y) {
+  const Impl& m = *impl_;
+  check(length > 0 && length <= m.runs * kRun, "decode attention: {} tokens, room for {}", length,
+        m.runs * kRun);
+  const Rows keys(k, m.kv_heads, m.d), values(v, m.kv_heads, m.d);
+  const int64_t used = (length + kRun - 1) / kRun, tasks = used * m.kv_heads;
+  const bool alone = length * m.heads * m.d < kAlone;
+  parallel_for(tasks, alone ? tasks : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t at = task / m.kv_heads * kRun;
+      const int64_t head = task % m.kv_heads;
+      m.run(q + head * m.group * m.d, keys, values, head, at, std::min(kRun, length - at),
+            m.slot(task));
+    }
+  });
+  for (int64_t head = 0; head < m.kv_heads; ++head) m.join(head, used, y);
+}
+
+}  // namespace omq

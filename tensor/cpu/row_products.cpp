@@ -1,0 +1,253 @@
+// RowProducts on the CPU: tasks are runs of rows of one matrix (of both, for SiluMul), listed once.
+//
+// The calling thread brings x into the form that the loops read while the others wait for the
+// dispatch: it is a few microseconds' work at most, less than handing it over would cost.
+#include "tensor/row_products.h"
+
+#include <algorithm>
+
+#include "tensor/cpu/panel_view.h"
+#include "tensor/elementwise.h"
+#include "tensor/kernels.h"
+#include "tensor/parallel.h"
+
+namespace omq {
+
+using cpu::DenseView;
+using cpu::PackedIsa;
+using cpu::PanelView;
+
+namespace {
+
+constexpr int64_t kDenseGrain = 32;  // rows of a dense matrix a task
+
+// Rows of a packed matrix a task: whole panels, at least as many as gemv has streams, so many tasks
+// that threads end together.
+int64_t packed_grain(int64_t panels) {
+  return kPanelRows * std::clamp<int64_t>(panels / 48 * 4, 4, 16);
+}
+
+int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+bool same_chunks(const PanelView& a, const PanelView& b) {
+  return a.groups == b.groups && a.group_cols == b.group_cols && a.last_cols == b.last_cols;
+}
+
+// A row of activations as the packed loops read it: it depends on the groups alone, so matrices of
+// one grouping share it.
+struct Prepared {
+  PanelView view;
+  Tensor bytes;  // U8
+};
+
+struct Part {  // one matrix
+  RowMatrix matrix;
+  bool packed = false;
+  PanelView panels{};
+  DenseView dense{};
+  size_t prepared = 0;  // index
+  int64_t rows = 0, cols = 0;
+  int64_t at = 0;  // of its first row among all
+  const float* bias = nullptr;
+};
+
+struct Task {
+  size_t part;
+  int64_t begin, end;  // rows
+};
+
+}  // namespace
+
+struct RowProducts::Impl {
+  const PackedIsa* floats = nullptr;  // loops for a row of floats
+  const PackedIsa* codes = nullptr;   // and for one of codes; null: x is not multiplied as codes
+  RowOutput output = RowOutput::Store;
+  std::optional<RowQuant> input;
+  std::vector<Part> parts;
+  std::vector<Prepared> prepared;
+  std::vector<Task> tasks;
+  QuantizedRows quantized;  // x as codes
+  Tensor on_grid;           // x as the floats that these stand for
+  Tensor products;          // [Σ N], before the output is formed; unused by Store
+  Tensor scratch;           // of gemm_codes, a slot a task
+  int64_t cols = 0, rows = 0;
+
+  void add(RowMatrix m);
+  void share_out();
+  void prepare_input();
+  const float* prepare(const Tensor& x);
+  void multiply(const Part& p, const float* x, float* y, int64_t begin, int64_t end, size_t task);
+  void run(const Task& t, size_t index, const float* x, float* y);
+  size_t prepared_for(const PanelView& view);
+};
+
+// ---- once ----
+
+size_t RowProducts::Impl::prepared_for(const PanelView& view) {
+  for (size_t i = 0; i < prepared.size(); ++i)
+    if (same_chunks(prepared[i].view, view)) return i;
+  const bool plain = codes && !codes->prepare_codes_for_gemv;
+  const int64_t bytes = plain ? cpu::prepared_codes_bytes(view)
+                              : std::max(floats->prepared_bytes(view),
+                                         codes ? codes->prepared_bytes(view) : int64_t{0});
+  prepared.push_back({view, Tensor::zeros({bytes}, DType::U8)});
+  return prepared.size() - 1;
+}
+
+void RowProducts::Impl::add(RowMatrix m) {
+  Part p;
+  p.matrix = std::move(m);
+  if (const auto* w = std::get_if<PackedInt>(&p.matrix.weight)) {
+    p.packed = true;
+    p.panels = cpu::view_of("row products", *w, codes ? cpu::kCodesChunkCols : cpu::kChunkCols);
+    p.rows = w->rows, p.cols = w->cols;
+    p.prepared = prepared_for(p.panels);
+  } else {
+    const Tensor& d = std::get<Tensor>(p.matrix.weight);
+    check(d.defined() && d.ndim() == 2 && d.device().type == DeviceType::CPU && d.is_contiguous(),
+          "row products: a dense matrix must be [N, K], contiguous, on the CPU");
+    p.rows = d.dim(0), p.cols = d.dim(1);
+    p.dense = {d.raw(), p.rows, p.cols, cpu::stored_type(d)};
+  }
+  check(parts.empty() || p.cols == cols, "row products: matrices of {} and {} columns", cols,
+        p.cols);
+  const Tensor& bias = p.matrix.bias;
+  check(!bias.defined() || (bias.shape() == Shape{p.rows} && bias.is_contiguous()),
+        "row products: a bias {} for {} rows", bias.shape(), p.rows);
+  p.bias = bias.defined() ? bias.data<float>() : nullptr;
+  p.at = rows;
+  cols = p.cols;
+  rows += p.rows;
+  parts.push_back(std::move(p));
+}
+
+void RowProducts::Impl::share_out() {
+  const size_t count = output == RowOutput::SiluMul ? 1 : parts.size();
+  for (size_t i = 0; i < count; ++i) {
+    const Part& p = parts[i];
+    const int64_t grain = p.packed ? packed_grain(panels_of(p.rows)) : kDenseGrain;
+    for (int64_t begin = 0; begin < p.rows; begin += grain)
+      tasks.push_back({i, begin, std::min(p.rows, begin + grain)});
+  }
+}
+
+void RowProducts::Impl::prepare_input() {
+  const bool any_dense =
+      std::any_of(parts.begin(), parts.end(), [](const Part& p) { return !p.packed; });
+  if (input && (any_dense || !codes)) on_grid = Tensor::zeros({1, cols});
+  if (!codes) return;
+  quantized = {.codes = Tensor::zeros({1, cols}, DType::U8),
+               .grid = Tensor::zeros({1, 2}),
+               .spec = *input,
+               .cols = cols};
+  int64_t bytes = 0;
+  for (const Part& p : parts)
+    if (p.packed) bytes = std::max(bytes, codes->unpacked_bytes(p.panels));
+  bytes = (bytes + 63) / 64 * 64;
+  if (!codes->prepare_codes_for_gemv && bytes > 0)
+    scratch = Tensor::zeros({static_cast<int64_t>(tasks.size()), bytes}, DType::U8);
+}
+
+RowProducts::RowProducts(std::vector<RowMatrix> matrices, RowOutput output,
+                         std::optional<RowQuant> input)
+    : impl_(std::make_unique<Impl>()) {
+  Impl& m = *impl_;
+  check(!matrices.empty(), "row products: no matrix");
+  check(output != RowOutput::Add || matrices.size() == 1, "row products: Add takes one matrix");
+  m.floats = &cpu::active_packed_isa();
+  // As packed_matmul_rows: a table without integer loops leaves these to the scalar one.
+  if (input && input->include_zero) m.codes = m.floats->gemm_codes ? m.floats : &cpu::kScalarIsa;
+  m.output = output;
+  m.input = input;
+  for (RowMatrix& matrix : matrices) m.add(std::move(matrix));
+  if (output == RowOutput::SiluMul)
+    check(m.parts.size() == 2 && m.parts[0].rows == m.parts[1].rows,
+          "row products: SiluMul takes two matrices of one size");
+  m.share_out();
+  m.prepare_input();
+  if (output != RowOutput::Store) m.products = Tensor::zeros({m.rows});
+}
+
+RowProducts::~RowProducts() = default;
+RowProducts::RowProducts(RowProducts&&) noexcept = default;
+RowProducts& RowProducts::operator=(RowProducts&&) noexcept = default;
+
+int64_t RowProducts::cols() const { return impl_->cols; }
+int64_t RowProducts::rows() const {
+  return impl_->output == RowOutput::SiluMul ? impl_->parts[0].rows : impl_->rows;
+}
+
+// ---- per token ----
+
+// x in every form that is wanted; gives the floats.
+const float* RowProducts::Impl::prepare(const Tensor& x) {
+  const float* values = x.data<float>();
+  if (on_grid.defined()) {
+    cpu::fake_quant_rows(on_grid, x, *input);
+    values = on_grid.data<float>();
+  }
+  if (!codes) {
+    for (Prepared& p : prepared)
+      floats->prepare(p.view, values, reinterpret_cast<std::byte*>(p.bytes.data<uint8_t>()));
+    return values;
+  }
+  cpu::quantize_rows(quantized, x);
+  const float* grid = quantized.grid.data<float>();
+  const cpu::RowCodes row{quantized.codes.data<uint8_t>(), grid[0], static_cast<int32_t>(grid[1]),
+                          input->bits};
+  for (Prepared& p : prepared) {
+    auto* out = reinterpret_cast<std::byte*>(p.bytes.data<uint8_t>());
+    codes->prepare_codes_for_gemv ? codes->prepare_codes_for_gemv(p.view, row, out)
+                                  : cpu::prepare_codes(p.view, row, out);
+  }
+  return values;
+}
+
+// y [N of p]: rows begin … end − 1.
+void RowProducts::Impl::multiply(const Part& p, const float* x, float* y, int64_t begin,
+                                 int64_t end, size_t task) {
+  if (!p.packed) {
+    floats->dense_gemv(p.dense, x, 1, y, begin, end);
+  } else {
+    const auto* row =
+        reinterpret_cast<const std::byte*>(prepared[p.prepared].bytes.data<uint8_t>());
+    const int64_t first = begin / kPanelRows, last = panels_of(end);
+    if (!codes || codes->prepare_codes_for_gemv) {
+      (codes ? codes : floats)->gemv(p.panels, row, 1, y, first, last);
+    } else {
+      auto* slot = scratch.defined() ? reinterpret_cast<std::byte*>(scratch.data<uint8_t>()) +
+                                           static_cast<int64_t>(task) * scratch.dim(1)
+                                     : nullptr;
+      codes->gemm_codes(p.panels, row, 1, y, first, last, slot);
+    }
+  }
+  if (p.bias)
+    for (int64_t i = begin; i < end; ++i) y[i] += p.bias[i];
+}
+
+void RowProducts::Impl::run(const Task& t, size_t index, const float* x, float* y) {
+  const Part& p = parts[t.part];
+  if (output == RowOutput::Store) return multiply(p, x, y + p.at, t.begin, t.end, index);
+  float* first = products.data<float>();
+  multiply(p, x, first, t.begin, t.end, index);
+  if (output == RowOutput::Add) {
+    for (int64_t i = t.begin; i < t.end; ++i) y[i] += first[i];
+    return;
+  }
+  float* second = first + parts[1].at;
+  multiply(parts[1], x, second, t.begin, t.end, index);
+  for (int64_t i = t.begin; i < t.end; ++i) y[i] = fn::Silu{}.fwd(first[i]) * second[i];
+}
+
+void RowProducts::operator()(const Tensor& x, float* y) {
+  Impl& m = *impl_;
+  check(x.shape() == (Shape{1, m.cols}) && x.is_contiguous(), "row products: x {}, [1, {}] wanted",
+        x.shape(), m.cols);
+  const float* values = m.prepare(x);
+  parallel_for(static_cast<int64_t>(m.tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      m.run(m.tasks[static_cast<size_t>(i)], static_cast<size_t>(i), values, y);
+  });
+}
+
+}  // namespace omq
