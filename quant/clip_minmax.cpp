@@ -19,6 +19,10 @@ struct MinMaxClip final : Clip {
 
 }  // namespace
 
+Tensor Clip::quantized(const Tensor& w, const Grid& grid, GroupSpec spec) const {
+  return fake_quant(w, grid.scale, grid.zero, spec);
+}
+
 Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
   if (spec.symmetric) {
     // The whole code range 0 … 2ᵇ−1 around 2ᵇ⁻¹ reaches from −2ᵇ⁻¹ to 2ᵇ⁻¹−1 steps; half a step

@@ -21,4 +21,8 @@ struct Objective {
 Objective block_mse();  // ‖y − F(W, X)‖² / elements
 Objective augmented_mse();  // the same + ‖y − F(W, X_quant)‖² / elements: the official --aug_loss
 
+// Mean over channels of |μ − μ_fp| + |σ² − σ²_fp|, means and variances over all tokens of the batch
+// (Norm Tweaking, spec weight-methods §6).
+Objective channel_statistics();
+
 }  // namespace omq::quant
