@@ -80,18 +80,21 @@ Matrices commit(const Subject& s, const BlockMethod& method, AuditCheck& c) {
   return m;
 }
 
-// A rounder that looks at inputs must be nearer than the nearest codes where it counts: in what the
-// first matrix, which reads what it was solved on, gives.
+// A rounder that looks at inputs must be nearer than the nearest codes where it counts: in the
+// outputs of the first matrix, whose inputs nothing has changed before it is solved.
 void audit_solution(const Subject& s, const BlockMethod& method, const Matrices& m,
                     const Found& found) {
+  if (s.recipe.train.weights) return;  // what was solved is not the block's own matrix
   attempt({"solved < nearest", "errors of outputs, as a share", 1}, found, [&](AuditCheck& c) {
-    const Tensor exact = method.transformed(s.fp)->linears().front().linear->dense();
-    const Tensor x = linear_inputs(*m.block.simulated, s.in.x, s.in.at).front();
+    const auto block = method.transformed(s.fp);
+    const nn::Linear exact = *block->linears().front().linear;
+    Tensor x = linear_inputs(*block, s.in.x, s.in.at).front();
+    if (exact.input_quant) x = fake_quant_rows(x, *exact.input_quant);
     const Unpacked& u = m.codes.front();
     const auto error = [&](const Tensor& w) {
-      return static_cast<double>(sum(square(linear(x, w - exact))).item<float>());
+      return static_cast<double>(sum(square(linear(x, w - exact.dense()))).item<float>());
     };
-    const Tensor nearest = fake_quant(exact, u.scale, u.zero, s.recipe.spec.weight());
+    const Tensor nearest = fake_quant(exact.dense(), u.scale, u.zero, s.recipe.spec.weight());
     worse(c, error(m.simulated.front().linear->dense()) / error(nearest), m.packed.front().name);
   });
 }

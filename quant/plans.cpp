@@ -23,8 +23,8 @@ Plan weights_plan(const Options& o) {
   return p;
 }
 
-// Norm Tweaking (arXiv 2309.02784, spec weight-methods §6). What learns is a factor of each gain, so
-// that the rate is a relative one. Deeper blocks learn faster.
+// Norm Tweaking (arXiv 2309.02784, spec weight-methods §6). What learns is a factor of each gain,
+// so that the rate is a relative one. Deeper blocks learn faster.
 Plan norms_plan(const Options& o) {
   return {{.epochs = o.epochs >= 0 ? o.epochs : 1,
            .batch_size = o.batch_size > 0 ? o.batch_size : 1,

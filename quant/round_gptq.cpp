@@ -172,7 +172,7 @@ struct Gptq final : Rounder {
   Tensor solve(const Tensor& w, const Grid& grid, GroupSpec spec, const Tensor& hessian) const {
     const Tensor h = contiguous(hessian);
     const std::vector<int64_t> order = order_of(h.data<T>(), h.dim(0));
-    for (double damping = options.damping; damping <= 1; damping *= 10) {
+    for (double damping = options.damping; damping < 1.001; damping *= 10) {
       Tensor r = prepared<T>(h, order, damping);
       if (factorise<T>(r)) return Solver<T>(w, grid, spec, order).solve(r);
     }

@@ -427,7 +427,8 @@ TEST_CASE("fake_quant refuses grids that do not fit") {
                        "group_range: wants [rows, cols], got [4]", Error);
 }
 
-TEST_CASE("a zero point that learns: fused = composed on every device, and not without being told") {
+TEST_CASE(
+    "a zero point that learns: fused = composed on every device, and not without being told") {
   for (Device d : test_devices()) {
     CAPTURE(d);
     for_all(
@@ -442,7 +443,8 @@ TEST_CASE("a zero point that learns: fused = composed on every device, and not w
           const Tensor x = parameter(to(normal_tensor(rng, shape, DType::F32), d)),
                        h = parameter(to(random_tensor(rng, grid, DType::F32, 0.1, 0.6), d)),
                        z = parameter(to(round(random_tensor(rng, grid, DType::F32, 0, 1) *
-                                              static_cast<double>(s.max_code())), d)),
+                                              static_cast<double>(s.max_code())),
+                                        d)),
                        up = to(normal_tensor(rng, shape, DType::F32), d);
           const Gradients fused = backward(sum(fake_quant(x, h, z, s) * up)),
                           composed = backward(sum(fake_quant_composed(x, h, z, s) * up));
@@ -455,7 +457,8 @@ TEST_CASE("a zero point that learns: fused = composed on every device, and not w
 
 TEST_CASE("straight_through is the value with the gradient of x; repeat_groups goes by columns") {
   const Tensor x = parameter(Tensor::from<float>({0.2f, 1.7f}, {1, 2})),
-               value = Tensor::from<float>({5, 7}, {1, 2}), up = Tensor::from<float>({2, 3}, {1, 2});
+               value = Tensor::from<float>({5, 7}, {1, 2}),
+               up = Tensor::from<float>({2, 3}, {1, 2});
   const Tensor y = straight_through(x, value);
   CHECK(bit_equal(y.detach(), value));
   CHECK(bit_equal(backward(sum(y * up))[x], up));

@@ -3,8 +3,8 @@
 
 #include <doctest/doctest.h>
 
-#include "quant/calibrate.h"
 #include "nn/packed_weight.h"
+#include "quant/calibrate.h"
 #include "tests/quant/blocks.h"
 #include "tests/support/close.h"
 
@@ -88,7 +88,8 @@ TEST_CASE("compose: what is unknown or cannot work is one clear sentence") {
   CHECK(refused("rtn", {"rotor", "", "", ""}) == "--transform rotor: there are: none, let");
   CHECK(refused("rtn", {"", "max", "", ""}) == "--clip max: there are: minmax, lwc, scaled, free");
   CHECK(refused("rtn", {"", "", "up", ""}) == "--round up: there are: nearest, gptq, learned");
-  CHECK(refused("rtn", {"", "", "", "all"}) == "--train all: there are: none, clip, weights, norms");
+  CHECK(refused("rtn", {"", "", "", "all"}) ==
+        "--train all: there are: none, clip, weights, norms");
   CHECK(refused("rtn", {"", "lwc", "", ""}) ==
         "--clip lwc: it is learned, but method rtn has --train none; add --train clip");
   CHECK(refused("omniquant", {"", "", "", "norms"}) ==

@@ -176,8 +176,7 @@ TEST_CASE("gptq: several blocks of columns, a short last group, both orders") {
       const GroupSpec spec{.bits = 3, .group_size = 64, .symmetric = symmetric};
       const Problem p(rng, 9, 300, spec);
       const GptqOptions o{.act_order = act_order};
-      CHECK(codes_of(p.w, p.grid, spec, p.hessian, o) ==
-            textbook(p.w, p.grid, spec, p.hessian, o));
+      CHECK(codes_of(p.w, p.grid, spec, p.hessian, o) == textbook(p.w, p.grid, spec, p.hessian, o));
     }
 }
 
@@ -190,8 +189,7 @@ TEST_CASE("gptq: outputs are nearer than with the nearest codes") {
       const GroupSpec spec{.bits = bits, .group_size = group};
       const Problem p(rng, 24, 96, spec);
       std::vector<int> nearest;
-      for (const uint8_t c :
-           round_nearest()->codes(p.w, p.grid, spec, {}).to_vector<uint8_t>())
+      for (const uint8_t c : round_nearest()->codes(p.w, p.grid, spec, {}).to_vector<uint8_t>())
         nearest.push_back(c);
       const std::vector<int> solved = codes_of(p.w, p.grid, spec, p.hessian);
       CHECK(p.error(solved) < 0.7 * p.error(nearest));
@@ -227,9 +225,8 @@ TEST_CASE("gptq: fewer tokens than columns; what is not positive is damped more,
   Problem p(rng, 6, 48, spec);
   p.x = normal_tensor(rng, {5, 48});
   p.hessian = products(p.x);
-  CHECK(codes_of(p.w, p.grid, spec, p.hessian) ==
-        textbook(p.w, p.grid, spec, p.hessian, {}));
-  // One negative eigenvalue of a tenth of the mean: damping has to grow past it.
+  CHECK(codes_of(p.w, p.grid, spec, p.hessian) == textbook(p.w, p.grid, spec, p.hessian, {}));
+  // One eigenvalue of −0.5: damping has to grow past it.
   Tensor bent = converted(Tensor::zeros({48, 48}), DType::F64);
   for (int64_t i = 0; i < 48; ++i) bent.data<double>()[i * 49] = 1;
   bent.data<double>()[1] = bent.data<double>()[48] = 1.5;

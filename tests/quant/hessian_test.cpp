@@ -19,7 +19,8 @@ constexpr int64_t kTokens = 9;
 
 CommitData some_data(Rng& rng, int64_t windows = 3) {
   return {normal_tensor(rng, {windows, kTokens, kHidden}, DType::F32),
-          nn::positions(0, kTokens, small_rope(kTokens)), {}};
+          nn::positions(0, kTokens, small_rope(kTokens)),
+          {}};
 }
 
 // 2·XᵀX / tokens of linear i in F64, from the inputs that each window gives it.

@@ -25,7 +25,7 @@ TEST_CASE("omq-quant: every method by its name, with its line in report and mode
     CAPTURE(method);
     const Outcome o = w.quant(w.quick(fmt::format(
         "--force --method {} --batch-size 1 --eval ppl:{} sim:{} --eval-context 64 --report {}",
-        method, w.path("test.txt"), w.path("test.txt"), w.path("page.html"))));
+        method, w.path("test.txt"), w.path("test.txt"), w.path(std::string(method) + ".html"))));
     CAPTURE(o.err);
     REQUIRE(o.code == 0);
     const json r = w.report();
@@ -36,9 +36,9 @@ TEST_CASE("omq-quant: every method by its name, with its line in report and mode
     CHECK(std::abs(packed - simulated) <= 1e-4 * simulated);
     const json config = json::parse(read_file(w.dir / "out/config.json"));
     CHECK(config["quantization_config"]["method"] == method);
-    CHECK(contains(read_file(w.dir / "page.html"), line));
-    const Outcome p = run_program("omq-run", fmt::format("ppl --json -c 64 -m {} -f {}",
-                                                         w.path("out"), w.path("test.txt")));
+    CHECK(contains(read_file(w.dir / (std::string(method) + ".html")), line));
+    const Outcome p = run_program(
+        "omq-run", fmt::format("ppl --json -c 64 -m {} -f {}", w.path("out"), w.path("test.txt")));
     REQUIRE(p.code == 0);
     CHECK(json::parse(p.out)["perplexity"].get<double>() == packed);
   }
@@ -121,12 +121,12 @@ TEST_CASE("omq-quant: a killed run of free weights goes on with the same bytes")
 
 TEST_CASE("omq-quant: trace and audit know codes that are not the nearest") {
   const Workshop w({.layers = 1});
-  for (const std::string line : {"--method gptq", "--method efficientqat --rate weights=0.01",
-                                 "--round gptq"}) {
+  for (const std::string line :
+       {"--method gptq", "--method efficientqat --rate weights=0.01", "--round gptq"}) {
     CAPTURE(line);
     REQUIRE(w.quant(w.quick(line + " --force --batch-size 1")).code == 0);
-    const Outcome t = w.quant(
-        fmt::format("trace -m {} --packed {} --row 5", w.path("model"), w.path("out")));
+    const Outcome t =
+        w.quant(fmt::format("trace -m {} --packed {} --row 5", w.path("model"), w.path("out")));
     CAPTURE(t.out);
     CAPTURE(t.err);
     CHECK(t.code == 0);
