@@ -100,10 +100,15 @@ Tensor mse(const Tensor& a, const Tensor& b);  // mean of squared differences �
 Tensor mse_composed(const Tensor& a, const Tensor& b);
 
 // ---- quantisation with straight-through gradients (spec omniquant §2.4, §2.6) ----
-// (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G]. Gradients reach x and h,
-// never z. The result has the type of the ComputeScope: it is made to be multiplied.
+// (clamp(⌊x/h⌉ + z, 0, 2ᵇ−1) − z)·h, x [R,C]; h = scale, z = zero [R,G], whole numbers. Gradients
+// reach x and h, and z only with s.zero_learns. The result has the type of the ComputeScope: it is
+// made to be multiplied.
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s);
+// The entry of a grid [R,G] for each of `cols` columns: [R,cols].
+Tensor repeat_groups(const Tensor& grid, int64_t cols, GroupSpec s);
+// `value` with the gradient going to x as it is: value is what some rounding made of x.
+Tensor straight_through(const Tensor& x, const Tensor& value);
 // The grid of a range whose ends are clipped by learnables (tensor/lwc_grid.h): scale and zero from
 // u, l, hi ≥ lo, all of one shape. Gradients reach all four through the scale.
 struct ScaleZero {

@@ -36,23 +36,26 @@ __global__ void silu_mul_vjp_kernel(Operand dgate, Operand dup, Operand gate, Op
 }
 
 struct Step {
-  float b1, b2, one_less_b1, one_less_b2, eps, keep, lr;
+  float b1, b2, one_less_b1, one_less_b2, eps, decay, lr;
 };
 
-__global__ void adamw_tick_kernel(float* clock, const float* loss, double beta1, double beta2) {
+__global__ void adamw_tick_kernel(float* clock, const float* loss, double beta1, double beta2,
+                                  RateSchedule rate) {
   if (loss && !isfinite(*loss)) clock[1] = clock[2] = INFINITY;
   if (isinf(clock[1])) return;
   const double t = static_cast<double>(clock[0]) + 1;
   clock[0] = static_cast<float>(t);
   clock[1] = static_cast<float>(1 - pow(beta1, t));
   clock[2] = static_cast<float>(1 - pow(beta2, t));
+  clock[3] = static_cast<float>(rate.share(t));
 }
 
 template <int W>
 __global__ void adamw_kernel(Operand p, Operand m, Operand v, Operand g, const float* clock, Step s,
                              int64_t n) {
   if (isinf(clock[1])) return;
-  const float step = s.lr / clock[1], root = 1.0f / sqrtf(clock[2]);
+  const float step = s.lr * clock[3] / clock[1], root = 1.0f / sqrtf(clock[2]);
+  const float keep = 1.0f - s.decay * clock[3];
   for (int64_t i = grid_index(); i < n; i += grid_stride()) {
     const auto rp = fetch<W>(p, i), rm = fetch<W>(m, i), rv = fetch<W>(v, i), rg = fetch<W>(g, i);
     Piece<W> x = expand<W>(rp, p), a = expand<W>(rm, m), b = expand<W>(rv, v);
@@ -61,7 +64,7 @@ __global__ void adamw_kernel(Operand p, Operand m, Operand v, Operand g, const f
     for (int j = 0; j < W; ++j) {
       a.v[j] = s.b1 * a.v[j] + s.one_less_b1 * d.v[j];
       b.v[j] = s.b2 * b.v[j] + s.one_less_b2 * d.v[j] * d.v[j];
-      x.v[j] = s.keep * x.v[j] - step * a.v[j] / (sqrtf(b.v[j]) * root + s.eps);
+      x.v[j] = keep * x.v[j] - step * a.v[j] / (sqrtf(b.v[j]) * root + s.eps);
     }
     store_piece<W>(p, i, x);
     store_piece<W>(m, i, a);
@@ -109,7 +112,7 @@ void silu_mul_vjp(Tensor& dgate, Tensor& dup, const Tensor& gate, const Tensor& 
 
 void adamw_tick(Tensor& clock, const Tensor& loss, AdamWStep s) {
   launch("adamw_tick", clock, adamw_tick_kernel, 1, 1, 0, clock.data<float>(),
-         loss.defined() ? loss.data<float>() : nullptr, s.beta1, s.beta2);
+         loss.defined() ? loss.data<float>() : nullptr, s.beta1, s.beta2, s.rate);
 }
 
 void adamw(Tensor& p, Tensor& m, Tensor& v, const Tensor& g, const Tensor& clock, AdamWStep s) {
@@ -122,7 +125,7 @@ void adamw(Tensor& p, Tensor& m, Tensor& v, const Tensor& g, const Tensor& clock
                   1.0f - b1,
                   1.0f - b2,
                   static_cast<float>(s.eps),
-                  static_cast<float>(1.0 - s.lr * s.weight_decay),
+                  static_cast<float>(s.lr * s.weight_decay),
                   static_cast<float>(s.lr)};
   with_width(in_packs(n, op, om, ov, og), [&](auto width) {
     constexpr int kW = decltype(width)::value;

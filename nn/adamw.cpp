@@ -19,7 +19,7 @@ AdamW::AdamW(std::vector<ParamGroup> groups, AdamWOptions options)
                      Tensor::zeros(p.shape(), p.dtype(), p.device())});
       if (clock_.defined()) continue;
       const bool on_cpu = p.device().type == DeviceType::CPU;
-      clock_ = Tensor::zeros({3}, on_cpu ? DType::F64 : DType::F32, p.device());
+      clock_ = Tensor::zeros({4}, on_cpu ? DType::F64 : DType::F32, p.device());
     }
   }
 }
@@ -37,7 +37,8 @@ void AdamW::step(const Gradients& g, const Tensor& loss) {
                          .beta1 = options_.beta1,
                          .beta2 = options_.beta2,
                          .eps = options_.eps,
-                         .weight_decay = 0});
+                         .weight_decay = 0,
+                         .rate = options_.rate});
   for (size_t i = 0; i < groups_.size(); ++i) {
     const ParamGroup& group = groups_[i];
     const AdamWStep step{group.lr * lr_factor_, options_.beta1, options_.beta2, options_.eps,

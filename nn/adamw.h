@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "autograd/backward.h"
+#include "tensor/rate_schedule.h"
 
 namespace omq::nn {
 
@@ -18,7 +19,11 @@ struct ParamGroup {
 
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  RateSchedule rate = {};  // of every group, over the steps of this optimiser
 };
+// β₁ = β₂ = 0: every entry moves by its rate against the sign of its gradient (SignSGD). eps lies
+// below every gradient that matters, and keeps 0 where it is.
+inline AdamWOptions sign_descent(RateSchedule rate) { return {0, 0, 1e-18, rate}; }
 
 class AdamW {
  public:

@@ -25,17 +25,23 @@ void fill(const Tensor& p, const std::vector<double>& values) {
 }
 
 Kind kind_of(const std::string& learnable) {
-  return learnable.ends_with("_scale")   ? Kind::Scale
-         : learnable.ends_with("_shift") ? Kind::Shift
-                                         : Kind::Other;
+  return learnable.ends_with("_scale")    ? Kind::Scale
+         : learnable.ends_with("_shift")  ? Kind::Shift
+         : learnable.ends_with("step")    ? Kind::Step
+         : learnable.ends_with("_share")  ? Kind::Share
+         : learnable.ends_with(".weight") ? Kind::Weight
+                                          : Kind::Other;
 }
 
 void randomise(const Tensor& p, Kind kind, double size, Random& random) {
   std::vector<double> v = doubles(p);
   for (double& x : v)
-    x = kind == Kind::Scale   ? std::exp2(random.uniform(-2, 2))
-        : kind == Kind::Shift ? size * random.normal()
-                              : x + random.normal();
+    x = kind == Kind::Scale    ? std::exp2(random.uniform(-2, 2))
+        : kind == Kind::Shift  ? size * random.normal()
+        : kind == Kind::Step   ? x * std::exp2(random.uniform(-1, 1))
+        : kind == Kind::Share  ? random.uniform(0.3, 0.95)
+        : kind == Kind::Weight ? x * (1 + 0.3 * random.normal())
+                               : x + random.normal();
   fill(p, v);
 }
 
@@ -83,7 +89,7 @@ BlockStats stats_of(const nn::Block& fp, const AuditInputs& in) {
 }  // namespace
 }  // namespace detail
 
-std::vector<AuditedRecipe> audited_recipes(const Options& options) {
+std::vector<AuditedRecipe> audited_recipes(const Options& options, std::string_view only) {
   std::vector<AuditedRecipe> all;
   Options whole = options;
   if (whole.let != 0) {
@@ -92,7 +98,8 @@ std::vector<AuditedRecipe> audited_recipes(const Options& options) {
     whole.let_up_to_down = true;
   }
   for (const MethodInfo& m : methods()) {
-    const std::string name(m.name);
+    const std::string& name = m.name;
+    if (!only.empty() && name != only) continue;
     Recipe plain = m.make(options), full = m.make(whole);
     const bool more = full.transforms.size() > plain.transforms.size();
     if (plain.transforms.empty()) all.push_back({name, std::move(plain)});

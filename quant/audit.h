@@ -7,12 +7,14 @@
 //   packing      what is stored is what was simulated, bit for bit, and kernels multiply it so
 //
 // Learnables are random and far from where calibration starts: names that end in "_scale" get
-// factors in [1/4, 4], in "_shift" values of the size of the activations, all others their start
+// factors in [1/4, 4], in "_shift" values of the size of the activations, in "_share" shares of 1;
+// steps of grids are up to doubled or halved, weights moved by 30 %; all others get their start
 // plus a normal number. A method or piece that is added later is audited without a change here.
 #pragma once
 
 #include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "quant/recipe.h"
@@ -46,8 +48,8 @@ struct AuditedRecipe {
   Recipe recipe;
 };
 // Every row of methods.def: as the options have it, and where it can transform with all sites and
-// shifts that the options do not forbid.
-std::vector<AuditedRecipe> audited_recipes(const Options& options);
+// shifts that the options do not forbid. `only`: of one method.
+std::vector<AuditedRecipe> audited_recipes(const Options& options, std::string_view only = {});
 
 // Every check that applies to the recipe, each told to `found` when it is done. fp: dense, F32, on
 // the CPU; it stays as it is. Returns whether all passed.

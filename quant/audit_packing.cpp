@@ -64,7 +64,8 @@ struct Matrices {
 // Commits, and compares three ways to read the same bytes: the packed kernel's, what the simulated
 // block holds, and unpack_codes with the grid applied by hand.
 Matrices commit(const Subject& s, const BlockMethod& method, AuditCheck& c) {
-  Matrices m{method.commit(s.fp), {}, {}, {}};
+  const CommitData data{s.in.x, s.in.at, {}};
+  Matrices m{method.commit(s.fp, &data), {}, {}, {}};
   m.simulated = m.block.simulated->linears(), m.packed = m.block.packed->linears();
   for (size_t i = 0; i < m.packed.size(); ++i) {
     const auto weight = std::get<std::shared_ptr<nn::PackedWeight>>(m.packed[i].linear->weight);
@@ -79,6 +80,25 @@ Matrices commit(const Subject& s, const BlockMethod& method, AuditCheck& c) {
   return m;
 }
 
+// A rounder that looks at inputs must be nearer than the nearest codes where it counts: in the
+// outputs of the first matrix, whose inputs nothing has changed before it is solved.
+void audit_solution(const Subject& s, const BlockMethod& method, const Matrices& m,
+                    const Found& found) {
+  if (s.recipe.train.weights) return;  // what was solved is not the block's own matrix
+  attempt({"solved < nearest", "errors of outputs, as a share", 1}, found, [&](AuditCheck& c) {
+    const auto block = method.transformed(s.fp);
+    const nn::Linear exact = *block->linears().front().linear;
+    Tensor x = linear_inputs(*block, s.in.x, s.in.at).front();
+    if (exact.input_quant) x = fake_quant_rows(x, *exact.input_quant);
+    const Unpacked& u = m.codes.front();
+    const auto error = [&](const Tensor& w) {
+      return static_cast<double>(sum(square(linear(x, w - exact.dense()))).item<float>());
+    };
+    const Tensor nearest = fake_quant(exact.dense(), u.scale, u.zero, s.recipe.spec.weight());
+    worse(c, error(m.simulated.front().linear->dense()) / error(nearest), m.packed.front().name);
+  });
+}
+
 void audit_codes(const Subject& s, const BlockMethod& method, const Matrices& m,
                  const Found& found) {
   const GroupSpec spec = s.recipe.spec.weight();
@@ -88,6 +108,7 @@ void audit_codes(const Subject& s, const BlockMethod& method, const Matrices& m,
         for (size_t i = 0; i < m.packed.size(); ++i)
           worse(c, out_of_range(m.codes[i], spec.max_code()), m.packed[i].name);
       });
+  if (s.recipe.rounder->wants_hessian()) return audit_solution(s, method, m, found);
   attempt({"committed = trained", "rms of steps between weights", 0.75}, found, [&](AuditCheck& c) {
     const auto trained = method.quantized(s.fp);
     const auto linears = trained->linears();

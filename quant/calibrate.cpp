@@ -62,19 +62,6 @@ struct Streams {
   Tensor fp, quant;  // X, X_quant: [N,T,D]
 };
 
-Tensor f16_rounded(const Tensor& scale) { return to(to(scale, DType::F16), DType::F32); }
-
-// Codes of w on its grid, packed. Scales become f16 values before codes are chosen.
-std::shared_ptr<nn::PackedIntWeight> pack(const Tensor& w, Grid grid, const Rounder& rounder,
-                                          const GroupSpec& spec) {
-  check(all_finite(w), "a weight is not finite");
-  check(all_finite(grid.scale), "the scales are not finite; lower the learning rate");
-  grid.scale = f16_rounded(grid.scale);
-  const Tensor codes = rounder.codes(w, grid, spec);
-  return std::make_shared<nn::PackedIntWeight>(
-      pack_codes(codes, grid.scale, grid.zero, stored_spec(spec)));
-}
-
 }  // namespace
 
 std::vector<Tensor> linear_inputs(const nn::Block& block, const Tensor& x,
@@ -122,107 +109,14 @@ struct Job {
   const Progress& progress;
   Device device;     // where blocks compute
   nn::Positions at;  // there
+  int blocks = 0;
 };
 
-}  // namespace
-
-BlockMethod::BlockMethod(const Recipe& recipe, nn::Block& fp, const BlockStats& stats)
-    : recipe_(recipe) {
-  for (const auto& make : recipe.transforms) transforms_.push_back(make(fp, stats));
-  for (const auto& [name, linear] : fp.linears()) {
-    clips_.push_back(recipe.clip(linear->dense(), recipe.spec.weight()));
-    linears_.push_back(name);
-  }
+// What codes are chosen on; nothing without text.
+std::optional<CommitData> commit_data(const Job& job, const Streams* streams) {
+  if (!streams) return std::nullopt;
+  return CommitData{streams->quant, job.at, job.hooks.poll};
 }
-
-bool BlockMethod::starts_from_inputs() const {
-  return std::any_of(clips_.begin(), clips_.end(),
-                     [](const auto& clip) { return clip->starts_from_inputs(); });
-}
-
-void BlockMethod::start(const nn::Block& fp, const Tensor& x, const nn::Positions& at) const {
-  NoGrad off;
-  const auto block = transformed(fp);
-  const std::vector<Tensor> inputs = linear_inputs(*block, x, at);
-  const auto linears = block->linears();
-  for (size_t i = 0; i < linears.size(); ++i)
-    clips_[i]->start(to(linears[i].linear->dense(), DType::F32),
-                     reshape(inputs[i], {-1, inputs[i].dim(-1)}));
-}
-
-std::vector<nn::ParamGroup> BlockMethod::param_groups() const {
-  std::vector<nn::ParamGroup> groups;
-  auto add = [&](nn::ParamGroup g) {
-    if (g.params.empty()) return;
-    auto rate = recipe_.train.lr.find(g.name);
-    check(rate != recipe_.train.lr.end(), "recipe {}: no learning rate for \"{}\"", recipe_.name,
-          g.name);
-    g.lr = rate->second;
-    g.weight_decay = recipe_.train.weight_decay;
-    groups.push_back(std::move(g));
-  };
-  for (const auto& t : transforms_) add(t->params());
-  for (const auto& c : clips_) add(c->params());
-  return groups;
-}
-
-std::vector<Learnable> BlockMethod::learnables() const {
-  std::vector<Learnable> all;
-  auto add = [&all](const std::string& owner, const nn::ParamGroup& g) {
-    for (size_t i = 0; i < g.params.size(); ++i)
-      all.push_back({fmt::format("{}.{}.{}", owner, g.name,
-                                 i < g.names.size() ? g.names[i] : std::to_string(i)),
-                     g.params[i]});
-  };
-  for (size_t i = 0; i < transforms_.size(); ++i)
-    add(fmt::format("transform{}", i), transforms_[i]->params());
-  for (size_t i = 0; i < clips_.size(); ++i) add(linears_[i], clips_[i]->params());
-  return all;
-}
-
-std::unique_ptr<nn::Block> BlockMethod::transformed(const nn::Block& fp) const {
-  auto block = fp.clone();
-  for (const auto& t : transforms_) {
-    t->project();
-    t->apply(*block);
-  }
-  quantize_activations(*block, recipe_.spec);
-  return block;
-}
-
-std::unique_ptr<nn::Block> BlockMethod::quantized(const nn::Block& fp) const {
-  auto block = transformed(fp);
-  const auto linears = block->linears();
-  for (size_t i = 0; i < linears.size(); ++i) {
-    nn::Linear& linear = *linears[i].linear;
-    linear.weight = clips_[i]->quantized(linear.dense(), recipe_.spec.weight());
-  }
-  return block;
-}
-
-BlockMethod::Committed BlockMethod::commit(const nn::Block& fp) const {
-  NoGrad off;
-  Committed out{transformed(fp), nullptr};
-  out.packed = out.simulated->clone();
-  const auto dense = out.simulated->linears(), packed = out.packed->linears();
-  for (size_t i = 0; i < dense.size(); ++i) {
-    const auto weight = with_context("packing " + dense[i].name, [&] {
-      const Tensor w = dense[i].linear->dense();
-      return pack(w, clips_[i]->grid(w), *recipe_.rounder, recipe_.spec.weight());
-    });
-    dense[i].linear->weight = weight->dequantize();
-    packed[i].linear->weight = weight;
-  }
-  return out;
-}
-
-std::shared_ptr<nn::PackedWeight> pack_nearest(const Tensor& w, const QuantSpec& spec) {
-  NoGrad off;
-  const GroupSpec group = spec.weight();
-  return pack(w, minmax_clip(w, group)->grid(w), *round_nearest(), group);
-}
-
-namespace {
 
 // ⑤ and ⑥: the block with its learnables fixed, and the streams behind it.
 struct Outcome {
@@ -236,7 +130,8 @@ struct Outcome {
 Outcome finish(const Job& job, const BlockMethod& host, const nn::Block& fp, const Streams* streams,
                const Targets& targets, BlockReport report) {
   NoGrad off;
-  Outcome out{host.commit(fp), {}, std::move(report)};
+  const auto data = commit_data(job, streams);
+  Outcome out{host.commit(fp, data ? &*data : nullptr), {}, std::move(report)};
   const auto simulated = out.committed.simulated->clone();
   move_to(*simulated, job.device);
   const Tensor sample = streams ? to(batch_of(streams->quant, 0, 1), job.device) : Tensor{};
@@ -285,21 +180,27 @@ void learn_there(const Job& job, const BlockMethod& method, nn::Block& block,
     method.start(block, to(window, job.device), first(job.at, tokens));
   }
   if (job.recipe.train.epochs > 0)
-    learn(job.recipe, method, block, {streams.quant, targets, job.at}, job.hooks, job.progress,
-          report, start);
+    learn(job.recipe, method, block, {streams.quant, targets, job.at, job.blocks}, job.hooks,
+          job.progress, report, start);
 }
 
-// The method with learned clipping and transformation, in host memory; fp is there already.
+// The method with all that is learned, in host memory; fp is there already.
 BlockMethod learned(const Job& job, nn::Block& fp, const Streams& streams, const Targets& targets,
                     const BlockStats& stats, nn::Block& on_device, BlockReport& report,
                     const std::chrono::steady_clock::time_point start) {
   BlockMethod host(job.recipe, fp, stats);
   if (job.recipe.train.epochs == 0 && !host.starts_from_inputs()) return host;
+  const bool rounds_first = job.recipe.train.after_rounding;
+  if (rounds_first) {
+    const auto data = commit_data(job, &streams);
+    host.fix_rounding(fp, &*data);
+  }
   if (job.device == Device{}) {
     learn_there(job, host, fp, streams, targets, report, start);
     return host;
   }
-  const BlockMethod there(job.recipe, on_device, stats);
+  BlockMethod there(job.recipe, on_device, stats);
+  if (rounds_first) there.take_rounding(host, job.device);
   learn_there(job, there, on_device, streams, targets, report, start);
   assign(host.learnables(), there.learnables());
   return host;
@@ -350,7 +251,7 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
   check(streaming || (recipe.train.epochs == 0 && !recipe.clip_search),
         "method {}: learning needs calibration text", recipe.name);
   Streams streams;
-  Job job{recipe, hooks, progress, data.device, {}};
+  Job job{recipe, hooks, progress, data.device, {}, source.size()};
   if (streaming) {
     check(data.ids.dim(0) >= recipe.train.batch_size, "{} calibration windows for a batch of {}",
           data.ids.dim(0), recipe.train.batch_size);

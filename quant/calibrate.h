@@ -3,10 +3,12 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "nn/block.h"
+#include "quant/hessian.h"
 #include "quant/hooks.h"
 #include "quant/recipe.h"
 #include "quant/report.h"
@@ -20,9 +22,10 @@ class BlockMethod {
   BlockMethod(const Recipe& recipe, nn::Block& fp, const BlockStats& stats = {});
 
   // A copy of fp whose matrices went through transform, clip and fake quantisation, and whose
-  // activations go through theirs; differentiable in the learnables.
+  // activations go through theirs; differentiable in the learnables. Where norms learn after
+  // rounding and that is done, its matrices are the rounded ones.
   std::unique_ptr<nn::Block> quantized(const nn::Block& fp) const;
-  // The copy before anything is put on a grid but its activations.
+  // fp behind the transforms: the same function but for its quantised activations.
   std::unique_ptr<nn::Block> transformed(const nn::Block& fp) const;
   // Starts the clips that look at what their matrices are multiplied with (Clip::start), on x
   // [1,T,D]: tokens that go into the block, which is where fp is.
@@ -37,14 +40,40 @@ class BlockMethod {
     std::unique_ptr<nn::Block> packed;     // codes
   };
   // Fixes the learnables: scales are rounded to f16 first, then codes are chosen on that grid, so
-  // that the packed block equals the simulated one bit for bit.
-  Committed commit(const nn::Block& fp) const;
+  // that the packed block equals the simulated one bit for bit. data: for rounders that look at the
+  // inputs of a matrix; these are the inputs that it has behind the rounded ones before it. All in
+  // host memory but the data.
+  Committed commit(const nn::Block& fp, const CommitData* data = nullptr) const;
+  // Chooses the codes for good: from now on only norms change.
+  void fix_rounding(const nn::Block& fp, const CommitData* data);
+  // Takes the matrices that another one has fixed, onto a device.
+  void take_rounding(const BlockMethod& from, Device device);
 
  private:
+  // The block that is put on grids: with the weights and norms as they are now, and transformed.
+  std::unique_ptr<nn::Block> student(const nn::Block& fp) const;
+  // The matrix that is rounded on g: w, or with the offsets of learned rounding.
+  Tensor with_offsets(size_t linear, const Tensor& w, const Grid& g) const;
+  void apply_gains(nn::Block& b) const;
+  std::shared_ptr<nn::PackedWeight> rounded(size_t linear, const Tensor& w,
+                                            const Tensor& hessian) const;
+  Committed round(const nn::Block& fp, const CommitData* data) const;
+  // Calls see(owner, group) for all that the plan lets learn.
+  void each_group(const std::function<void(const std::string&, nn::ParamGroup)>& see) const;
+
   const Recipe& recipe_;
   std::vector<std::unique_ptr<Transform>> transforms_;
   std::vector<std::unique_ptr<Clip>> clips_;  // in the order of Block::linears()
   std::vector<std::string> linears_;          // their names
+  std::vector<Tensor> weights_;               // that learn, [out, in] of each linear; or empty
+  std::vector<Tensor> offsets_;               // of learned rounding, in steps; the same
+  struct Gain {
+    size_t site;  // in Block::sites()
+    std::string norm;
+    Tensor factor;  // [D]
+  };
+  std::vector<Gain> gains_;
+  std::optional<Committed> rounded_;  // once the rounding is fixed, without gains
 };
 
 // The inputs of a block's linears, in their order, for some tokens x [1,T,D], as they are before

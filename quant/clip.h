@@ -19,9 +19,12 @@ struct Clip {
   virtual ~Clip() = default;
   virtual Grid grid(
       const Tensor& w) const = 0;  // w [rows, cols]; differentiable where there are learnables
-  // w quantised and dequantised on that grid, with the straight-through gradient: what training
-  // computes with.
+  // w quantised and dequantised on its grid: what training computes with. By default on_grid() of
+  // grid(), which a clip may do in fewer passes.
   virtual Tensor quantized(const Tensor& w, GroupSpec spec) const;
+  // w on a grid with the gradient rule of this clip (spec weight-methods §13); by default that of
+  // clipped ranges: to w and the scale, none through clamped or end codes, none to the zero point.
+  virtual Tensor on_grid(const Tensor& w, const Grid& grid, GroupSpec spec) const;
   virtual nn::ParamGroup params() const { return {}; }  // empty: nothing to learn
   // Some clips start from what the matrix will be multiplied with: w and x [tokens, cols], both F32
   // and on one device. They say so, and are then told once, before anything is learned.
@@ -53,5 +56,15 @@ struct LearnedClipOptions {
 // Learnable Weight Clipping (Eq. 2): two learnables per row and group.
 std::unique_ptr<Clip> learned_clip(const Tensor& w, GroupSpec spec,
                                    LearnedClipOptions options = {});
+
+// Free scales and zero points, two learnables per row and group that start from the min–max range
+// of w (EfficientQAT, spec weight-methods §1): the range is of no account any more. The zero point
+// is rounded and kept within the codes at use; gradients pass both, end codes learn, and a clamped
+// code tells the zero point −h. Symmetric: the scale alone.
+std::unique_ptr<Clip> free_grid(const Tensor& w, GroupSpec spec);
+
+// Shares of both ends of the range, kept in [0, 1], from 1 (SignRound, spec weight-methods §10).
+// Scales are f16 values within the loop already, and the zero point passes gradients.
+std::unique_ptr<Clip> scaled_range(const Tensor& w, GroupSpec spec);
 
 }  // namespace omq::quant

@@ -5,10 +5,7 @@
 
 namespace omq::quant {
 
-Tensor Clip::quantized(const Tensor& w, GroupSpec spec) const {
-  const Grid g = grid(w);
-  return fake_quant(w, g.scale, g.zero, spec);
-}
+Tensor Clip::quantized(const Tensor& w, GroupSpec spec) const { return on_grid(w, grid(w), spec); }
 
 namespace {
 
@@ -23,6 +20,10 @@ struct MinMaxClip final : Clip {
 };
 
 }  // namespace
+
+Tensor Clip::on_grid(const Tensor& w, const Grid& grid, GroupSpec spec) const {
+  return fake_quant(w, grid.scale, grid.zero, spec);
+}
 
 Grid affine_grid(const Tensor& hi, const Tensor& lo, GroupSpec spec) {
   if (spec.symmetric) {

@@ -1,6 +1,7 @@
 // See learn.h.
 #include "quant/learn.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -28,6 +29,11 @@ template <class B> auto parts(B& b) {
   return std::array{&b.x, &b.targets.of_fp, &b.targets.of_quant};
 }
 
+// Whether the last loss is below all before it.
+bool is_best(const std::vector<double>& losses) {
+  return std::all_of(losses.begin(), losses.end() - 1, [&](double l) { return l > losses.back(); });
+}
+
 struct Epoch {
   double loss = 0;      // mean of its steps
   int64_t failed = -1;  // first sample of the step that gave no number
@@ -37,18 +43,27 @@ struct Epoch {
 class Trainer {
  public:
   Trainer(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const LearningData& data,
-          const Hooks& hooks)
-      : recipe_(recipe), method_(method), fp_(fp), data_(data), hooks_(hooks) {
+          const Hooks& hooks, int block)
+      : recipe_(recipe), method_(method), fp_(fp), data_(data), hooks_(hooks), block_(block) {
     const int64_t steps = data.x.dim(0) / recipe.train.batch_size;
     losses_ = Tensor::zeros({steps}, DType::F32, device_of(fp));
-    restart(1);
+    restart(1, 1);
   }
 
-  // Fresh moments, at this share of the learning rates.
-  void restart(double factor) {
+  // Fresh moments, at this share of the learning rates, from the start of an epoch (from 1).
+  void restart(double factor, int epoch) {
+    const TrainPlan& plan = recipe_.train;
+    const double steps = static_cast<double>(losses_.dim(0));
+    const RateSchedule rate{.shape = plan.rate_shape,
+                            .steps = steps * plan.epochs,
+                            .done = steps * (epoch - 1),
+                            .last = plan.last_rate};
+    const nn::AdamWOptions options =
+        plan.sign_descent ? nn::sign_descent(rate) : nn::AdamWOptions{.rate = rate};
+    const double depth = 1 + plan.depth_slope * block_ / std::max(1, data_.blocks);
     step_.reset();
-    optimizer_.emplace(method_.param_groups());
-    optimizer_->set_lr_factor(factor);
+    optimizer_.emplace(method_.param_groups(), options);
+    optimizer_->set_lr_factor(factor * depth / (plan.sign_descent ? rate.steps : 1));
     // Gradients that left F16's range are one reason to be here: what halves rates takes 2⁴ from
     // it.
     const Batch first = samples(0);
@@ -97,6 +112,7 @@ class Trainer {
   nn::Block& fp_;
   const LearningData& data_;
   const Hooks& hooks_;
+  int block_;
   Tensor losses_;  // of each step of an epoch
   std::optional<nn::AdamW> optimizer_;
   std::optional<LearningStep> step_;
@@ -189,7 +205,8 @@ void learn(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const
            const std::chrono::steady_clock::time_point start) {
   const auto learnables = method.learnables();
   double factor = 1;
-  Trainer trainer(recipe, method, fp, data, hooks);
+  Trainer trainer(recipe, method, fp, data, hooks, report.index);
+  std::optional<Snapshot> best;
   for (int epoch = 1; epoch <= recipe.train.epochs; ++epoch) {
     const Snapshot before(learnables);
     for (;;) {
@@ -221,12 +238,17 @@ void learn(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const
             "{}: epoch {}: the loss is not finite ({}); back to the start of the epoch, learning "
             "rates times {}",
             report.name, epoch, why.tensor, factor));
-      trainer.restart(factor);
+      trainer.restart(factor, epoch);
+    }
+    if (recipe.train.keep_best && is_best(report.epoch_loss)) {
+      best.emplace(learnables);
+      report.kept_epoch = epoch;
     }
     report.seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (progress) progress(report, epoch, recipe.train.epochs);
   }
+  if (best && report.kept_epoch < recipe.train.epochs) best->restore();
 }
 
 }  // namespace omq::quant

@@ -59,10 +59,11 @@ struct LearningData {
   const Tensor& x;  // of the quantised stream
   const Targets& targets;
   const nn::Positions& at;
+  int blocks = 1;  // of the model
 };
 
-// Runs the recipe's epochs; losses, recoveries and time go into `report`. Throws Error when a loss
-// stays not finite at lower rates.
+// Runs the recipe's epochs; losses, recoveries and time go into `report`, whose index says which
+// block this is. Throws Error when a loss stays not finite at lower rates.
 void learn(const Recipe& recipe, const BlockMethod& method, nn::Block& fp, const LearningData& data,
            const Hooks& hooks, const Progress& progress, BlockReport& report,
            std::chrono::steady_clock::time_point start);

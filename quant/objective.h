@@ -23,4 +23,8 @@ Objective block_mse();  // ‖y − F(W, X)‖² / elements
 // weight 1.
 Objective augmented_mse(double weight = 1);
 
+// Mean over channels of |μ − μ_fp| + |σ² − σ²_fp|, means and variances over all tokens of the batch
+// (Norm Tweaking, spec weight-methods §6).
+Objective channel_statistics();
+
 }  // namespace omq::quant

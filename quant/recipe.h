@@ -1,5 +1,5 @@
 // Recipe: a quantisation method as data. One file per method under methods/; methods.def lists
-// them.
+// them. A method is a name for a Line (compose.h makes the recipe of one).
 #pragma once
 
 #include <functional>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "autograd/compute.h"
+#include "nn/adamw.h"
 #include "quant/clip.h"
 #include "quant/objective.h"
 #include "quant/rounder.h"
@@ -19,11 +20,28 @@
 
 namespace omq::quant {
 
+// The pieces of a recipe by their names, as on the command line.
+//   transform   none | let (learnable equivalent transformation)
+//   clip        minmax | lwc (σ-factors) | scaled (shares of the range) | free (scale, zero point)
+//   round       nearest | gptq (solved on the inputs) | learned (an offset a weight)
+//   train       none | clip (what clip, transform and rounding learn) | weights (these, weights and
+//               norms) | norms (after rounding)
+struct Line {
+  std::string transform, clip, round, train;
+  // "--transform none --clip lwc --round nearest --train clip"
+  std::string to_string() const;
+  bool operator==(const Line&) const = default;
+};
+
 // What a user may set; unset numbers take the method's default.
 struct Options {
   QuantSpec spec;
-  int epochs = -1;  // -1: the method's (paper: 20, 40 at 2 bits)
-  int batch_size = 1;
+  Line line = {};                            // pieces that are not the method's; empty: they are
+  std::map<std::string, double> rates = {};  // by ParamGroup name, over the plan's
+  double damping = -1;                       // of gptq; below 0: its default
+  bool act_order = true;                     // of gptq
+  int epochs = -1;                           // -1: the method's (paper: 20, 40 at 2 bits)
+  int batch_size = 0;                        // 0: the method's
   double lwc_lr = 1e-2, weight_decay = 0;
   int aug_loss = -1;         // -1: the method's; 0 or 1
   double aug_weight = 1;     // of the augmented loss (official: 1)
@@ -40,13 +58,26 @@ struct Options {
 struct TrainPlan {
   int epochs = 0;  // 0: nothing is learned
   int batch_size = 1;
-  std::map<std::string, double> lr;  // by ParamGroup name
+  std::map<std::string, double> lr = {};  // by ParamGroup name
   double weight_decay = 0;
   Compute compute = Compute::F32;  // of the products of a training step; streams and targets: F32
+  // What learns. clips: what clips and transforms hold; weights: the matrices; norms: a factor for
+  // each gain of the norms before linears; rounding: what is added to w/h before it is rounded.
+  bool clips = true, weights = false, norms = false, rounding = false;
+  bool after_rounding = false;  // norms alone, codes being fixed first
+  RateShape rate_shape = RateShape::Constant;
+  double last_rate = 0;       // share of the rates in the last step
+  bool sign_descent = false;  // SignSGD instead of AdamW; rates are for a whole run, divided by
+                              // its steps
+  bool keep_best = false;     // the end of the epoch with the smallest loss, not the last
+  double depth_slope = 0;     // rates of block i of L: times 1 + slope·i/L
 };
 
 struct Recipe {
-  std::string name;
+  std::string name;   // "omniquant"
+  Line line;          // what it is made of
+  std::string title;  // its name, and where the line is another than the method's the difference:
+                      // "omniquant --round gptq"
   QuantSpec spec;
   // Built per block and per linear from the full-precision tensors (and statistics).
   std::vector<std::function<std::unique_ptr<Transform>(nn::Block& fp, const BlockStats& stats)>>
@@ -59,10 +90,17 @@ struct Recipe {
   bool clip_search = false;       // how clipping starts, for reports
   std::optional<LetOptions> let;  // the transformation's settings, for reports
   TrainPlan train;
+
+  // Whether anything in it looks at calibration text.
+  bool needs_text() const {
+    return train.epochs > 0 || clip_search || !transforms.empty() ||
+           (rounder && rounder->wants_hessian());
+  }
 };
 
 struct MethodInfo {
-  std::string_view name, summary;
+  std::string name;  // "norm-tweaking"
+  std::string_view summary;
   Recipe (*make)(const Options&);
 };
 // Every row of methods.def.

@@ -54,6 +54,7 @@ struct BlockReport {
   int index = 0;
   std::string name;
   std::vector<double> epoch_loss;  // mean objective of each epoch
+  int kept_epoch = 0;              // whose end was kept, for plans that keep the best; else 0
   std::vector<Recovery> recoveries;
   double committed_loss = 0;  // mean squared error of the committed block on the quantised stream
   double target_mean_square = 0;  // of the full-precision output, to read the loss against

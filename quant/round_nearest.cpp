@@ -6,7 +6,7 @@ namespace omq::quant {
 namespace {
 
 struct Nearest final : Rounder {
-  Tensor codes(const Tensor& w, const Grid& grid, GroupSpec spec) const override {
+  Tensor codes(const Tensor& w, const Grid& grid, GroupSpec spec, const Tensor&) const override {
     Tensor q = Tensor::empty(w.shape(), DType::U8, w.device());
     on(w).quantize_codes(q, w, grid.scale, grid.zero, spec);
     return q;

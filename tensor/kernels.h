@@ -7,6 +7,7 @@
 
 #include "tensor/elementwise.h"
 #include "tensor/packed.h"
+#include "tensor/rate_schedule.h"
 #include "tensor/row_quant.h"
 #include "tensor/tensor.h"
 
@@ -21,11 +22,12 @@ struct AttentionSpec {
 };
 
 // One AdamW update (decoupled decay). What changes from step to step is in a tensor, the clock, so
-// that a recorded update can be replayed: {t, 1 − β₁ᵗ, 1 − β₂ᵗ}, F64 on the CPU, F32 on other
-// devices. A tick adds one to t; a loss that is not finite stops the clock for good ({t, ∞, ∞}),
-// and by a stopped clock adamw changes nothing.
+// that a recorded update can be replayed: {t, 1 − β₁ᵗ, 1 − β₂ᵗ, r}, r the share of lr that the
+// schedule gives step t; F64 on the CPU, F32 on other devices. A tick adds one to t; a loss that is
+// not finite stops the clock for good ({t, ∞, ∞, r}), and by a stopped clock adamw changes nothing.
 struct AdamWStep {
   double lr, beta1, beta2, eps, weight_decay;
+  RateSchedule rate = {};  // read by the tick alone
 };
 
 #define OMQ_KERNEL(name, params) void(*name) params = nullptr;

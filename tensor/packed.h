@@ -43,7 +43,9 @@ struct GroupSpec {
   bool include_zero = true;  // ranges are widened to hold 0, so that zero points are codes; false:
                              // as the official code
   bool end_codes_learn = false;  // straight-through gradient also where a code stands exactly on 0
-                                 // or 2ᵇ−1 (spec omniquant §2.6, an old clamp); it learns worse
+                                 // or 2ᵇ−1 (spec omniquant §2.6, an old clamp); clip factors learn
+                                 // worse so, free grids need it
+  bool zero_learns = false;  // gradient to the zero point too: −h for each clamped code
   int64_t group_cols(int64_t cols) const { return group_size > 0 ? group_size : cols; }
   int64_t groups(int64_t cols) const { return (cols + group_cols(cols) - 1) / group_cols(cols); }
   int max_code() const { return (1 << bits) - 1; }

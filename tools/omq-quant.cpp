@@ -51,8 +51,8 @@ CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& re
     return w;
   }
   if (o.calib.empty()) {
-    check(recipe.train.epochs == 0 && !recipe.let && !recipe.clip_search,
-          "method {} learns from text: give --calib FILE or --calib-ids JSONL", recipe.name);
+    check(!recipe.needs_text(), "method {} {} text: give --calib FILE or --calib-ids JSONL",
+          recipe.name, recipe.train.epochs > 0 ? "learns from" : "looks at");
     return {};
   }
   int64_t length = o.seqlen;
@@ -87,7 +87,7 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
     return MatrixSpec{s.wbits, s.group_size, s.weight().symmetric};
   };
   Ends e;
-  e.packed.method = recipe.name;
+  e.packed.method = recipe.title;
   e.packed.weight = matrix(recipe.spec);
   const quant::ActivationBits a = recipe.spec.activations();
   e.packed.activations = {.activation = a.linear,
@@ -161,9 +161,37 @@ json transform_json(const quant::Recipe& r) {
           {"signed_max", r.let->signed_max}};
 }
 
+// Of what learns: a plan has rates for pieces that this recipe is not made of too.
+json rates_json(const quant::Recipe& r) {
+  const quant::TrainPlan& t = r.train;
+  const std::map<std::string, bool> used = {{"lwc", t.clips && r.line.clip == "lwc"},
+                                            {"grid", t.clips && r.line.clip == "free"},
+                                            {"range", t.clips && r.line.clip == "scaled"},
+                                            {"let", t.clips && r.let.has_value()},
+                                            {"weights", t.weights},
+                                            {"norms", t.norms},
+                                            {"rounding", t.rounding}};
+  json j = json::object();
+  for (const auto& [group, rate] : t.lr)
+    if (const auto it = used.find(group); it == used.end() || it->second) j[group] = rate;
+  return j;
+}
+
+json schedule_json(const quant::TrainPlan& t) {
+  const char* shape = t.rate_shape == RateShape::Cosine   ? "cosine"
+                      : t.rate_shape == RateShape::Linear ? "linear"
+                                                          : "constant";
+  return {{"rates", shape},
+          {"last_rate", t.last_rate},
+          {"optimiser", t.sign_descent ? "signs of gradients, rates over a run" : "AdamW"},
+          {"keeps", t.keep_best ? "best epoch" : "last epoch"},
+          {"depth_slope", t.depth_slope}};
+}
+
 json recipe_json(const QuantOptions& o, const quant::Recipe& r, const CalibrationWindows& data) {
   const quant::ActivationBits a = r.spec.activations();
   json j = {{"method", r.name},
+            {"line", r.line.to_string()},
             {"setting", r.spec.to_string()},
             {"wbits", r.spec.wbits},
             {"abits", a.linear},
@@ -179,13 +207,18 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"epochs", r.train.epochs},
             {"batch_size", r.train.batch_size},
             {"augmented_loss", r.augmented},
-            {"learning_rates", r.train.lr},
+            {"learning_rates", rates_json(r)},
             {"weight_decay", r.train.weight_decay},
             {"compute", compute_name(r.train.compute)},
             {"seed", o.seed}};
   // Only where they were asked for, so that runs without them go on in folders of earlier versions.
   if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
   if (r.clip_search) j["clip_search"] = true;
+  if (r.train.epochs > 0) j["schedule"] = schedule_json(r.train);
+  if (r.rounder->wants_hessian())
+    j["solver"] = {
+        {"damping", o.recipe.damping >= 0 ? o.recipe.damping : quant::GptqOptions{}.damping},
+        {"act_order", o.recipe.act_order}};
   if (data.ids.defined())
     j["calibration"] = {{"source", data.description},
                         {"windows", data.ids.dim(0)},
@@ -354,7 +387,7 @@ int quantize_checkpoint(const cli::Args& args) {
   const Ends ends = plan_ends(o, reader->config(), recipe);
   for (const std::string& item : o.eval)
     read_file(item.substr(4));  // a missing text must not cost a whole run
-  fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.name, recipe.spec.to_string(),
+  fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.title, recipe.spec.to_string(),
              o.model.string(), reader->container(), cli::device_text(o.device));
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
   const quant::MemoryPlan plan = plan_memory_of(o, reader->config(), recipe, data);

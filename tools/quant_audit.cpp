@@ -55,6 +55,7 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
   app.add_option("--seed", o.seed, "of everything random (default 2)")
       ->type_name("N")
       ->group(group);
+  add_composition_options(app, setting.pieces);
   add_transform_options(app, setting.transform);
   app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
       ->type_name("N");
@@ -66,7 +67,8 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
     throw UsageError("--calib and --calib-ids exclude each other");
   if (c.tokens < 2) throw UsageError("--tokens: at least 2");
   if (o.threads < 0) throw UsageError("--threads: 0 or more");
-  c.one_method = app.get_option("--method")->count() > 0;
+  for (const char* name : {"--method", "--transform", "--clip", "--round", "--train"})
+    c.one_method = c.one_method || app.get_option(name)->count() > 0;
   settle_setting(setting, o);
   return true;
 }
@@ -146,9 +148,8 @@ int quant_audit(const cli::Args& args) {
   ModelSource source(*reader);
   const Layers layers = chosen_layers(c, source.size());
   const CalibrationWindows window = one_window(c, *reader);
-  auto recipes = quant::audited_recipes(c.quant.recipe);
-  if (c.one_method)
-    std::erase_if(recipes, [&](auto& r) { return r.recipe.name != c.quant.method; });
+  const auto recipes =
+      quant::audited_recipes(c.quant.recipe, c.one_method ? c.quant.method : std::string());
   fmt::print(stderr, "{} of {} ({}), {}\n", c.quant.recipe.spec.to_string(), c.quant.model.string(),
              reader->container(), window.description);
   Tensor x = source.embed(window.ids);

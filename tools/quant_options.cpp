@@ -73,10 +73,12 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->type_name("N")
       ->group(group);
   app.add_option("--epochs", o.recipe.epochs,
-                 "passes over the windows per block (default 20, at 2 bits 40)")
+                 "passes over the windows per block (default 20, at 2 bits 40; norm-tweaking 1, "
+                 "signround 50)")
       ->type_name("N")
       ->group(group);
-  app.add_option("--batch-size", o.recipe.batch_size, "windows a step (default 1)")
+  app.add_option("--batch-size", o.batch_size,
+                 "windows a step (default 1; efficientqat 2, signround 4)")
       ->type_name("N")
       ->group(group);
   app.add_option("--lwc-lr", o.recipe.lwc_lr,
@@ -151,7 +153,7 @@ constexpr OfficialFlag kOfficialFlags[] = {
     {"--limit", true, true,
      "there it divides by windows that were not run, so its perplexity is none; --eval-chunks N "
      "takes the first N"},
-    {"--lwc", false, false, "clipping is always learned, except by --method rtn"},
+    {"--lwc", false, false, "--method omniquant always learns clipping"},
     {"--real-quant", false, false, "codes are always what is stored"},
     {"--deactive-amp", false, false, "learning is in f32 unless --compute says otherwise"},
     {"--multigpu", false, false, "evaluation runs on one device"},
@@ -193,7 +195,7 @@ void check_numbers(const QuantOptions& o) {
   wanted(o.nsamples >= 1, "--nsamples: at least 1");
   wanted(o.seqlen >= 2, "--seqlen: at least 2");
   wanted(o.recipe.epochs >= -1, "--epochs: 0 or more");
-  wanted(o.recipe.batch_size >= 1, "--batch-size: at least 1");
+  wanted(o.batch_size.value_or(1) >= 1, "--batch-size: at least 1");
   wanted(o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
   wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
   wanted(o.threads >= 0, "--threads: 0 or more");
@@ -238,6 +240,7 @@ void settle(const Raw& raw, QuantOptions& o) {
   o.recipe.compute = parse_compute(raw.compute, o.device);
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
+  if (o.batch_size) o.recipe.batch_size = *o.batch_size;
   settle_setting(raw.setting, o);
   settle_learning(raw, o);
   for (const std::string& item : raw.keep) {
@@ -262,7 +265,8 @@ std::string KeepSpec::to_string() const {
 }
 
 void add_setting_options(CLI::App& app, QuantOptions& o, SettingFlags& f) {
-  app.add_option("--method", o.method, "omniquant (default) or rtn; see --list-methods")
+  app.add_option("--method", o.method,
+                 "omniquant (default), rtn, gptq, efficientqat …; see --list-methods")
       ->type_name("NAME");
   app.add_option(
          "--preset", f.preset,
@@ -282,7 +286,11 @@ void settle_setting(const SettingFlags& f, QuantOptions& o) try {
   if (f.group_size) spec.group_size = *f.group_size == -1 ? 0 : *f.group_size;
   if (f.symmetric) spec.symmetric = true;
   o.recipe.spec = spec;
-  settle_transform(f.transform, o.method, o.recipe);
+  settle_transform(f.transform, o.recipe);
+  settle_composition(f.pieces, o.recipe);
+  const quant::Recipe recipe = quant::make_recipe(o.method, o.recipe);  // are pieces of one whole?
+  check_transform(f.transform, recipe);
+  check_composition(f.pieces, recipe);
 } catch (const UsageError&) {
   throw;
 } catch (const Error& e) {
@@ -298,6 +306,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   Raw raw;
   add_main_options(app, o, raw);
   add_calibration_options(app, o, raw);
+  add_composition_options(app, raw.setting.pieces);
   add_transform_options(app, raw.setting.transform);
   add_other_options(app, o, raw);
   add_official_options(app, raw);
@@ -307,7 +316,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
     return false;
   }
   if (raw.list) {
-    for (const auto& m : quant::methods()) fmt::print("{:<12} {}\n", m.name, m.summary);
+    for (const auto& m : quant::methods()) fmt::print("{:<14} {}\n", m.name, m.summary);
     return false;
   }
   o.nsamples_given = app.get_option("--nsamples")->count() > 0;

@@ -9,6 +9,7 @@
 
 #include "quant/recipe.h"
 #include "tools/cli.h"
+#include "tools/composition_options.h"
 #include "tools/transform_options.h"
 
 namespace omq {
@@ -29,6 +30,7 @@ struct QuantOptions {
   quant::Options recipe;
   int64_t nsamples = 128, seqlen = 2048;
   bool nsamples_given = false, seqlen_given = false;
+  std::optional<int> batch_size;  // into recipe once it is checked
   uint32_t seed = 2;
   int threads = 0;
   Device device = {};
@@ -46,6 +48,7 @@ struct SettingFlags {
   std::optional<int64_t> group_size;
   bool symmetric = false;
   TransformFlags transform;
+  CompositionFlags pieces;
 };
 // --method, --preset, --wbits, --group-size and --symmetric.
 void add_setting_options(CLI::App& app, QuantOptions& options, SettingFlags& flags);

@@ -102,6 +102,7 @@ json block_json(const quant::BlockReport& b) {
     j["sites"].push_back({{"name", s.name},
                           {"log2_scale", histogram_json(s.log2_scale)},
                           {"shift", histogram_json(s.shift)}});
+  if (b.kept_epoch > 0) j["kept_epoch"] = b.kept_epoch;
   if (b.recoveries.empty()) return j;
   for (const quant::Recovery& r : b.recoveries)
     j["recoveries"].push_back(
@@ -119,6 +120,7 @@ quant::BlockReport block_from_json(const json& j) {
     b.packed_error = j.at("packed_error").get<double>();
     b.seconds = j.at("seconds").get<double>();
     b.peak_bytes = whole<size_t>(j.at("peak_tensor_bytes"));
+    if (j.contains("kept_epoch")) b.kept_epoch = whole<int>(j["kept_epoch"]);
     if (j.contains("recoveries"))
       for (const json& r : j["recoveries"])
         b.recoveries.push_back({whole<int>(r.at("epoch")), r.at("rate_factor").get<double>(),

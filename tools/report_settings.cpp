@@ -185,11 +185,11 @@ std::string settings_table(const json& report) {
   if (!recipe || !recipe->is_object() || recipe->empty())
     return missing("The report does not hold the settings.");
   const json& r = *recipe;
-  std::string rows = setting("Method", text_at(r, "method")) + setting("Weights", weights_text(r)) +
-                     setting("Activations", activations_text(r)) +
-                     setting("Outside the blocks", text_at(report, "kept")) +
-                     setting("Transformation", transformation_text(r)) +
-                     setting("Learning", learning_text(r));
+  std::string rows =
+      setting("Method", text_at(r, "method")) + setting("Made of", text_at(r, "line")) +
+      setting("Weights", weights_text(r)) + setting("Activations", activations_text(r)) +
+      setting("Outside the blocks", text_at(report, "kept")) +
+      setting("Transformation", transformation_text(r)) + setting("Learning", learning_text(r));
   if (number_at(r, "epochs").value_or(1) > 0)
     rows += setting("Objective",
                     text_at(r, "augmented_loss") == "yes"
@@ -202,29 +202,15 @@ std::string settings_table(const json& report) {
   rows += setting("Calibration text", text_at(r, "calibration.source")) +
           setting("Seed", text_at(r, "seed")) + setting("Threads", text_at(report, "threads"));
   // What later versions write is shown too, under its own name.
-  static const std::set<std::string> kTold = {"method",
-                                              "setting",
-                                              "wbits",
-                                              "abits",
-                                              "q_bits",
-                                              "k_bits",
-                                              "v_bits",
-                                              "p_bits",
-                                              "group_size",
-                                              "symmetric",
-                                              "official_range",
-                                              "epochs",
-                                              "batch_size",
-                                              "augmented_loss",
-                                              "learning_rates",
-                                              "weight_decay",
-                                              "compute",
-                                              "seed",
-                                              "calibration",
-                                              "official_symmetric",
-                                              "transformation",
-                                              "clip_search",
-                                              "augmented_loss_weight"};
+  static const std::set<std::string> kTold = {
+      "method",         "line",         "setting",
+      "wbits",          "abits",        "q_bits",
+      "k_bits",         "v_bits",       "p_bits",
+      "group_size",     "symmetric",    "official_range",
+      "epochs",         "batch_size",   "augmented_loss",
+      "learning_rates", "weight_decay", "compute",
+      "seed",           "calibration",  "official_symmetric",
+      "transformation", "clip_search",  "augmented_loss_weight"};
   for (const auto& [key, value] : r.items())
     if (!kTold.contains(key)) rows += setting(key, shown(value));
   return fmt::format("<dl>\n{}</dl>\n", rows);

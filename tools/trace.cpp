@@ -96,6 +96,18 @@ bool transformed(nn::Block& model, nn::Block& packed) {
   return differ;
 }
 
+// Whether the method by this title moved the weights, or did not round them to nearest.
+bool rounds_otherwise(const std::string& title) {
+  for (const char* piece : {"--round gptq", "--round learned", "--train weights"})
+    if (title.find(piece) != std::string::npos) return true;
+  for (const auto& m : quant::methods())
+    if (m.name == title.substr(0, title.find(' '))) {
+      const quant::Recipe r = m.make({});
+      return r.line.round != "nearest" || r.train.weights;
+    }
+  return false;
+}
+
 // ---- the two ways ----
 
 void describe(json& out, const Group& g, const std::string& method) {
@@ -120,7 +132,7 @@ void trace_forward(json& out, const Side& model, const TraceOf& of, const quant:
   Result r;
   r.scale = to(to(grid.scale, DType::F16), DType::F32);
   r.zero = grid.zero;
-  r.codes = recipe.rounder->codes(w, {r.scale, r.zero}, g.spec);
+  r.codes = quant::round_nearest()->codes(w, {r.scale, r.zero}, g.spec, {});
   r.panel = pack_codes(r.codes, r.scale, r.zero, stored_spec(g.spec));
   r.dequantised = nn::PackedIntWeight(r.panel).dequantize();
 
@@ -137,8 +149,7 @@ void trace_forward(json& out, const Side& model, const TraceOf& of, const quant:
 }
 
 // From the bytes of a file; with `model` from both ends.
-void trace_stored(json& out, const Side& packed, const Side* model, const TraceOf& of,
-                  const quant::Rounder& nearest) {
+void trace_stored(json& out, const Side& packed, const Side* model, const TraceOf& of) {
   const auto config = *PackedConfig::of(packed.reader->config());
   const std::string module = fmt::format("model.layers.{}.{}", of.layer, packed.linear.name);
   const MatrixSpec& m = config.spec_of(module);
@@ -170,9 +181,11 @@ void trace_stored(json& out, const Side& packed, const Side* model, const TraceO
         original.out_features(), original.in_features(), model->reader->path().string(), g.rows,
         g.cols, packed.reader->path().string());
   const Tensor w = panel_rows(original.dense(), g);
-  const auto mine = lesson::of_group<uint8_t>(nearest.codes(w, {r.scale, r.zero}, g.spec), g),
+  const auto nearest = quant::round_nearest()->codes(w, {r.scale, r.zero}, g.spec, {});
+  const auto mine = lesson::of_group<uint8_t>(nearest, g),
              stored = lesson::of_group<uint8_t>(r.codes, g);
-  const bool folded = mine != stored && transformed(*model->block, *packed.block);
+  const bool folded = mine != stored && (rounds_otherwise(config.method) ||
+                                         transformed(*model->block, *packed.block));
   out["transformed"] = folded;
   const json range = lesson::range_step(w, g);
   steps.push_back(lesson::weights_step(w, model->reader->path().string(), g));
@@ -198,7 +211,7 @@ json trace(const TraceOf& of, const std::filesystem::path& model,
   if (packed.empty())
     trace_forward(out, *dense, of, recipe);
   else
-    trace_stored(out, open_side(packed, of, true), dense ? &*dense : nullptr, of, *recipe.rounder);
+    trace_stored(out, open_side(packed, of, true), dense ? &*dense : nullptr, of);
   bool holds = true;
   for (const json& p : out["steps"].back()["proofs"]) holds = holds && p["holds"].get<bool>();
   out["holds"] = holds;

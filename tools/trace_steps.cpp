@@ -65,13 +65,13 @@ json range_step(const Tensor& w, const Group& g) {
 
 json clipping_step(const quant::Clip& clip, const json& range, const Group& g) {
   const nn::ParamGroup p = clip.params();
-  json j = p.params.empty()
-               ? step("clipping", "Clipping", "none: γ = β = 1", "minmax_clip",
-                      "quant/clip_minmax.cpp", "tests/quant/clip_test.cpp")
-               : step("clipping", "Clipping", "Eq. 2: γ = σ(u), β = σ(l)", "LearnedClip",
-                      "quant/clip_lwc.cpp", "tests/quant/clip_test.cpp");
+  const bool clips = p.name == "lwc";
+  json j = !clips ? step("clipping", "Clipping", "none: γ = β = 1", "minmax_clip",
+                         "quant/clip_minmax.cpp", "tests/quant/clip_test.cpp")
+                  : step("clipping", "Clipping", "Eq. 2: γ = σ(u), β = σ(l)", "LearnedClip",
+                         "quant/clip_lwc.cpp", "tests/quant/clip_test.cpp");
   j["gamma"] = j["beta"] = 1.0;
-  for (size_t i = 0; i < p.params.size(); ++i) {
+  for (size_t i = 0; clips && i < p.params.size(); ++i) {
     const bool upper = p.names.at(i) == "gamma_logit";
     j[upper ? "u" : "l"] = at(p.params[i].detach(), g);
     j[upper ? "gamma" : "beta"] = at(sigmoid(p.params[i].detach()), g);

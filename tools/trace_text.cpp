@@ -241,9 +241,9 @@ void title(const json& t) {
                  : "w from the checkpoint, codes and grid from the packed file");
   if (t.contains("transformed") && t["transformed"].get<bool>())
     fmt::print(
-        "Scales or shifts were folded into this block (Eq. 3, 5), its norms or biases tell. So w "
-        "below\n"
-        "is not the w that was rounded, and codes are shown without it.\n");
+        "Scales or shifts were folded into this block (Eq. 3, 5), as its norms or biases tell, or\n"
+        "its method moves weights or solves for codes. So w below is not what was rounded to\n"
+        "nearest, and codes are shown without it.\n");
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
       ->group(parity);
 }
 
-void settle_transform(const TransformFlags& f, const std::string& method, quant::Options& o) {
+void settle_transform(const TransformFlags& f, quant::Options& o) {
   if (f.abits) o.spec.abits = *f.abits;
   if (f.q_bits) o.spec.q_bits = *f.q_bits;
   if (f.k_bits) o.spec.k_bits = *f.k_bits;
@@ -87,9 +87,16 @@ void settle_transform(const TransformFlags& f, const std::string& method, quant:
   if (f.alpha && !(*f.alpha >= 0 && *f.alpha <= 1)) throw UsageError("--alpha: 0 to 1");
   o.let_lr = f.let_lr.value_or(-1);
   o.alpha = f.alpha.value_or(-1);
-  if (f.let && method == "rtn") throw UsageError("--let: method rtn learns nothing");
-  const bool let = o.let > 0 || (o.let < 0 && o.spec.activations().any() && method != "rtn");
-  if (let) return;
+}
+
+void check_transform(const TransformFlags& f, const quant::Recipe& r) {
+  if ((f.let && !r.let) || (f.no_let && r.let))
+    throw UsageError(fmt::format("--transform {} and --{}let exclude each other", r.line.transform,
+                                 f.let ? "" : "no-"));
+  if (f.let && !r.train.clips)
+    throw UsageError(fmt::format(
+        "--let: method {} learns nothing of it; --transform let takes it as it starts", r.name));
+  if (r.let) return;
   const std::pair<bool, const char*> needs_let[] = {{f.shift, "--let-shift"},
                                                     {f.up_down, "--let-up-down"},
                                                     {f.untied, "--untied-qk"},

@@ -19,9 +19,10 @@ struct TransformFlags {
 
 void add_transform_options(CLI::App& app, TransformFlags& flags);
 
-// Flags into spec and recipe options. Throws UsageError for flags that exclude each other or have
-// nothing to act on.
-void settle_transform(const TransformFlags& flags, const std::string& method,
-                      quant::Options& options);
+// Flags into spec and recipe options. Throws UsageError for flags that exclude each other.
+void settle_transform(const TransformFlags& flags, quant::Options& options);
+
+// Throws UsageError for flags that have nothing to act on in the recipe that came out.
+void check_transform(const TransformFlags& flags, const quant::Recipe& recipe);
 
 }  // namespace omq

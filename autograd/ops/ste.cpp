@@ -8,28 +8,58 @@
 namespace omq {
 namespace {
 
-// The entry of a grid [R,G] for each column: [R,C].
-Tensor by_column(const Tensor& grid, int64_t cols, GroupSpec s) {
-  const int64_t rows = grid.dim(0), groups = grid.dim(1), width = s.group_cols(cols);
-  const Tensor wide = expand(reshape(grid, {rows, groups, 1}), {rows, groups, width});
-  return slice(reshape(wide, {rows, groups * width}), 1, 0, cols);
+// What FrozenRounding wants to know of codes: how far from the zero point they are (the codes
+// themselves where it learns), and which of them learn.
+void note_codes(FrozenRounding& frozen, const Tensor& x, const Tensor& h, const Tensor& z,
+                const GroupSpec& s) {
+  NoGrad off;
+  const int max_code = s.max_code();
+  const Tensor t = round(x.detach() / h.detach()) + z.detach(), codes = clamp(t, 0, max_code);
+  const double ends = s.end_codes_learn ? 1 : 0;
+  frozen.note(s.zero_learns ? codes : codes - z.detach(),
+              clamp(t + ends, 0, 1) * clamp(affine(t, -1, max_code + ends), 0, 1));
 }
 
-// What FrozenRounding wants to know of codes: how far from the zero point they are, and which of
-// them learn.
-void note_codes(FrozenRounding& frozen, const Tensor& x, const Tensor& h, const Tensor& z,
-                int max_code, bool end_codes_learn) {
-  NoGrad off;
-  const Tensor t = round(x.detach() / h.detach()) + z.detach();
-  const double ends = end_codes_learn ? 1 : 0;
-  frozen.note(clamp(t, 0, max_code) - z.detach(),
-              clamp(t + ends, 0, 1) * clamp(affine(t, -1, max_code + ends), 0, 1));
+// Sum of every group of a row: x [R,C] → [R,G].
+Tensor group_sum(const Tensor& x, const GroupSpec& s) {
+  const int64_t rows = x.dim(0), cols = x.dim(1), width = s.group_cols(cols), whole = cols / width;
+  Tensor y = Tensor::empty({rows, s.groups(cols)}, x.dtype(), x.device());
+  const auto part = [&](int64_t first, int64_t count, int64_t columns) {
+    const Tensor piece = reshape(slice(x, 1, first * width, first * width + count * columns),
+                                 {rows, count, columns});
+    Tensor into = slice(y, 1, first, first + count);
+    on(y).copy(into, reshape(sum_to(piece, {rows, count, 1}), {rows, count}));
+  };
+  if (whole > 0) part(0, whole, width);
+  if (cols > whole * width) part(whole, 1, cols - whole * width);
+  return y;
 }
 
 }  // namespace
 
+Tensor repeat_groups(const Tensor& grid, int64_t cols, GroupSpec s) {
+  const int64_t rows = grid.dim(0), groups = grid.dim(1), width = s.group_cols(cols);
+  check(groups == s.groups(cols), "repeat_groups: {} columns are {} groups, got {}", cols,
+        s.groups(cols), grid.shape());
+  const Tensor wide = expand(reshape(grid, {rows, groups, 1}), {rows, groups, width});
+  return slice(reshape(wide, {rows, groups * width}), 1, 0, cols);
+}
+
+Tensor straight_through(const Tensor& x, const Tensor& value) {
+  check(x.shape() == value.shape() && x.dtype() == value.dtype(),
+        "straight_through: {} {} for {} {}", dtype_name(value.dtype()), value.shape(),
+        dtype_name(x.dtype()), x.shape());
+  if (FrozenRounding* const frozen = FrozenRounding::current()) {
+    if (frozen->replays()) return frozen->repeat(x);
+    frozen->note(value, Tensor::full(x.shape(), 1, x.dtype(), x.device()));
+  }
+  return record("straight_through", value.detach(), {x},
+                [](const Tensor& dy) -> Grads { return {dy}; });
+}
+
 Tensor fake_quant_composed(const Tensor& x, const Tensor& scale, const Tensor& zero, GroupSpec s) {
-  const Tensor h = by_column(scale, x.dim(1), s), z = by_column(zero.detach(), x.dim(1), s);
+  const Tensor h = repeat_groups(scale, x.dim(1), s);
+  const Tensor z = repeat_groups(s.zero_learns ? zero : zero.detach(), x.dim(1), s);
   const Tensor t = round_ste(x / h) + z;
   Tensor codes = clamp(t, 0, s.max_code());
   if (!s.end_codes_learn) {  // halves keep the end codes out of the gradient, not out of the value
@@ -46,25 +76,27 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
         "fake_quant: x {} wants grids {}, got {} and {}", x.shape(), grid, scale.shape(),
         zero.shape());
   FrozenRounding* const frozen = FrozenRounding::current();
-  if (frozen && frozen->replays()) {
-    const Tensor h = by_column(scale, x.dim(1), s);
-    return frozen->repeat(x / h) * h;
+  if (frozen) {
+    const Tensor h = repeat_groups(scale, x.dim(1), s), z = repeat_groups(zero, x.dim(1), s);
+    if (frozen->replays())
+      return s.zero_learns ? (frozen->repeat(x / h + z) - z) * h : frozen->repeat(x / h) * h;
+    note_codes(*frozen, x, h, z, s);
   }
-  if (frozen)
-    note_codes(*frozen, x, by_column(scale, x.dim(1), s), by_column(zero, x.dim(1), s),
-               s.max_code(), s.end_codes_learn);
   const Tensor source = contiguous(x), h = contiguous(scale), z = contiguous(zero.detach());
   Tensor y = Tensor::empty(source.shape(), operand_dtype(h.dtype()), source.device());
   on(x).fake_quant(y, source, h, z, s);
-  const bool need_x = needs_grad(x), need_scale = needs_grad(scale);
-  return record("fake_quant", y, {source, h},
-                [x = source.detach(), scale = h.detach(), zero = z, need_x, need_scale,
-                 s](const Tensor& dy) -> Grads {
-                  Tensor dx, ds;
-                  if (need_x) dx = Tensor::empty(x.shape(), scale.dtype(), x.device());
+  const bool need_scale = needs_grad(scale), need_zero = s.zero_learns && needs_grad(zero);
+  const bool need_dx = needs_grad(x) || need_zero;
+  return record("fake_quant", y, {source, h, need_zero ? zero : z},
+                [x = source.detach(), scale = h.detach(), zero = z, need_dx, need_scale, need_zero,
+                 s](const Tensor& any) -> Grads {
+                  const Tensor dy = contiguous(any);
+                  Tensor dx, ds, dz;
+                  if (need_dx) dx = Tensor::empty(x.shape(), scale.dtype(), x.device());
                   if (need_scale) ds = empty_like(scale);
-                  on(x).fake_quant_vjp(dx, ds, x, scale, zero, contiguous(dy), s);
-                  return {dx, ds};
+                  on(x).fake_quant_vjp(dx, ds, x, scale, zero, dy, s);
+                  if (need_zero) dz = group_sum(dx - to(dy, dx.dtype()), s) * scale;  // dx = dy where not clamped
+                  return {dx, ds, dz};
                 });
 }
 
@@ -171,7 +203,7 @@ Tensor fake_quant_rows(const Tensor& x, RowQuant s) {
     const Tensor rows = reshape(x, {-1, x.dim(-1)});
     const RowsGrid g = rows_grid(rows, s);
     if (frozen->replays()) return reshape(frozen->repeat(rows / g.h) * g.h, x.shape());
-    note_codes(*frozen, rows, g.h, g.zero, s.max_code(), s.end_codes_learn);
+    note_codes(*frozen, rows, g.h, g.zero, {.bits = s.bits, .end_codes_learn = s.end_codes_learn});
   }
   const Tensor source = contiguous(x);
   Tensor y = Tensor::empty(source.shape(), product_dtype(source), source.device());

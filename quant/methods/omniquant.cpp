@@ -1,6 +1,6 @@
 // OmniQuant (arXiv 2308.13137v3): learnable weight clipping (Eq. 2) and the learnable equivalent
 // transformation (Eq. 3, 5), trained together against the block objective (Eq. 1).
-#include "quant/recipe.h"
+#include "quant/compose.h"
 
 namespace omq::quant {
 namespace {
@@ -21,43 +21,34 @@ Preset preset_of(const QuantSpec& s) {
 
 }  // namespace
 
-Recipe omniquant(const Options& o) {
+Plan clip_plan(const Options& o) {
   const Preset preset = preset_of(o.spec);
-  const bool activations = o.spec.activations().any();
-  const bool let = o.let < 0 ? activations : o.let != 0;
   const bool augmented = o.aug_loss < 0 ? preset.augmented : o.aug_loss != 0;
-  const GridRule rule =
-      o.spec.symmetric && o.spec.official_symmetric ? official_symmetric_grid : affine_grid;
-  Recipe r{.name = "omniquant",
-           .spec = o.spec,
-           .transforms = {},
-           .clip =
-               [rule, search = o.clip_search](const Tensor& w, GroupSpec spec) {
-                 return learned_clip(w, spec, {.logit = 4.0, .rule = rule, .search = search});
-               },
-           .rounder = round_nearest(),
-           .objective = augmented ? augmented_mse(o.aug_weight) : block_mse(),
-           .augmented = augmented,
-           .aug_weight = o.aug_weight,
-           .clip_search = o.clip_search,
-           .let = {},
-           .train = {.epochs = o.epochs >= 0 ? o.epochs : preset.epochs,
-                     .batch_size = o.batch_size,
-                     .lr = {{"lwc", o.lwc_lr}},
-                     .weight_decay = o.weight_decay,
-                     .compute = o.compute}};
-  if (!let) return r;
-  r.let = {.alpha = o.alpha >= 0 ? o.alpha : preset.alpha,
-           .shift = o.let_shift < 0 ? activations && preset.shift : o.let_shift != 0,
-           .tied_pairs = !o.untied_pairs,
-           .up_to_down = o.let_up_to_down,
-           .all_consumers = !o.one_consumer,
-           .signed_max = o.signed_max};
-  r.train.lr["let"] = o.let_lr >= 0 ? o.let_lr : preset.let_lr;
-  r.transforms.push_back([options = *r.let](nn::Block& fp, const BlockStats& stats) {
-    return learned_transform(fp, stats, options);
-  });
-  return r;
+  return {{.epochs = o.epochs >= 0 ? o.epochs : preset.epochs,
+           .batch_size = o.batch_size > 0 ? o.batch_size : 1,
+           .lr = {{"lwc", o.lwc_lr},
+                  {"let", o.let_lr >= 0 ? o.let_lr : preset.let_lr},
+                  {"grid", 1e-4},
+                  {"range", 5e-3}},
+           .weight_decay = o.weight_decay,
+           .compute = o.compute},
+          augmented ? augmented_mse(o.aug_weight) : block_mse()};
+}
+
+LetOptions let_options(const Options& o) {
+  const Preset preset = preset_of(o.spec);
+  const bool shift = o.spec.activations().any() && preset.shift;
+  return {.alpha = o.alpha >= 0 ? o.alpha : preset.alpha,
+          .shift = o.let_shift < 0 ? shift : o.let_shift != 0,
+          .tied_pairs = !o.untied_pairs,
+          .up_to_down = o.let_up_to_down,
+          .all_consumers = !o.one_consumer,
+          .signed_max = o.signed_max};
+}
+
+Recipe omniquant(const Options& o) {
+  const char* const transform = o.spec.activations().any() ? "let" : "none";
+  return compose("omniquant", {transform, "lwc", "nearest", "clip"}, o);
 }
 
 }  // namespace omq::quant

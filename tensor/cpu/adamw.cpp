@@ -16,6 +16,7 @@ void adamw_tick(Tensor& clock, const Tensor& loss, AdamWStep s) {
   c[0] += 1;
   c[1] = 1 - std::pow(s.beta1, c[0]);
   c[2] = 1 - std::pow(s.beta2, c[0]);
+  c[3] = s.rate.share(c[0]);
 }
 
 void adamw(Tensor& p, Tensor& m, Tensor& v, const Tensor& g, const Tensor& clock, AdamWStep s) {
@@ -25,7 +26,8 @@ void adamw(Tensor& p, Tensor& m, Tensor& v, const Tensor& g, const Tensor& clock
     T *pp = p.data<T>(), *pm = m.data<T>(), *pv = v.data<T>();
     const T* pg = g.data<T>();
     const T b1 = static_cast<T>(s.beta1), b2 = static_cast<T>(s.beta2), eps = static_cast<T>(s.eps);
-    const T keep = static_cast<T>(1.0 - s.lr * s.weight_decay), step = static_cast<T>(s.lr / c[1]);
+    const double lr = s.lr * c[3];
+    const T keep = static_cast<T>(1.0 - lr * s.weight_decay), step = static_cast<T>(lr / c[1]);
     const T root = static_cast<T>(1.0 / std::sqrt(c[2]));
     parallel_for(p.numel(), kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -57,6 +57,26 @@ void check_frozen(const Function& f, const std::vector<Tensor>& inputs) {
   }
 }
 
+TEST_CASE("frozen rounding: zero points that learn, straight through their own rounding") {
+  for_all(
+      40, [](Rng& rng) { return rng; },
+      [](Rng rng) {
+        const GroupSpec s{.bits = static_cast<int>(rng.between(2, 4)),
+                          .group_size = rng.between(0, 2) * 5,
+                          .end_codes_learn = rng.coin(),
+                          .zero_learns = true};
+        const Shape grid{2, s.groups(12)};
+        check_frozen(
+            [s](const std::vector<Tensor>& in) {
+              const Tensor z = straight_through(
+                  in[2], clamp(round(in[2].detach()), 0, static_cast<double>(s.max_code())));
+              return fake_quant(in[0], in[1], z, s);
+            },
+            {normal_tensor(rng, {2, 12}), random_tensor(rng, grid, DType::F64, 0.2, 0.8),
+             random_tensor(rng, grid, DType::F64, -1, 1.2 * s.max_code())});
+      });
+}
+
 TEST_CASE("frozen rounding: gradients of fake_quant are those of its frozen twin") {
   for_all(
       60, [](Rng& rng) { return rng; },

@@ -458,4 +458,49 @@ TEST_CASE("fake_quant refuses grids that do not fit") {
                        "group_range: wants [rows, cols], got [4]", Error);
 }
 
+TEST_CASE(
+    "a zero point that learns: fused = composed on every device, and not without being told") {
+  for (Device d : test_devices()) {
+    CAPTURE(d);
+    for_all(
+        30, [](Rng& rng) { return rng; },
+        [d](Rng rng) {
+          GroupSpec s{.bits = static_cast<int>(rng.between(2, 5)),
+                      .group_size = rng.between(0, 3) * 8,
+                      .end_codes_learn = rng.coin(),
+                      .zero_learns = true};
+          const Shape shape{rng.between(1, 5), rng.between(3, 50)};
+          const Shape grid{shape[0], s.groups(shape[1])};
+          const Tensor x = parameter(to(normal_tensor(rng, shape, DType::F32), d)),
+                       h = parameter(to(random_tensor(rng, grid, DType::F32, 0.1, 0.6), d)),
+                       z = parameter(to(round(random_tensor(rng, grid, DType::F32, 0, 1) *
+                                              static_cast<double>(s.max_code())),
+                                        d)),
+                       up = to(normal_tensor(rng, shape, DType::F32), d);
+          const Gradients fused = backward(sum(fake_quant(x, h, z, s) * up)),
+                          composed = backward(sum(fake_quant_composed(x, h, z, s) * up));
+          for (const Tensor& t : {x, h, z}) CHECK(within(fused[t], composed[t], 2e-4));
+          s.zero_learns = false;
+          CHECK_FALSE(backward(sum(fake_quant(x, h, z, s) * up)).contains(z));
+        });
+  }
+}
+
+TEST_CASE("straight_through is the value with the gradient of x; repeat_groups goes by columns") {
+  const Tensor x = parameter(Tensor::from<float>({0.2f, 1.7f}, {1, 2})),
+               value = Tensor::from<float>({5, 7}, {1, 2}),
+               up = Tensor::from<float>({2, 3}, {1, 2});
+  const Tensor y = straight_through(x, value);
+  CHECK(bit_equal(y.detach(), value));
+  CHECK(bit_equal(backward(sum(y * up))[x], up));
+  CHECK_THROWS_WITH_AS(straight_through(x, Tensor::zeros({2})),
+                       doctest::Contains("straight_through: "), Error);
+
+  const GroupSpec s{.group_size = 2};
+  const Tensor wide = repeat_groups(x, 3, s);
+  CHECK(wide.to_vector<float>() == std::vector<float>{0.2f, 0.2f, 1.7f});
+  CHECK(backward(sum(wide))[x].to_vector<float>() == std::vector<float>{2, 1});
+  CHECK_THROWS_WITH_AS(repeat_groups(x, 5, s), doctest::Contains("5 columns are 3 groups"), Error);
+}
+
 }  // namespace omq

@@ -8,6 +8,7 @@
 #include <fstream>
 
 #include "autograd/ops.h"
+#include "tensor/step_graph.h"
 #include "tests/support/close.h"
 #include "tests/support/devices.h"
 #include "tests/support/golden.h"
@@ -103,6 +104,50 @@ TEST_CASE("every group has its own rate, which can be scaled") {
   opt.step(backward(sum(a + b)));
   CHECK(b.item<float>() == doctest::Approx(-0.15));
   CHECK(opt.groups()[1].name == "fast");
+}
+
+TEST_CASE("a rate that falls along a cosine or a line, by the clock on the device") {
+  for (Device d : test_devices())
+    for (const RateShape shape : {RateShape::Cosine, RateShape::Linear}) {
+      CAPTURE(d);
+      const Tensor p = leaf({0}, d);
+      // Signs of gradients: each step moves by its rate.
+      AdamW opt({{"all", {p}, 0.1}},
+                sign_descent({.shape = shape, .steps = 5, .done = 1, .last = 0.2}));
+      double want = 0;
+      for (int t = 1; t <= 6; ++t) {
+        opt.step(backward(sum(p * 3.0)));
+        const double at = std::min(1.0, (1 + t - 1) / 5.0);  // one step was done before
+        want -= 0.1 * (shape == RateShape::Linear
+                           ? 1 - 0.8 * at
+                           : 0.2 + 0.8 * (1 + std::cos(at * 3.14159265358979)) / 2);
+        CHECK(values(p)[0] == doctest::Approx(want).epsilon(1e-5));
+      }
+    }
+}
+
+TEST_CASE("a recorded step takes the rate of the moment") {
+  for (Device d : test_devices()) {
+    CAPTURE(d);
+    const Tensor p = leaf({0}, d);
+    AdamW opt({{"all", {p}, 1}}, sign_descent({.shape = RateShape::Linear, .steps = 4}));
+    {
+      StepGraph graph(d, [&] { opt.step(backward(sum(p * -2.0))); });
+      for (int i = 0; i < 4; ++i) graph.run();
+    }
+    CHECK(values(p)[0] == doctest::Approx(1 + 0.75 + 0.5 + 0.25));
+  }
+}
+
+TEST_CASE("descent by signs: the size of a gradient is of no account, nothing moves without one") {
+  const Tensor p = leaf({0, 0, 0, 0});
+  AdamW opt({{"all", {p}, 0.25}}, sign_descent({}));
+  opt.step(backward(sum(p * Tensor::from<float>({1e-9f, -1e9f, 0, 3}, {4}))));
+  const auto v = values(p);
+  CHECK(v[0] == doctest::Approx(-0.25));
+  CHECK(v[1] == doctest::Approx(0.25));
+  CHECK(v[2] == 0);
+  CHECK(v[3] == doctest::Approx(-0.25));
 }
 
 TEST_CASE("a parameter that the loss does not touch stays as it is") {

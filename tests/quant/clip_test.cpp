@@ -30,7 +30,7 @@ const Tensor& upstream() {
 std::vector<int> codes_of(const Tensor& w, const Grid& g, GroupSpec s) {
   std::vector<int> out;
   for (const uint8_t c :
-       round_nearest()->codes(w, {g.scale.detach(), g.zero}, s).to_vector<uint8_t>())
+       round_nearest()->codes(w, {g.scale.detach(), g.zero}, s, {}).to_vector<uint8_t>())
     out.push_back(c);
   return out;
 }

@@ -155,8 +155,8 @@ TEST_CASE("recipes: methods by name, settings of the papers as defaults") {
   CHECK(omni(4, 0).train.epochs == 0);
   CHECK(omni(4).train.lr.at("lwc") == 1e-2);
   CHECK(make_recipe("rtn", {}).train.epochs == 0);
-  CHECK_THROWS_WITH_AS(make_recipe("gptq", {}),
-                       doctest::Contains("unknown method \"gptq\"; there are: omniquant, rtn"),
+  CHECK_THROWS_WITH_AS(make_recipe("awq", {}),
+                       doctest::Contains("unknown method \"awq\"; there are: omniquant, rtn, gptq"),
                        Error);
 }
 

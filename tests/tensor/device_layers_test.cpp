@@ -231,10 +231,10 @@ TEST_CASE("devices: adamw") {
     compare(d, {{shape}, {shape}, {shape}}, {p, m, v, g}, 1e-12,
             [](const DenseKernels& k, Tensors& out, const Tensors& in) {
               for (size_t i = 0; i < 3; ++i) k.copy(out[i], in[i]);
-              const AdamWStep step{1e-2, 0.9, 0.999, 1e-8, 0.1};
+              const AdamWStep step{1e-2, 0.9, 0.999, 1e-8, 0.1, {RateShape::Cosine, 7, 0, 0.05}};
               const Device at = out[0].device();
               Tensor clock =
-                  Tensor::zeros({3}, at.type == DeviceType::CPU ? DType::F64 : DType::F32, at);
+                  Tensor::zeros({4}, at.type == DeviceType::CPU ? DType::F64 : DType::F32, at);
               for (int i = 0; i < 3; ++i) k.adamw_tick(clock, {}, step);
               k.adamw(out[0], out[1], out[2], in[3], clock, step);
             });

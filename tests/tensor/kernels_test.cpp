@@ -305,7 +305,7 @@ TEST_CASE("scalar kernels have the same bits on any number of threads") {
     cpu::softmax(s, x);
     cpu::softmax_vjp(ds, s, g);
     Tensor p = converted(x, DType::F32), m = Tensor::zeros(x.shape()), v = Tensor::zeros(x.shape());
-    Tensor clock = Tensor::zeros({3}, DType::F64);
+    Tensor clock = Tensor::zeros({4}, DType::F64);
     const AdamWStep step{1e-2, 0.9, 0.999, 1e-8, 0.1};
     cpu::adamw_tick(clock, {}, step);
     cpu::adamw(p, m, v, g, clock, step);

@@ -1,0 +1,59 @@
+// How each kind of learning beyond clip factors goes, with the numbers of the paper that it comes
+// from; OmniQuant's own are in methods/omniquant.cpp.
+#include "quant/compose.h"
+
+namespace omq::quant {
+
+// EfficientQAT's block phase (arXiv 2407.11062, spec weight-methods §1). Rates and batch are its
+// own; epochs are not: there two passes see 4096 sequences, here each of few windows has to be seen
+// often. The official code lets the gains of norms learn at the rate of the weights; so does this.
+Plan weights_plan(const Options& o) {
+  Plan p = clip_plan(o);  // rates of clips and transforms that learn along
+  TrainPlan& t = p.train;
+  const double rate = o.spec.wbits == 2 ? 2e-5 : 1e-5;
+  t.epochs = o.epochs >= 0 ? o.epochs : o.spec.wbits == 2 ? 40 : 20;
+  t.batch_size = o.batch_size > 0 ? o.batch_size : 2;
+  t.lr["grid"] = 1e-4;
+  t.lr["weights"] = t.lr["norms"] = rate;
+  t.weights = t.norms = true;
+  t.rate_shape = RateShape::Cosine;
+  t.last_rate = 1.0 / 20;
+  t.keep_best = true;
+  if (o.aug_loss <= 0) p.objective = block_mse();
+  return p;
+}
+
+// Norm Tweaking (arXiv 2309.02784, spec weight-methods §6). What learns is a factor of each gain,
+// so that the rate is a relative one. Deeper blocks learn faster.
+Plan norms_plan(const Options& o) {
+  return {{.epochs = o.epochs >= 0 ? o.epochs : 1,
+           .batch_size = o.batch_size > 0 ? o.batch_size : 1,
+           .lr = {{"norms", 1e-5}},
+           .weight_decay = o.weight_decay,
+           .compute = o.compute,
+           .clips = false,
+           .norms = true,
+           .after_rounding = true,
+           .depth_slope = 1},
+          channel_statistics()};
+}
+
+// SignRound (arXiv 2309.05516, spec weight-methods §10): rates of 1 for a whole run fall to 0 along
+// a line, so that an offset can move by half a step in all.
+Plan rounding_plan(const Options& o) {
+  Plan p = clip_plan(o);  // rates of clips and transforms that learn along
+  TrainPlan& t = p.train;
+  t.epochs = o.epochs >= 0 ? o.epochs : 50;
+  t.batch_size = o.batch_size > 0 ? o.batch_size : 4;
+  t.rounding = true;
+  t.sign_descent = true;
+  t.lr["rounding"] = t.lr["range"] = t.lr["lwc"] = 1;  // 1 / steps
+  t.lr["let"] = 0.1;
+  t.lr["grid"] = 0.01;
+  t.rate_shape = RateShape::Linear;
+  t.keep_best = true;
+  if (o.aug_loss <= 0) p.objective = block_mse();
+  return p;
+}
+
+}  // namespace omq::quant

@@ -1,0 +1,74 @@
+// See composition_options.h.
+#include "tools/composition_options.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+namespace omq {
+namespace {
+
+using cli::UsageError;
+
+// ParamGroup names (quant/block_method.cpp, clips and transforms).
+const std::vector<std::string> kGroups = {"lwc",     "let",   "grid",    "range",
+                                          "weights", "norms", "rounding"};
+
+}  // namespace
+
+void add_composition_options(CLI::App& app, CompositionFlags& f) {
+  const char* group = "Pieces of the method (a method is a name for such a line; these win)";
+  const auto piece = [&](const char* name, std::string& value, const char* help) {
+    app.add_option(name, value, help)->type_name("NAME")->group(group);
+  };
+  piece("--transform", f.transform, "none, or let: the equivalent transformation");
+  piece("--clip", f.clip,
+        "grids from: minmax ranges; lwc, with learned factors; scaled, with learned shares; free "
+        "scales and zero points");
+  piece("--round", f.round,
+        "codes: nearest; gptq, solved on the inputs of each matrix; learned offsets");
+  piece("--train", f.train,
+        "none; clip: what clip, transform and rounding learn; weights: these, weights and norms; "
+        "norms, after rounding");
+  app.add_option("--rate", f.rates,
+                 "learning rate of a group: lwc, let, grid, range, weights, norms, rounding (the "
+                 "last two of signround: for a whole run)")
+      ->type_name("GROUP=X")
+      ->group(group);
+  app.add_option("--damping", f.damping,
+                 "share of the mean that gptq adds to the diagonal of the products (default 0.01)")
+      ->type_name("X")
+      ->group(group);
+  app.add_flag("--no-act-order", f.no_act_order,
+               "gptq takes columns as they come, not those with large inputs first")
+      ->group(group);
+}
+
+void settle_composition(const CompositionFlags& f, quant::Options& o) {
+  o.line = {f.transform, f.clip, f.round, f.train};
+  for (const std::string& item : f.rates) {
+    const size_t at = std::min(item.find('='), item.size());
+    const std::string name = item.substr(0, at), text = item.substr(std::min(at + 1, item.size()));
+    char* end = nullptr;
+    const double rate = std::strtod(text.c_str(), &end);
+    if (std::find(kGroups.begin(), kGroups.end(), name) == kGroups.end())
+      throw UsageError(fmt::format("--rate {}: GROUP=X wanted, GROUP one of {}", item,
+                                   fmt::join(kGroups, ", ")));
+    if (text.empty() || *end != '\0' || !std::isfinite(rate) || rate <= 0)
+      throw UsageError(fmt::format("--rate {}: a number above 0 wanted", item));
+    o.rates[name] = rate;
+  }
+  if (f.damping && !(*f.damping > 0 && *f.damping <= 1))
+    throw UsageError("--damping: above 0, at most 1");
+  o.damping = f.damping.value_or(-1);
+  o.act_order = !f.no_act_order;
+}
+
+void check_composition(const CompositionFlags& f, const quant::Recipe& r) {
+  if (r.rounder->wants_hessian()) return;
+  for (const auto& [given, name] :
+       {std::pair{f.damping.has_value(), "--damping"}, {f.no_act_order, "--no-act-order"}})
+    if (given) throw UsageError(fmt::format("{}: nothing is solved; add --round gptq", name));
+}
+
+}  // namespace omq
