@@ -43,6 +43,10 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   app.add_flag("--no-let-shift", f.no_shift, "scales alone, as the official code")->group(group);
   app.add_flag("--let-up-down", f.up_down, "transform between up_proj and down_proj too")
       ->group(group);
+  app.add_option("--rotation-seed", f.rotation_seed,
+                 "of the random parts of a rotation (quarot; default 0)")
+      ->type_name("N")
+      ->group(group);
 
   const char* parity = "Choices of the official code, for comparisons";
   app.add_flag("--parity", f.parity,
@@ -87,8 +91,13 @@ void settle_transform(const TransformFlags& f, const std::string& method, quant:
   if (f.alpha && !(*f.alpha >= 0 && *f.alpha <= 1)) throw UsageError("--alpha: 0 to 1");
   o.let_lr = f.let_lr.value_or(-1);
   o.alpha = f.alpha.value_or(-1);
-  if (f.let && method == "rtn") throw UsageError("--let: method rtn learns nothing");
-  const bool let = o.let > 0 || (o.let < 0 && o.spec.activations().any() && method != "rtn");
+  const quant::Recipe recipe = quant::make_recipe(method, o);
+  if (f.rotation_seed && !recipe.rotation)
+    throw UsageError(fmt::format("--rotation-seed: method {} rotates nothing", method));
+  o.rotation_seed = f.rotation_seed.value_or(0);
+  if (f.let && !recipe.let)
+    throw UsageError(fmt::format("--let: method {} learns nothing", method));
+  const bool let = recipe.let.has_value();
   if (let) return;
   const std::pair<bool, const char*> needs_let[] = {{f.shift, "--let-shift"},
                                                     {f.up_down, "--let-up-down"},
