@@ -39,11 +39,13 @@ std::vector<nn::Site> LlamaBlock::sites() {
                                     &self_attn.q_proj});
   sites.push_back(
       nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}, &mlp.up_proj});
-  sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
+  // Rows and columns cannot be rescaled through an online transform that stands between them.
+  if (!self_attn.o_proj.online)
+    sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
   // A norm on q and k stands between the projection and the product: rows cannot be rescaled
   // through it.
   if (!self_attn.q_norm) sites.push_back(nn::QueryKey{&self_attn.q_proj, &self_attn.k_proj, heads});
-  sites.push_back(nn::UpToDown{&mlp.up_proj, &mlp.down_proj});
+  if (!mlp.down_proj.online) sites.push_back(nn::UpToDown{&mlp.up_proj, &mlp.down_proj});
   return sites;
 }
 

@@ -38,8 +38,7 @@ void audit_rotations(const nn::Block& fp, int index, const AuditInputs& in, uint
   const Tensor y = fp.forward(in.x, in.at);
   const Rotation q = residual_rotation(in.x.dim(-1), seed);
   for (const Part& part : kParts)
-    attempt({part.name,
-             fmt::format("output with quantisers off, {} tokens", in.x.dim(1)), 1e-5},
+    attempt({part.name, fmt::format("output with quantisers off, {} tokens", in.x.dim(1)), 1e-5},
             found, [&](AuditCheck& c) {
               const RotationOptions options = only(part, seed);
               const auto b = fp.clone();

@@ -134,6 +134,14 @@ Rotation::Rotation(int64_t n, uint64_t seed, uint64_t stream)
 Tensor Rotation::operator()(const Tensor& x) const { return factors_(x * signs_); }
 Tensor Rotation::inverse(const Tensor& x) const { return transposed_(x) * signs_; }
 
+RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed) {
+  const ActivationBits a = spec.activations();
+  return {.seed = seed,
+          .heads = a.linear < 16,
+          .down = a.linear < 16,
+          .query_key = a.q < 16 || a.k < 16};
+}
+
 Rotation residual_rotation(int64_t hidden, uint64_t seed) { return {hidden, seed, kResidual}; }
 
 void rotate_block(nn::Block& block, int index, const Rotation& residual,

@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "nn/block.h"
+#include "quant/spec.h"
 
 namespace omq::quant {
 
@@ -28,6 +29,9 @@ struct RotationOptions {
   bool heads = false, down = false, query_key = false;
   bool operator==(const RotationOptions&) const = default;
 };
+
+// The fused ones, and of those that stay online the ones whose signal is quantised.
+RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed);
 
 // x ↦ (x ⊙ s)·(L ⊗ R) with random signs s: an orthogonal n × n matrix. F64, in host memory.
 class Rotation {

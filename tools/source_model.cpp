@@ -58,7 +58,7 @@ std::string SourceModel::online_text() const {
                         : s.right == 0 ? fmt::format("{}", s.left)
                                        : fmt::format("{}x{}", s.left, s.right));
   return fmt::format(
-      "{}: {} operations a token and block, {:.1f} % of its matrices'", text, operations,
+      "{}: {} operations a token and block, {:.1f} % of what its matrices take", text, operations,
       100.0 * static_cast<double>(operations) / static_cast<double>(matrix_operations()));
 }
 

@@ -7,11 +7,7 @@ namespace omq::quant {
 Recipe quarot(const Options& o) {
   Recipe r = rtn(o);
   r.name = "quarot";
-  const ActivationBits a = o.spec.activations();
-  r.rotation = {.seed = o.rotation_seed,
-                .heads = a.linear < 16,
-                .down = a.linear < 16,
-                .query_key = a.q < 16 || a.k < 16};
+  r.rotation = rotations_for(o.spec, o.rotation_seed);
   return r;
 }
 

@@ -217,6 +217,20 @@ TEST_CASE("audit: a gradient that is off is found, in either type") {
   CHECK(with(NAN, true, false) == "gradient in F32, let, gradient in F32, lwc");
 }
 
+TEST_CASE("audit: a learned transformation behind a rotation is one") {
+  Recipe r = make_recipe("omniquant", options_of({.wbits = 4, .abits = 4}));
+  r.rotation = rotations_for(r.spec, 3);
+  const Checks all = audited(r);
+  CHECK(failures(all).empty());
+  for (const char* name : {"equivalence of qkv", "equivalence of fc1", "equivalence of qkt"})
+    CHECK(has(all, name));
+  CHECK_FALSE(has(all, "equivalence of out"));
+  r.rotation->heads = false;
+  const Checks fused = audited(r);
+  CHECK(failures(fused).empty());
+  CHECK(has(fused, "equivalence of out"));
+}
+
 // A channel of the residual stream has a part of its own, which no rotation of the stream respects.
 struct UnevenBlock final : nn::Block {
   LlamaBlock inner;

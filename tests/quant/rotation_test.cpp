@@ -163,6 +163,9 @@ TEST_CASE("rotation: what stays online, and what does not") {
   CHECK(bit_equal(b.input_layernorm.weight, Tensor::full({48}, 1)));
   CHECK_FALSE(bit_equal(plain.input_layernorm.weight, b.input_layernorm.weight));
   CHECK_FALSE(plain.mlp.down_proj.online.has_value());
+  // Scales cannot go through what stays online.
+  CHECK(LlamaBlock(plain).sites().size() == 5);
+  CHECK(b.sites().size() == 3);
 }
 
 TEST_CASE("rotation: the same seed gives the same block, another one another") {
