@@ -24,14 +24,14 @@ Tensor Kronecker::operator()(const Tensor& any) const {
         "kronecker: factors of {} and {} (0: none) for rows of {}", size(left), size(right), n);
   const int64_t n2 = right.defined() ? size(right) : n / size(left), n1 = n / n2;
   const ComputeScope exact(Compute::F32);
-  Tensor x = any;
+  Tensor x = to(any, left.defined() ? left.dtype() : right.dtype());
   if (right.defined()) x = matmul(reshape(x, {-1, n2}), right);
   if (left.defined()) {
     x = transpose(reshape(x, {-1, n1, n2}), 1, 2);
     x = matmul(reshape(x, {-1, n1}), left);
     x = transpose(reshape(x, {-1, n2, n1}), 1, 2);
   }
-  return reshape(x, any.shape());
+  return to(reshape(x, any.shape()), any.dtype());
 }
 
 void Kronecker::visit(const VisitFn& v) {

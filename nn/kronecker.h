@@ -11,8 +11,9 @@ struct Kronecker {
   Tensor left;   // L [n₁, n₁]; undefined: the identity of n/n₂
   Tensor right;  // R [n₂, n₂]; undefined: the identity of n/n₁
 
-  // x [..., n] → [..., n]; differentiable in x, L and R. Multiplies in the type of x whatever the
-  // ComputeScope. Throws Error when the sizes do not fit n.
+  // x [..., n] → [..., n] in the type of x; differentiable in x, L and R. Multiplies in the type of
+  // the factors whatever the ComputeScope: 16 bits are widened. Throws Error when the sizes do not
+  // fit n.
   Tensor operator()(const Tensor& x) const;
   // Whether factors of these sizes (0: none) can transform rows of n numbers.
   static bool sizes_fit(int64_t left, int64_t right, int64_t n);
