@@ -2,11 +2,11 @@
 // part is told and charged for, and what makes no sense is refused.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "models/safetensors.h"
 #include "tests/support/shared.h"
 #include "tests/tools/workshop.h"
 
