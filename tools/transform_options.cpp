@@ -94,7 +94,8 @@ void settle_transform(const TransformFlags& f, const std::string& method, quant:
   const quant::Recipe recipe = quant::make_recipe(method, o);
   if (f.rotation_seed && !recipe.rotation)
     throw UsageError(fmt::format("--rotation-seed: method {} rotates nothing", method));
-  o.rotation_seed = f.rotation_seed.value_or(0);
+  if (f.rotation_seed && *f.rotation_seed < 0) throw UsageError("--rotation-seed: 0 or more");
+  o.rotation_seed = static_cast<uint64_t>(f.rotation_seed.value_or(0));
   if (f.let && !recipe.let)
     throw UsageError(fmt::format("--let: method {} learns nothing", method));
   const bool let = recipe.let.has_value();

@@ -18,7 +18,7 @@ namespace {
 
 // L ⊗ R entry by entry, with identities where a factor is undefined. [n, n]
 Tensor whole(const Kronecker& k, int64_t n) {
-  const int64_t n2 = k.right.defined() ? k.right.dim(0) : n / k.left.dim(0), n1 = n / n2;
+  const int64_t n2 = k.right.defined() ? k.right.dim(0) : n / k.left.dim(0);
   const auto entry = [](const Tensor& t, int64_t i, int64_t j) {
     return t.defined() ? t.data<double>()[i * t.dim(0) + j] : i == j ? 1.0 : 0.0;
   };

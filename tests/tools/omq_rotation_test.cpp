@@ -142,7 +142,7 @@ TEST_CASE("omq-quant: quarot and options that do not go together") {
   w.check_refused(m + "--method quarot --let-up-down", 2, "there is no transformation to act on");
   w.check_refused(m + "--method rtn --rotation-seed 1", 2,
                   "--rotation-seed: method rtn rotates nothing");
-  w.check_refused(m + "--method quarot --rotation-seed -1", 2, "rotation-seed");
+  w.check_refused(m + "--method quarot --rotation-seed -1", 2, "--rotation-seed: 0 or more");
   w.check_refused("trace --method quarot -m " + w.path("model"), 1,
                   "method quarot rotates the network before it rounds");
   REQUIRE(w.quant(m + "--method quarot").code == 0);
