@@ -27,6 +27,8 @@ void LlamaBlock::visit(const nn::VisitFn& v) {
   if (self_attn.k_norm) part("self_attn.k_norm", *self_attn.k_norm);
   part("post_attention_layernorm", post_attention_layernorm);
   for (auto& [name, linear] : linears()) part(name, *linear);
+  if (taps().q_online) part("self_attn.q.online", *taps().q_online);
+  if (taps().k_online) part("self_attn.k.online", *taps().k_online);
 }
 
 std::vector<nn::Site> LlamaBlock::sites() {
@@ -37,11 +39,13 @@ std::vector<nn::Site> LlamaBlock::sites() {
                                     &self_attn.q_proj});
   sites.push_back(
       nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}, &mlp.up_proj});
-  sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
+  // Rows and columns cannot be rescaled through an online transform that stands between them.
+  if (!self_attn.o_proj.online)
+    sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
   // A norm on q and k stands between the projection and the product: rows cannot be rescaled
   // through it.
   if (!self_attn.q_norm) sites.push_back(nn::QueryKey{&self_attn.q_proj, &self_attn.k_proj, heads});
-  sites.push_back(nn::UpToDown{&mlp.up_proj, &mlp.down_proj});
+  if (!mlp.down_proj.online) sites.push_back(nn::UpToDown{&mlp.up_proj, &mlp.down_proj});
   return sites;
 }
 
@@ -91,6 +95,36 @@ nn::Weight load_weight(const CheckpointReader& reader, const PackedConfig* packe
   return as == LoadAs::F32 ? to(w, DType::F32) : w;
 }
 
+namespace {
+
+// The transform called `name` in the configuration, into its place in the block.
+void load_online(const CheckpointReader& reader, const std::string& prefix, const std::string& name,
+                 const OnlineSpec& spec, LlamaBlock& block) {
+  std::optional<nn::Kronecker>* place = nullptr;
+  int64_t row = block.self_attn.head_dim;
+  if (name == "self_attn.q") place = &block.taps().q_online;
+  if (name == "self_attn.k") place = &block.taps().k_online;
+  for (const auto& [linear_name, linear] : block.linears())
+    if (linear_name == name) {
+      place = &linear->online;
+      row = linear->in_features();
+    }
+  check(place != nullptr,
+        "quantization_config: online_transforms: a block has nothing that is called \"{}\"", name);
+  check(nn::Kronecker::sizes_fit(spec.left, spec.right, row),
+        "quantization_config: online_transforms: {}: factors of {} and {} (0: none) do not fit "
+        "rows of {}",
+        name, spec.left, spec.right, row);
+  const auto factor = [&](const char* side, int64_t n) {
+    if (n == 0) return Tensor{};
+    return to(reader.get(fmt::format("{}{}.online.{}", prefix, name, side), {n, n}), DType::F32);
+  };
+  const Tensor left = factor("left", spec.left);
+  *place = nn::Kronecker{left, factor("right", spec.right)};
+}
+
+}  // namespace
+
 std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, LoadAs as) {
   const ModelConfig& c = reader.config();
   const std::optional<PackedConfig> packed = PackedConfig::of(c);
@@ -122,7 +156,10 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
   linear(block->mlp.gate_proj, "mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
   linear(block->mlp.up_proj, "mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias);
   linear(block->mlp.down_proj, "mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias);
-  if (packed) nn::quantize_activations(*block, packed->activations.quant());
+  if (packed) {
+    nn::quantize_activations(*block, packed->activations.quant());
+    for (const auto& [name, spec] : packed->online) load_online(reader, prefix, name, spec, *block);
+  }
   return block;
 }
 

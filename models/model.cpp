@@ -100,6 +100,10 @@ ModelSize model_size(const Model& model) {
       size.block_weights += linear->in_features() * linear->out_features();
       size.block_bytes += weight_bytes(linear->weight);
     }
+  for (const auto& block : model.blocks)
+    block->visit([&size](std::string_view name, Tensor& t) {
+      if (name.find(".online.") != std::string_view::npos) size.block_bytes += t.nbytes();
+    });
   const ModelConfig& c = model.config();
   const int64_t table = c.vocab_size * c.hidden_size;
   const size_t head = weight_bytes(model.ends.lm_head.weight);

@@ -54,7 +54,7 @@ class Model {
   nn::RopeTables rope_;
 };
 
-// True sizes: what is stored for the weights, scales and zeros and head counted.
+// True sizes: what is stored for the weights; scales, zeros, online transforms and head counted.
 struct ModelSize {
   int64_t weights = 0;        // elements of all matrices, a tied table counted once
   size_t bytes = 0;           // stored for them

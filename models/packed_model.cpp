@@ -7,7 +7,7 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int kVersion = 1;
+constexpr int kVersion = 1, kOnlineVersion = 2;  // without and with online_transforms
 
 json matrix_json(const MatrixSpec& s) {
   return {{"bits", s.bits}, {"group_size", s.group_size}, {"symmetric", s.symmetric}};
@@ -57,6 +57,36 @@ ActivationSpec read_activations(const json& j, const std::string& where) {
   return s;
 }
 
+constexpr const char* kOnline = "online_transforms";
+
+OnlineSpec read_online(const json& j, const std::string& where) {
+  check(j.is_object() && j.contains("type") && j["type"].is_string(), "{}: type is missing", where);
+  check(j["type"] == "kronecker", "{}: a transform of type \"{}\" is not known, \"kronecker\" is",
+        where, j["type"].get<std::string>());
+  const auto size = [&](const char* key) {
+    check(j.contains(key) && j[key].is_number_integer(), "{}: {} is missing or no whole number",
+          where, key);
+    const auto n = j[key].get<int64_t>();
+    check(n >= 0 && n <= (1 << 16), "{}: {} = {}, 0 to {} wanted", where, key, n, 1 << 16);
+    return n;
+  };
+  const OnlineSpec s{size("left"), size("right")};
+  check(s.left + s.right > 0, "{}: both factors are 0", where);
+  return s;
+}
+
+OnlineSpecs read_online_specs(const json& j, const std::string& where) {
+  const bool wanted = j["omq_format"] == kOnlineVersion;
+  check(wanted == j.contains(kOnline), "{}: {} {} in omq_format {}", where, kOnline,
+        wanted ? "is missing" : "does not belong", j["omq_format"].dump());
+  OnlineSpecs specs;
+  if (!wanted) return specs;
+  check(j[kOnline].is_object(), "{}: {} is not an object", where, kOnline);
+  for (const auto& [name, spec] : j[kOnline].items())
+    specs[name] = read_online(spec, fmt::format("{}: {}: {}", where, kOnline, name));
+  return specs;
+}
+
 Metadata file_metadata(const std::string& config,
                        const std::map<std::string, std::string>& side_files) {
   Metadata m{{kOmqFormatKey, kOmqFormat}, {"config.json", config}};
@@ -66,6 +96,7 @@ Metadata file_metadata(const std::string& config,
 
 std::string config_text(const CheckpointReader& source, const PackedConfig& packed) {
   json config = source.config().to_hf_json();
+  if (packed.untied) config["tie_word_embeddings"] = false;
   config["quantization_config"] = packed.to_json();
   return config.dump(2) + "\n";
 }
@@ -88,7 +119,7 @@ const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
 json PackedConfig::to_json() const {
   json j = matrix_json(weight);
   j["quant_method"] = "omq";
-  j["omq_format"] = kVersion;
+  j["omq_format"] = online.empty() ? kVersion : kOnlineVersion;
   j["layout"] = "panel16";
   j["method"] = method;
   for (const auto& [key, field] : kActivationKeys) j[key] = activations.*field;
@@ -96,6 +127,8 @@ json PackedConfig::to_json() const {
   json rest = json::object();
   for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
   j["exceptions"] = rest;
+  for (const auto& [name, s] : online)
+    j[kOnline][name] = {{"type", "kronecker"}, {"left", s.left}, {"right", s.right}};
   return j;
 }
 
@@ -109,9 +142,11 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
         "{}: quant_method \"{}\" is not supported; omq reads its own packed models and "
         "unquantised checkpoints",
         where, j["quant_method"].get<std::string>());
-  check(j.contains("omq_format") && j["omq_format"] == kVersion,
-        "{}: omq_format {} is not supported, {} is; quantise again with this version", where,
-        j.contains("omq_format") ? j["omq_format"].dump() : "(missing)", kVersion);
+  check(j.contains("omq_format") &&
+            (j["omq_format"] == kVersion || j["omq_format"] == kOnlineVersion),
+        "{}: omq_format {} is not supported, {} and {} are; quantise again with this version",
+        where, j.contains("omq_format") ? j["omq_format"].dump() : "(missing)", kVersion,
+        kOnlineVersion);
   check(j.contains("layout") && j["layout"] == "panel16",
         "{}: layout {} is not supported, \"panel16\" is", where,
         j.contains("layout") ? j["layout"].dump() : "(missing)");
@@ -119,12 +154,35 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
   p.weight = read_matrix(j, where);
   if (j.contains("method") && j["method"].is_string()) p.method = j["method"].get<std::string>();
   p.activations = read_activations(j, where);
+  p.online = read_online_specs(j, where);
   if (j.contains("exceptions")) {
     check(j["exceptions"].is_object(), "{}: exceptions is not an object", where);
     for (const auto& [module, spec] : j["exceptions"].items())
       p.exceptions[module] = read_matrix(spec, where + ": exceptions: " + module);
   }
   return p;
+}
+
+OnlineSpecs online_specs(nn::Block& block) {
+  OnlineSpecs specs;
+  block.visit([&](std::string_view name, Tensor& t) {
+    for (const auto& [end, size] :
+         {std::pair{".online.left", &OnlineSpec::left}, {".online.right", &OnlineSpec::right}})
+      if (name.ends_with(end)) specs[std::string(name.substr(0, name.rfind(end)))].*size = t.dim(0);
+  });
+  return specs;
+}
+
+int64_t online_operations(const OnlineSpecs& online, const ModelConfig& c) {
+  int64_t all = 0;
+  for (const auto& [name, s] : online) {
+    const int64_t row = name == "self_attn.k"                                 ? c.kv_size()
+                        : name == "self_attn.q" || name == "self_attn.o_proj" ? c.q_size()
+                        : name == "mlp.down_proj"                             ? c.intermediate_size
+                                                                              : c.hidden_size;
+    all += 2 * row * (s.left + s.right);
+  }
+  return all;
 }
 
 nn::CacheQuant cache_quant(const ModelConfig& config) {

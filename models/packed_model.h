@@ -1,9 +1,11 @@
 // The native output of omq-quant: a Hugging Face folder whose matrices are stored packed
 // (ARCHITECTURE §8).
 //
-//   config.json         the model's own, plus quantization_config (PackedConfig below)
+//   config.json         the model's own, plus quantization_config (PackedConfig below); of a
+//   rotated model without tied embeddings, since table and head then differ
 //   model.safetensors   NAME.packed (U8, panel16) for packed matrices, NAME.weight and NAME.bias
-//   for the rest; its
+//   for the rest, NAME.online.left and .right for transforms of a matrix's input (PackedConfig);
+//   its
 //                       metadata carries config.json and the tokenizer, so that this file alone
 //                       also opens
 //   tokenizer files     as they came, or written from a GGUF's keys
@@ -43,12 +45,30 @@ struct ActivationSpec {
   nn::ActivationQuant quant() const;
 };
 
-// quantization_config of config.json.
+// A transform that the running model applies: x·(L ⊗ R) as nn::Kronecker, factors of these sizes,
+// 0 for one that is the identity. The factors are tensors of the file, in every block:
+// model.layers.N.NAME.online.left [left, left] and .right [right, right].
+struct OnlineSpec {
+  int64_t left = 0, right = 0;
+  bool operator==(const OnlineSpec&) const = default;
+};
+// NAME → what is there, of one block. Names of matrices ("mlp.down_proj": their input) and
+// "self_attn.q", "self_attn.k" (each head behind RoPE).
+using OnlineSpecs = std::map<std::string, OnlineSpec>;
+OnlineSpecs online_specs(nn::Block& block);
+// Floating-point operations of all of them for one token and block.
+int64_t online_operations(const OnlineSpecs& online, const ModelConfig& config);
+
+// quantization_config of config.json. Its key "online_transforms" is there when a block has any,
+// {"mlp.down_proj": {"type": "kronecker", "left": 32, "right": 48}}, and then omq_format is 2, so
+// that programs that know of none refuse the file.
 struct PackedConfig {
   std::string method;                            // "omniquant": for people, loaders do not need it
   MatrixSpec weight;                             // of every packed matrix not listed below
   std::map<std::string, MatrixSpec> exceptions;  // by module name: "lm_head"
   ActivationSpec activations = {};
+  OnlineSpecs online = {};
+  bool untied = false;  // the source's embeddings are tied, these are not; when writing
   const MatrixSpec& spec_of(const std::string& module) const;
 
   nlohmann::json to_json() const;

@@ -73,8 +73,11 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
   Tensor v = reshape(v_proj(in, WriteAs::Operand), {B, T, kv_heads, head_dim});
   if (q_norm) q = (*q_norm)(q);
   if (k_norm) k = (*k_norm)(k);
-  q = on_grid(rope(q, at.tables.cos, at.tables.sin, at.index), taps.q);
+  q = rope(q, at.tables.cos, at.tables.sin, at.index);
   k = rope(k, at.tables.cos, at.tables.sin, at.index);
+  if (taps.q_online) q = (*taps.q_online)(q);
+  if (taps.k_online) k = (*taps.k_online)(k);
+  q = on_grid(q, taps.q);
   if (!cache || cache->quant().k != taps.k) k = on_grid(k, taps.k);
   if (!cache || cache->quant().v != taps.v) v = on_grid(v, taps.v);
   const AttentionSpec spec{.scale = 1.0 / std::sqrt(static_cast<double>(head_dim)), .causal = true};

@@ -27,9 +27,11 @@ struct Attention {
   // What is quantised on the way, each row on its own grid; none: nothing. q, k, v [B,T,heads,d]
   // after the rotation, a row being one token's head; p: the probabilities [B,H,T,S], a row being
   // one query's, which only the composed attention forms. A cache that keeps k or v on the same
-  // grid does it there.
+  // grid does it there. Before that, q_online and k_online transform each head of q and k; they
+  // leave every product of a query with a key as it is.
   struct Taps {
     std::optional<RowQuant> q, k, v, p;
+    std::optional<Kronecker> q_online = {}, k_online = {};
   } taps;
 
   Tensor operator()(const Tensor& x, const Positions& at,

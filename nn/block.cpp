@@ -27,7 +27,8 @@ void narrow_exact(Block& block) {
 
 void quantize_activations(Block& b, const ActivationQuant& s) {
   for (auto& [name, linear] : b.linears()) linear->input_quant = s.linear;
-  b.taps() = {s.q, s.k, s.v, s.p};
+  Attention::Taps& taps = b.taps();
+  taps.q = s.q, taps.k = s.k, taps.v = s.v, taps.p = s.p;
 }
 
 }  // namespace omq::nn

@@ -36,7 +36,16 @@ Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
 }  // namespace
 
 Tensor Linear::operator()(const LinearInput& x, WriteAs write) const {
-  return pre ? multiply(*this, pre(x.tensor()), write) : multiply(*this, x, write);
+  if (!online && !pre) return multiply(*this, x, write);
+  const Tensor seen = online ? (*online)(x.tensor()) : x.tensor();
+  return multiply(*this, pre ? pre(seen) : seen, write);
+}
+
+Linear Linear::product() const {
+  Linear l = *this;
+  l.online = {};
+  l.pre = {};
+  return l;
 }
 
 int64_t Linear::out_features() const {
@@ -60,6 +69,8 @@ void Linear::visit(const VisitFn& v) {
   else
     v("weight", std::get<Tensor>(weight));
   if (bias.defined()) v("bias", bias);
+  if (online)
+    online->visit([&](std::string_view name, Tensor& t) { v("online." + std::string(name), t); });
 }
 
 }  // namespace omq::nn

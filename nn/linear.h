@@ -1,4 +1,5 @@
-// Linear: y = x Wᵀ + b over a dense or a packed weight, of the input as it is or quantised.
+// Linear: y = x Wᵀ + b over a dense or a packed weight, of the input as it is, transformed or
+// quantised.
 #pragma once
 
 #include <functional>
@@ -6,6 +7,7 @@
 #include <variant>
 
 #include "autograd/ops.h"
+#include "nn/kronecker.h"
 #include "nn/linear_input.h"
 #include "nn/packed_weight.h"
 #include "tensor/tensor.h"
@@ -15,21 +17,25 @@ namespace omq::nn {
 using Weight = std::variant<Tensor, std::shared_ptr<PackedWeight>>;
 
 struct Linear {
-  Weight weight;                                  // [out, in]
-  Tensor bias;                                    // [out] or undefined
-  std::function<Tensor(const Tensor&)> pre = {};  // applied to the input first: for onlookers
+  Weight weight;  // [out, in]
+  Tensor bias;    // [out] or undefined
+  // Transforms the input; what undoes it is in the weight. None: the input as it is.
+  std::optional<Kronecker> online = {};
+  std::function<Tensor(const Tensor&)> pre = {};  // applied to that: for onlookers
   // Every row of the input on its own grid: codes times codes where the weight is packed, simulated
   // (with gradients) where it is dense. None: the input as it is.
   std::optional<RowQuant> input_quant = {};
 
   // [..., in] → [..., out]; `write` as in linear() of autograd/ops.h.
   Tensor operator()(const LinearInput& x, WriteAs write = WriteAs::Wide) const;
+  // The product with the quantised input alone: for what `pre` was given.
+  Linear product() const;
   int64_t out_features() const;
   int64_t in_features() const;
   // The weight as a tensor. Throws Error when it is packed.
   const Tensor& dense() const;
   bool is_packed() const { return std::holds_alternative<std::shared_ptr<PackedWeight>>(weight); }
-  void visit(const VisitFn& v);  // weight (or packed), bias
+  void visit(const VisitFn& v);  // weight (or packed), bias, online.left, online.right
 };
 
 // x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are

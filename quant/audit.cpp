@@ -110,17 +110,19 @@ std::vector<AuditedRecipe> audited_recipes(const Options& options, std::string_v
 
 bool audit_block(const Recipe& recipe, nn::Block& fp, const AuditInputs& inputs,
                  const AuditOptions& options, const std::function<void(const AuditCheck&)>& found) {
-  detail::Subject s{recipe, fp, inputs, options, {}, 1};
+  const detail::RotatedSubject rotated = detail::rotated(recipe, fp, inputs);
+  detail::Subject s{recipe, *rotated.fp, rotated.in, options, {}, 1};
   {
     NoGrad off;
-    s.stats = detail::stats_of(fp, inputs);
-    s.size = detail::activation_size(fp, inputs);
+    s.stats = detail::stats_of(s.fp, s.in);
+    s.size = detail::activation_size(s.fp, s.in);
   }
   bool passed = true;
   const detail::Found count = [&](const AuditCheck& c) {
     passed = passed && c.ok();
     found(c);
   };
+  if (recipe.rotation) detail::audit_rotations(fp, 0, inputs, recipe.rotation->seed, count);
   detail::audit_gradients(s, count);
   detail::audit_transforms(s, count);
   detail::audit_packing(s, count);

@@ -4,6 +4,8 @@
 //                loss with its roundings frozen (autograd/frozen.h); and those that calibration
 //                uses (F32, fused) against F64 with the same codes
 //   transforms   leave the block's output as it is, for random learnables, at every site and at all
+//   rotations    likewise, part by part and all together; the rest is then audited on the rotated
+//                block
 //   packing      what is stored is what was simulated, bit for bit, and kernels multiply it so
 //
 // Learnables are random and far from where calibration starts: names that end in "_scale" get

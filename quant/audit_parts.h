@@ -55,6 +55,23 @@ void attempt(const Aim& aim, const Found& found, const std::function<void(AuditC
 // Takes `error` into the check when it is the worst so far, or no number.
 void worse(AuditCheck& check, double error, const std::string& where);
 
+// The largest ‖a − y‖ / ‖y − x‖ of a token: what changed, against what the block adds, so that the
+// residual stream hides nothing.
+struct Worst {
+  double error = 0;
+  int64_t token = 0;
+};
+Worst worst_token(const Tensor& a, const Tensor& y, const Tensor& x);
+
+// A block and its inputs as the recipe's rotation leaves them; without one, as they are.
+struct RotatedSubject {
+  std::unique_ptr<nn::Block> fp;
+  AuditInputs in;
+};
+RotatedSubject rotated(const Recipe& recipe, const nn::Block& fp, const AuditInputs& in);
+
+void audit_rotations(const nn::Block& fp, int index, const AuditInputs& in, uint64_t seed,
+                     const Found& found);
 void audit_gradients(const Subject& s, const Found& found);
 void audit_transforms(const Subject& s, const Found& found);
 void audit_packing(const Subject& s, const Found& found);

@@ -6,15 +6,7 @@
 #include "quant/audit_parts.h"
 
 namespace omq::quant::detail {
-namespace {
 
-struct Worst {
-  double error = 0;
-  int64_t token = 0;
-};
-
-// The largest ‖a − y‖ / ‖y − x‖ of a token: what changed, against what the block adds, so that the
-// residual stream hides nothing.
 Worst worst_token(const Tensor& a, const Tensor& y, const Tensor& x) {
   const std::vector<double> va = doubles(a), vy = doubles(y), vx = doubles(x);
   const auto d = static_cast<size_t>(x.dim(-1));
@@ -30,6 +22,8 @@ Worst worst_token(const Tensor& a, const Tensor& y, const Tensor& x) {
   }
   return worst;
 }
+
+namespace {
 
 // "qkv" of "qkv_scale": learnables of one site share what stands before the last '_'.
 std::string site_of(const std::string& learnable) {

@@ -80,8 +80,7 @@ double packed_error(const BlockMethod::Committed& block, const std::vector<Tenso
   const auto dense = block.simulated->linears(), packed = block.packed->linears();
   double worst = 0;
   for (size_t i = 0; i < dense.size(); ++i) {
-    nn::Linear a = *dense[i].linear, b = *packed[i].linear;
-    a.pre = b.pre = {};
+    const nn::Linear a = dense[i].linear->product(), b = packed[i].linear->product();
     const Tensor rows = reshape(inputs[i], {-1, inputs[i].dim(-1)});
     for (const int64_t tokens : {1, 64}) {  // decoding, and prefill
       const Tensor x = to(slice(rows, 0, 0, std::min(tokens, rows.dim(0))), Device{});

@@ -29,8 +29,7 @@ Tensor nearest(const Tensor& w, const QuantSpec& q) {
 double error_of(const nn::Linear& exact, const Tensor& rounded, const nn::Linear& quantised,
                 const Tensor& input) {
   if (!input.defined()) return relative_error(rounded, exact.dense());
-  nn::Linear a = exact, b = exact;
-  a.pre = b.pre = {};
+  nn::Linear a = exact.product(), b = a;
   a.input_quant = {};
   b.input_quant = quantised.input_quant;
   b.weight = rounded;

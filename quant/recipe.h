@@ -14,6 +14,7 @@
 #include "nn/adamw.h"
 #include "quant/clip.h"
 #include "quant/objective.h"
+#include "quant/rotation.h"
 #include "quant/rounder.h"
 #include "quant/spec.h"
 #include "quant/transform_let.h"
@@ -52,6 +53,7 @@ struct Options {
   bool let_up_to_down = false;     // its optional site
   // The official choices where ours differ (spec omniquant §17); QuantSpec holds those of grids.
   bool untied_pairs = false, one_consumer = false, signed_max = false;
+  uint64_t rotation_seed = 0;
   Compute compute = Compute::F32;
 };
 
@@ -79,6 +81,8 @@ struct Recipe {
   std::string title;  // its name, and where the line is another than the method's the difference:
                       // "omniquant --round gptq"
   QuantSpec spec;
+  // Of the network, before anything else sees it: quantize() wants a RotatedSource then.
+  std::optional<RotationOptions> rotation = {};
   // Built per block and per linear from the full-precision tensors (and statistics).
   std::vector<std::function<std::unique_ptr<Transform>(nn::Block& fp, const BlockStats& stats)>>
       transforms;

@@ -51,8 +51,7 @@ std::string first_bad_layer(const nn::Block& block, const Tensor& x, const nn::P
     const nn::Linear plain = *linear;  // shares every Storage
     linear->pre = [&found, name = name, plain](const Tensor& input) {
       const Tensor seen = plain.pre ? plain.pre(input) : input;
-      nn::Linear bare = plain;
-      bare.pre = {};
+      const nn::Linear bare = plain.product();
       if (!found.empty()) return seen;
       const auto& s = plain.input_quant;
       if (!all_finite(input))

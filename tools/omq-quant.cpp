@@ -28,6 +28,7 @@
 #include "tools/quant_options.h"
 #include "tools/report_command.h"
 #include "tools/report_json.h"
+#include "tools/source_model.h"
 #include "tools/work_folder.h"
 
 namespace omq {
@@ -82,7 +83,8 @@ struct Ends {
   std::vector<std::pair<std::string, KeepSpec>> tables;
 };
 
-Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Recipe& recipe) {
+Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Recipe& recipe,
+               const SourceModel& model) {
   auto matrix = [](const quant::QuantSpec& s) {
     return MatrixSpec{s.wbits, s.group_size, s.weight().symmetric};
   };
@@ -96,20 +98,20 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
                           .v = a.v,
                           .p = a.p,
                           .include_zero = !recipe.spec.official_range};
+  e.packed.online = model.online();
+  e.packed.untied = config.tie_word_embeddings && !model.tied();
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
-  if (!config.tie_word_embeddings) e.tables.emplace_back("lm_head", kept(o, "lm_head", false));
+  if (!model.tied())
+    e.tables.emplace_back("lm_head", kept(o, "lm_head", config.tie_word_embeddings));
   for (const auto& [module, keep] : e.tables)
     if (!keep.f16) e.packed.exceptions[module] = matrix(keep.spec);
   return e;
 }
 
-void write_ends(PackedModelWriter& writer, const CheckpointReader& reader, const Ends& ends) {
-  const ModelConfig& c = reader.config();
+void write_ends(PackedModelWriter& writer, const SourceModel& model, const Ends& ends) {
   for (const auto& [module, keep] : ends.tables)
-    writer.add(module,
-               keep_weight(reader.get(module + ".weight", {c.vocab_size, c.hidden_size}), keep));
-  writer.add_tensor("model.norm.weight",
-                    to(reader.get("model.norm.weight", {c.hidden_size}), DType::F32));
+    writer.add(module, keep_weight(model.table(module), keep));
+  writer.add_tensor("model.norm.weight", model.final_norm());
 }
 
 // Collects the dense twins of the packed blocks, for --eval sim:FILE.
@@ -219,6 +221,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
     j["solver"] = {
         {"damping", o.recipe.damping >= 0 ? o.recipe.damping : quant::GptqOptions{}.damping},
         {"act_order", o.recipe.act_order}};
+  if (r.rotation) j["rotation"] = rotation_json(*r.rotation);
   if (data.ids.defined())
     j["calibration"] = {{"source", data.description},
                         {"windows", data.ids.dim(0)},
@@ -384,12 +387,14 @@ int quantize_checkpoint(const cli::Args& args) {
   check_not_source(o);
   if (!o.page.empty()) check_page_path(o.page, o.out);
   const CalibrationWindows data = calibration(o, *reader, recipe);
-  const Ends ends = plan_ends(o, reader->config(), recipe);
+  SourceModel model(*reader, recipe);
+  const Ends ends = plan_ends(o, reader->config(), recipe, model);
   for (const std::string& item : o.eval)
     read_file(item.substr(4));  // a missing text must not cost a whole run
   fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.title, recipe.spec.to_string(),
              o.model.string(), reader->container(), cli::device_text(o.device));
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);
+  if (!model.online().empty()) fmt::print(stderr, "online: {}\n", model.online_text());
   const quant::MemoryPlan plan = plan_memory_of(o, reader->config(), recipe, data);
 
   cli::catch_interrupts();
@@ -404,8 +409,8 @@ int quantize_checkpoint(const cli::Args& args) {
                          reader->config().num_layers));
   }
   PackedModelWriter writer(*reader, ends.packed, o.out, o.force);
-  write_ends(writer, *reader, ends);
-  ModelSource source(*reader);
+  write_ends(writer, model, ends);
+  nn::BlockSource& source = model.blocks();
   SimulatedBlocks simulated;
   const bool simulate =
       std::any_of(o.eval.begin(), o.eval.end(), [](auto& e) { return e.starts_with("sim:"); });
@@ -432,6 +437,7 @@ int quantize_checkpoint(const cli::Args& args) {
                  {"evaluation", json::array()},
                  {"model_sha256", sha256_file(writer.unfinished() / "model.safetensors")}};
   for (const auto& [module, keep] : ends.tables) report["kept"][module] = keep.to_string();
+  if (!model.online().empty()) report["online"] = model.online_json();
   writer.add_file("report.json", report_text(report));  // the folder is whole before it has a name
   writer.commit();
   fmt::print(stderr,

@@ -85,6 +85,31 @@ std::string transformation_text(const json& r) {
   return s;
 }
 
+std::string rotation_text(const json& r) {
+  if (!value_at(r, "rotation")) return "";
+  std::string s;
+  for (const auto& [key, name] : {std::pair{"rotation.residual", "residual stream"},
+                                  {"rotation.values", "values"},
+                                  {"rotation.heads", "across heads"},
+                                  {"rotation.down", "before down_proj"},
+                                  {"rotation.query_key", "queries and keys"}})
+    if (text_at(r, key) == "yes") s += fmt::format("{}{}", s.empty() ? "" : ", ", name);
+  return fmt::format("{}; seed {}", s, text_at(r, "rotation.seed"));
+}
+
+// What the running model does besides its matrices.
+std::string online_text(const json& report) {
+  const auto operations = number_at(report, "online.operations_per_token");
+  const auto share = number_at(report, "online.share_of_matrices");
+  if (!operations || !share) return "";
+  std::string s;
+  if (const json* t = value_at(report, "online.transforms"); t && t->is_object())
+    for (const auto& [name, sizes] : t->items())
+      s += fmt::format("{}{}", s.empty() ? "" : ", ", name);
+  return fmt::format("{}: {:.3g} million operations a token, {:.1f} % of the blocks' matrices", s,
+                     *operations / 1e6, 100 * *share);
+}
+
 std::string learning_text(const json& r) {
   const auto epochs = number_at(r, "epochs");
   if (!epochs) return "";
@@ -189,7 +214,8 @@ std::string settings_table(const json& report) {
       setting("Method", text_at(r, "method")) + setting("Made of", text_at(r, "line")) +
       setting("Weights", weights_text(r)) + setting("Activations", activations_text(r)) +
       setting("Outside the blocks", text_at(report, "kept")) +
-      setting("Transformation", transformation_text(r)) + setting("Learning", learning_text(r));
+      setting("Transformation", transformation_text(r)) + setting("Rotation", rotation_text(r)) +
+      setting("Online", online_text(report)) + setting("Learning", learning_text(r));
   if (number_at(r, "epochs").value_or(1) > 0)
     rows += setting("Objective",
                     text_at(r, "augmented_loss") == "yes"
@@ -210,7 +236,8 @@ std::string settings_table(const json& report) {
       "epochs",         "batch_size",   "augmented_loss",
       "learning_rates", "weight_decay", "compute",
       "seed",           "calibration",  "official_symmetric",
-      "transformation", "clip_search",  "augmented_loss_weight"};
+      "transformation", "clip_search",  "augmented_loss_weight",
+      "rotation"};
   for (const auto& [key, value] : r.items())
     if (!kTold.contains(key)) rows += setting(key, shown(value));
   return fmt::format("<dl>\n{}</dl>\n", rows);

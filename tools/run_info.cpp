@@ -89,6 +89,9 @@ json describe(const OpenModel& m, bool hashes) {
           {"block_bits_per_weight", m.size.block_bits_per_weight()},
           {"bytes_per_token", m.size.token_bytes},
           {"quantization", packed ? packed->to_json() : json(nullptr)},
+          {"online_operations_per_token",
+           packed ? online_operations(packed->online, reader.config()) * reader.config().num_layers
+                  : 0},
           {"cache", cache_json(reader.config())},
           {"config", config_json(reader.config())},
           {"tokenizer", tokenizer_json(*m.tokenizer)},
@@ -132,6 +135,15 @@ std::string activations_text(const json& q) {
   return text + (integers ? "; products in integers" : "");
 }
 
+// What is transformed on the way, and its work.
+std::string online_text(const json& j) {
+  std::string text;
+  for (const auto& [name, s] : j["quantization"]["online_transforms"].items())
+    text += fmt::format("{}{}", text.empty() ? "" : ", ", name);
+  return fmt::format("{}; {:.3g} million operations a token", text,
+                     j["online_operations_per_token"].get<double>() / 1e6);
+}
+
 void print(const json& j) {
   auto line = [](std::string_view name, const std::string& text) {
     fmt::print("{:14}{}\n", name, text);
@@ -154,6 +166,7 @@ void print(const json& j) {
   line("a token reads", bytes(j["bytes_per_token"]));
   line("quantization", quantization_text(j["quantization"]));
   line("activations", activations_text(j["quantization"]));
+  if (j["online_operations_per_token"] > 0) line("online", online_text(j));
   line("cache",
        fmt::format("keys {}, values {}, {} a token", j["cache"]["type_k"].get<std::string>(),
                    j["cache"]["type_v"].get<std::string>(), bytes(j["cache"]["bytes_per_token"])));

@@ -125,6 +125,9 @@ void describe(json& out, const Group& g, const std::string& method) {
 
 // As calibration would quantise it before it has learned anything.
 void trace_forward(json& out, const Side& model, const TraceOf& of, const quant::Recipe& recipe) {
+  check(!recipe.rotation,
+        "method {} rotates the network before it rounds; trace what it wrote: --packed DIR",
+        recipe.name);
   const Group g = group_of(model, of, recipe.spec.weight());
   const Tensor w = panel_rows(model.linear.linear->dense(), g);
   const auto clip = recipe.clip(w, g.spec);

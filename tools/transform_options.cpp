@@ -43,6 +43,10 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   app.add_flag("--no-let-shift", f.no_shift, "scales alone, as the official code")->group(group);
   app.add_flag("--let-up-down", f.up_down, "transform between up_proj and down_proj too")
       ->group(group);
+  app.add_option("--rotation-seed", f.rotation_seed,
+                 "of the random parts of a rotation (quarot; default 0)")
+      ->type_name("N")
+      ->group(group);
 
   const char* parity = "Choices of the official code, for comparisons";
   app.add_flag("--parity", f.parity,
@@ -87,9 +91,13 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
   if (f.alpha && !(*f.alpha >= 0 && *f.alpha <= 1)) throw UsageError("--alpha: 0 to 1");
   o.let_lr = f.let_lr.value_or(-1);
   o.alpha = f.alpha.value_or(-1);
+  if (f.rotation_seed && *f.rotation_seed < 0) throw UsageError("--rotation-seed: 0 or more");
+  o.rotation_seed = static_cast<uint64_t>(f.rotation_seed.value_or(0));
 }
 
 void check_transform(const TransformFlags& f, const quant::Recipe& r) {
+  if (f.rotation_seed && !r.rotation)
+    throw UsageError(fmt::format("--rotation-seed: method {} rotates nothing", r.name));
   if ((f.let && !r.let) || (f.no_let && r.let))
     throw UsageError(fmt::format("--transform {} and --{}let exclude each other", r.line.transform,
                                  f.let ? "" : "no-"));

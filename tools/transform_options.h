@@ -13,6 +13,7 @@ struct TransformFlags {
   std::optional<int> abits, q_bits, k_bits, v_bits, p_bits;
   bool let = false, no_let = false, shift = false, no_shift = false, up_down = false;
   std::optional<double> let_lr, alpha;
+  std::optional<int64_t> rotation_seed;
   bool parity = false, untied = false, range = false, symmetric = false, signed_max = false,
        one_consumer = false;
 };

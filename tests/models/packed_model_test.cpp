@@ -277,7 +277,7 @@ TEST_CASE("packed config: what is not ours, or not whole, is refused by name") {
       {R"({"quant_method": "gptq"})", "quant_method \"gptq\" is not supported"},
       {R"({"quant_method": null})", "quant_method is missing"},
       {R"({"quant_method": 4})", "quant_method is missing"},
-      {R"({"omq_format": 2})", "omq_format 2 is not supported, 1 is"},
+      {R"({"omq_format": 3})", "omq_format 3 is not supported, 1 and 2 are"},
       {R"({"omq_format": "1"})", "omq_format \"1\" is not supported"},
       {R"({"omq_format": null})", "omq_format (missing) is not supported"},
       {R"({"layout": "row"})", "layout \"row\" is not supported"},

