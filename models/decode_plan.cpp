@@ -157,10 +157,12 @@ std::string DecodePlan::unsupported(const Model& model) {
   if (reason.empty()) reason = unsupported_weight(model.ends.lm_head.weight);
   for (const auto& block : model.blocks) {
     if (!reason.empty()) break;
-    if (block->self_attn.taps.p) return "attention probabilities are quantised (p_bits)";
+    const nn::Attention::Taps& taps = block->self_attn.taps;
+    if (taps.p) return "attention probabilities are quantised (p_bits)";
+    if (taps.q_online || taps.k_online) return "queries and keys are transformed";
     if (!share_input(*block)) return "inputs that matrices share are quantised differently";
     for (const auto& [name, linear] : block->linears()) {
-      if (linear->pre) return fmt::format("the input of {} is transformed", name);
+      if (linear->pre || linear->online) return fmt::format("the input of {} is transformed", name);
       if (reason.empty()) reason = unsupported_weight(linear->weight);
     }
   }

@@ -156,7 +156,8 @@ std::unique_ptr<nn::Block> BlockMethod::student(const nn::Block& fp) const {
 
 Tensor BlockMethod::with_offsets(size_t linear, const Tensor& w, const Grid& g) const {
   if (offsets_.empty()) return w;
-  return to(w, wide_dtype(w.dtype())) + offsets_[linear] * repeat_groups(g.scale, w.dim(1), recipe_.spec.weight());
+  return to(w, wide_dtype(w.dtype())) +
+         offsets_[linear] * repeat_groups(g.scale, w.dim(1), recipe_.spec.weight());
 }
 
 std::unique_ptr<nn::Block> BlockMethod::quantized(const nn::Block& fp) const {

@@ -95,7 +95,9 @@ Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero, Grou
                   if (need_dx) dx = Tensor::empty(x.shape(), scale.dtype(), x.device());
                   if (need_scale) ds = empty_like(scale);
                   on(x).fake_quant_vjp(dx, ds, x, scale, zero, dy, s);
-                  if (need_zero) dz = group_sum(dx - to(dy, dx.dtype()), s) * scale;  // dx = dy where not clamped
+                  if (need_zero)
+                    dz =
+                        group_sum(dx - to(dy, dx.dtype()), s) * scale;  // dx = dy where not clamped
                   return {dx, ds, dz};
                 });
 }
