@@ -315,7 +315,7 @@ struct Rescale final : Transform {
     site.norm->weight = site.norm->weight * s;
     for (nn::Linear* l : site.consumers) l->weight = l->dense() / s;
   }
-  nn::ParamGroup params() const override { return {.name = "let", .params = {s}}; }
+  nn::ParamGroup params() const override { return {.name = "rescale", .params = {s}}; }
 };
 
 TEST_CASE("calibration: transforms learn with the clips and are folded before codes are chosen") {
@@ -327,9 +327,9 @@ TEST_CASE("calibration: transforms learn with the clips and are folded before co
     return t;
   });
   const Tensor ids = random_windows(2, 4);
-  CHECK(
-      has(message_of([&] { Run(recipe, ids); }), "recipe omniquant: no learning rate for \"let\""));
-  recipe.train.lr["let"] = 1e-2;
+  CHECK(has(message_of([&] { Run(recipe, ids); }),
+            "recipe omniquant: no learning rate for \"rescale\""));
+  recipe.train.lr["rescale"] = 1e-2;
   learned.clear();
   Run r(recipe, ids, 1);
   REQUIRE(learned.size() == 1);

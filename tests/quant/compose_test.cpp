@@ -31,6 +31,7 @@ TEST_CASE("compose: every method is a line") {
   const std::pair<const char*, const char*> lines[] = {
       {"omniquant", "--transform none --clip lwc --round nearest --train clip"},
       {"rtn", "--transform none --clip minmax --round nearest --train none"},
+      {"quarot", "--transform none --clip minmax --round nearest --train none"},
       {"gptq", "--transform none --clip minmax --round gptq --train none"},
       {"efficientqat", "--transform none --clip free --round nearest --train weights"},
       {"norm-tweaking", "--transform none --clip minmax --round gptq --train norms"},

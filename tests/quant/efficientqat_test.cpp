@@ -39,7 +39,9 @@ TEST_CASE("efficientqat: everything learns, and the loss of the last step is wha
   size_t i = 0;
   for (const Learnable& l : method.learnables()) {
     CAPTURE(l.name);
-    CHECK(l.value.to_vector<float>() != then[i++]);
+    const bool moved = l.value.to_vector<float>() != then[i++];
+    // Zero points learn from clamped weights alone, and a range that holds all has none.
+    if (!l.name.ends_with("zero_point")) CHECK(moved);
   }
   Rng again(3);
   LlamaBlock same = random_block(again);

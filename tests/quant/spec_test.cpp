@@ -155,9 +155,9 @@ TEST_CASE("recipes: methods by name, settings of the papers as defaults") {
   CHECK(omni(4, 0).train.epochs == 0);
   CHECK(omni(4).train.lr.at("lwc") == 1e-2);
   CHECK(make_recipe("rtn", {}).train.epochs == 0);
-  CHECK_THROWS_WITH_AS(make_recipe("awq", {}),
-                       doctest::Contains("unknown method \"awq\"; there are: omniquant, rtn, gptq"),
-                       Error);
+  CHECK_THROWS_WITH_AS(
+      make_recipe("awq", {}),
+      doctest::Contains("unknown method \"awq\"; there are: omniquant, quarot, rtn, gptq"), Error);
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ TEST_CASE(
   CHECK(models[0] != models[2]);
   CHECK(models[0] != models[3]);
   w.check_refused(fmt::format("-m {} -o {} --epochs 0 --clip-search", w.path("model"), w.path("n")),
-                  1, "learns from text");
+                  1, "looks at text");
 }
 
 TEST_CASE("omq-quant: the same seed gives the same bytes on one and on two threads") {
