@@ -12,7 +12,7 @@ BUILD = cmake --build $(1) --parallel $(JOBS)
 
 .DEFAULT_GOAL := programs
 .PHONY: help programs all demo test test-all test-gpu bench format format-check lint lines golden \
-        smollm2 ci tiny asan cuda-check embed install clean packages configure
+        smollm2 methods ci tiny asan cuda-check embed install clean packages configure
 
 help:
 	@echo "make             the programs: build/bin/omq-quant, build/bin/omq-run"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
 	@echo "                 (CUDA_ARCH=90a-real: for one architecture only)"
 	@echo "make bench       run the benchmarks"
+	@echo "make methods     every method on the real model: docs/methods.md (IDS=… TEXT=… FLAGS=\"--device cuda\")"
 	@echo "make smollm2     fetch the real model (SmolLM2-135M, 98 MB) to .cache/smollm2"
 	@echo "make golden      write tests/golden again (PYTHON=… with torch and transformers)"
 	@echo "make format      clang-format everything;  make lint: clang-tidy;  make lines: lines per folder"
@@ -90,6 +91,9 @@ golden:
 
 smollm2:
 	@scripts/fetch-smollm2.sh
+
+methods: programs
+	@scripts/methods.sh build/bin "$(IDS)" "$(TEXT)" $(FLAGS)
 
 tiny: packages
 	@scripts/configure.sh tiny

@@ -4,16 +4,19 @@
 
 namespace omq::quant {
 
-// EfficientQAT's block phase (arXiv 2407.11062, spec weight-methods §1). Rates and batch are its
-// own; epochs are not: there two passes see 4096 sequences, here each of few windows has to be seen
-// often. The official code lets the gains of norms learn at the rate of the weights; so does this.
+// EfficientQAT's block phase (arXiv 2407.11062, spec weight-methods §1). There 4096 sequences are
+// seen twice, at rates of 2e-5 (2 bits) and 1e-5 for weights and 1e-4 for grids, two a step; here
+// few windows have to be seen often, one a step, and the steps are larger by as much as there are
+// fewer of them: at the paper's rates weights do not come as far as the next code. The official code
+// lets the gains of norms learn at the rate of the weights; so does this.
 Plan weights_plan(const Options& o) {
   Plan p = clip_plan(o);  // rates of clips and transforms that learn along
   TrainPlan& t = p.train;
-  const double rate = o.spec.wbits == 2 ? 2e-5 : 1e-5;
-  t.epochs = o.epochs >= 0 ? o.epochs : o.spec.wbits == 2 ? 40 : 20;
-  t.batch_size = o.batch_size > 0 ? o.batch_size : 2;
-  t.lr["grid"] = 1e-4;
+  const bool coarse = o.spec.wbits == 2;
+  const double rate = coarse ? 2e-4 : 1e-4;
+  t.epochs = o.epochs >= 0 ? o.epochs : 20;
+  t.batch_size = o.batch_size > 0 ? o.batch_size : 1;
+  t.lr["grid"] = coarse ? 1e-3 : 5e-4;
   t.lr["weights"] = t.lr["norms"] = rate;
   t.weights = t.norms = true;
   t.rate_shape = RateShape::Cosine;

@@ -69,8 +69,8 @@ TEST_CASE("compose: pieces that are given win, and bring their plan") {
 
   const Recipe both = make_recipe("efficientqat", with({"let", "lwc", "", ""}, "w2a16"));
   CHECK(both.train.weights);
-  CHECK(both.train.lr.at("weights") == 2e-5);
-  CHECK(make_recipe("efficientqat", with({}, "w3a16")).train.lr.at("weights") == 1e-5);
+  CHECK(both.train.lr.at("weights") == 2e-4);
+  CHECK(make_recipe("efficientqat", with({}, "w3a16")).train.lr.at("weights") == 1e-4);
   CHECK_FALSE(make_recipe("efficientqat", with({}, "w2a16")).augmented);
   CHECK(make_recipe("omniquant", with({}, "w2a16")).augmented);
 

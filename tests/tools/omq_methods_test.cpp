@@ -61,7 +61,7 @@ TEST_CASE("omq-quant: pieces win over the method, and what learns says at which 
                           "--batch-size 3"))
               .code == 0);
   recipe = w.report()["recipe"];
-  CHECK(recipe["learning_rates"] == json{{"grid", 0.001}, {"norms", 1e-5}, {"weights", 1e-4}});
+  CHECK(recipe["learning_rates"] == json{{"grid", 0.001}, {"norms", 1e-4}, {"weights", 1e-4}});
   CHECK(recipe["schedule"]["rates"] == "cosine");
   CHECK(recipe["schedule"]["keeps"] == "best epoch");
   CHECK(recipe["batch_size"] == 3);
