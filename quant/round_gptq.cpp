@@ -4,9 +4,9 @@
 //   e = (w_i − ŵ_i) / U_ii,   W_{:,i:} −= e·U_{i,i:}.
 // With H = R·Rᵀ, R upper triangular, U = R⁻¹, and the same codes come without any inverse:
 //   ŵ_k = Q( w_k + Σ_{j<k} (w_j − ŵ_j)·R_jk / R_kk )
-// (arXiv 2307.13304, theorem 6). So H is factorised from its last column upwards, and errors flow
-// into later columns: from earlier blocks of kBlock columns by one matrix product, within a block
-// column by column.
+// (arXiv 2307.13304 shows the equality). So H is factorised from its last column upwards, and
+// errors flow into later columns: from earlier blocks of kBlock columns by one matrix product,
+// within a block column by column.
 #include <algorithm>
 #include <cmath>
 #include <numeric>

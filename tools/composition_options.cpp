@@ -31,8 +31,8 @@ void add_composition_options(CLI::App& app, CompositionFlags& f) {
         "none; clip: what clip, transform and rounding learn; weights: these, weights and norms; "
         "norms, after rounding");
   app.add_option("--rate", f.rates,
-                 "learning rate of a group: lwc, let, grid, range, weights, norms, rounding (the "
-                 "last two of signround: for a whole run)")
+                 "learning rate of a group: lwc, let, grid, range, weights, norms, rounding "
+                 "(with --round learned all are for a whole run, divided by its steps)")
       ->type_name("GROUP=X")
       ->group(group);
   app.add_option("--damping", f.damping,
