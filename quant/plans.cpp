@@ -7,8 +7,8 @@ namespace omq::quant {
 // EfficientQAT's block phase (arXiv 2407.11062, spec weight-methods §1). There 4096 sequences are
 // seen twice, at rates of 2e-5 (2 bits) and 1e-5 for weights and 1e-4 for grids, two a step; here
 // few windows have to be seen often, one a step, and the steps are larger by as much as there are
-// fewer of them: at the paper's rates weights do not come as far as the next code. The official code
-// lets the gains of norms learn at the rate of the weights; so does this.
+// fewer of them: at the paper's rates weights do not come as far as the next code. The official
+// code lets the gains of norms learn at the rate of the weights; so does this.
 Plan weights_plan(const Options& o) {
   Plan p = clip_plan(o);  // rates of clips and transforms that learn along
   TrainPlan& t = p.train;

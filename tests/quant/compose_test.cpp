@@ -80,7 +80,7 @@ TEST_CASE("compose: pieces that are given win, and bring their plan") {
   o.batch_size = 3;
   const Recipe r = make_recipe("efficientqat", o);
   CHECK(r.train.lr.at("weights") == 3e-4);
-  CHECK(r.train.lr.at("grid") == 1e-4);
+  CHECK(r.train.lr.at("grid") == 5e-4);
   CHECK(r.train.epochs == 7);
   CHECK(r.train.batch_size == 3);
 }

@@ -195,7 +195,7 @@ TEST_CASE("trace: a model that was transformed is called that") {
   check_file(t, w.dir / "out");
   CHECK_FALSE(has_step(t, "clipped"));
   const Outcome o = w.quant("trace " + both + "--linear gate_proj --row 5");
-  CHECK(contains(o.out, "is not the w that was rounded"));
+  CHECK(contains(o.out, "is not what was rounded"));
   // Nothing is folded into down_proj unless it is asked for.
   CHECK(traced(both + "--linear down_proj --row 5")["transformed"] == false);
 }
