@@ -237,20 +237,28 @@ template <int kTeam, class F> __device__ void for_each_team(int64_t rows, F&& bo
     body(base + team, lane, base + team < rows);
 }
 
+// Host side: calls body(Int<W>): packs, or single elements.
+template <class F> void with_width(bool packs, F&& body) {
+  if (packs)
+    body(Int<kPack>{});
+  else
+    body(Int<1>{});
+}
+
 // Host side: calls body(Int<kTeam>, Int<W>) with the team and the width for rows of n elements.
 template <class F> void with_team(int64_t n, bool packs, F&& body) {
-  const auto with_width = [&](auto team) {
+  const auto of_team = [&](auto team) {
     if (packs)
       body(team, Int<kPack>{});
     else
       body(team, Int<1>{});
   };
   if (n <= 256)
-    with_width(Int<8>{});
+    of_team(Int<8>{});
   else if (n <= 2048)
-    with_width(Int<32>{});
+    of_team(Int<32>{});
   else
-    with_width(Int<kRowThreads>{});
+    of_team(Int<kRowThreads>{});
 }
 template <int kTeam> unsigned team_blocks(int64_t rows) {
   return blocks_for(rows, kRowThreads / kTeam);

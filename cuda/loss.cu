@@ -107,13 +107,6 @@ __global__ void mse_vjp_kernel(Operand da, Operand db, Operand a, Operand b, con
   }
 }
 
-template <class F> void with_width(bool packs, F&& body) {
-  if (packs)
-    body(Int<kPack>{});
-  else
-    body(Int<1>{});
-}
-
 }  // namespace
 
 // ---- launchers ----

@@ -74,14 +74,6 @@ __global__ void adamw_kernel(Operand p, Operand m, Operand v, Operand g, const f
 
 constexpr int kThreads = 256;
 
-// Calls body(Int<W>) for n elements.
-template <class F> void with_width(bool packs, F&& body) {
-  if (packs)
-    body(Int<kPack>{});
-  else
-    body(Int<1>{});
-}
-
 }  // namespace
 
 // ---- launchers ----

@@ -82,13 +82,6 @@ __global__ void fold_kernel(float* y, const float* part, int64_t n, int64_t coun
 
 const float* floats_of(const Tensor& x) { return x.defined() ? x.data<float>() : nullptr; }
 
-template <class F> void with_width(bool packs, F&& body) {
-  if (packs)
-    body(Int<kPack>{});
-  else
-    body(Int<1>{});
-}
-
 }  // namespace
 
 // ---- launchers ----
