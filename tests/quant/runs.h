@@ -9,18 +9,6 @@
 
 namespace omq::quant {
 
-// RandomSource with plain blocks: what watches its inputs cannot be recorded on a GPU.
-struct PlainSource final : nn::BlockSource {
-  RandomSource random{2};
-  int size() const override { return random.size(); }
-  std::unique_ptr<nn::Block> load(int i) override {
-    return random.blocks[static_cast<size_t>(i)].clone();
-  }
-  std::string name(int i) const override { return random.name(i); }
-  Tensor embed(const Tensor& ids) override { return random.embed(ids); }
-  nn::RopeTables rope(int64_t positions) override { return random.rope(positions); }
-};
-
 struct Run {
   PlainSource source;
   KeptBlocks packed, simulated;
