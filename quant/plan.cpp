@@ -25,8 +25,10 @@ size_t step_bytes(const Recipe& r, const PlanShapes& s, bool gpu) {
   if (transforms) bytes += 4 * weights;                     // W transformed
   if (learns) bytes += 4 * largest * (transforms ? 3 : 1);  // gradients, matrix by matrix
   if (learns) bytes += 2 * 4 * groups * 6;                  // u, l: moments, gradients, grid
-  bytes += rows * kept;                                     // one forward
-  bytes += rows * 4 * (8 * s.hidden + 3 * widest);          // residuals; gradients on the way
+  // Matrices of weights or of offsets that learn: themselves, gradients, two moments.
+  if (r.train.weights || r.train.rounding) bytes += 4 * 4 * weights;
+  bytes += rows * kept;                             // one forward
+  bytes += rows * 4 * (8 * s.hidden + 3 * widest);  // residuals; gradients on the way
   return static_cast<size_t>(bytes);
 }
 
