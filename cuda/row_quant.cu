@@ -44,8 +44,8 @@ __global__ void fake_quant_rows_kernel(Operand y, Operand x, int64_t rows, int64
   });
 }
 
-// With S = Σ dy · [(q − z) − in · x/h]: dx = in · dy + S/(2ᵇ−1) · (share of the maxima − share of
-// the minima).
+// With S = Σ dy · [(q − z) − in · x/h]: dx = in · dy + S·clip/(2ᵇ−1) · (share of the maxima − share
+// of the minima).
 template <int kTeam, int W>
 __global__ void fake_quant_rows_vjp_kernel(Operand dx, Operand x, Operand dy, int64_t rows,
                                            int64_t n, RowQuant s) {
@@ -74,8 +74,9 @@ __global__ void fake_quant_rows_vjp_kernel(Operand dx, Operand x, Operand dy, in
     total = team_sum<kTeam>(total);
     n_hi = team_sum<kTeam>(n_hi);
     n_lo = team_sum<kTeam>(n_lo);
-    const float up = g.free_scale && n_hi ? total / top / static_cast<float>(n_hi) : 0.0f;
-    const float down = g.free_scale && n_lo ? total / top / static_cast<float>(n_lo) : 0.0f;
+    const float end = total * static_cast<float>(s.clip) / top;
+    const float up = g.free_scale && n_hi ? end / static_cast<float>(n_hi) : 0.0f;
+    const float down = g.free_scale && n_lo ? end / static_cast<float>(n_lo) : 0.0f;
     for (int64_t i = lane; valid && i < n; i += kTeam) {
       const auto a = fetch<W>(x, row * n + i), b = fetch<W>(dy, row * n + i);
       const Piece<W> p = expand<W>(a, x), d = expand<W>(b, dy);

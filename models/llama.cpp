@@ -34,12 +34,14 @@ void LlamaBlock::visit(const nn::VisitFn& v) {
 std::vector<nn::Site> LlamaBlock::sites() {
   const nn::HeadLayout heads{self_attn.heads, self_attn.kv_heads, self_attn.head_dim};
   std::vector<nn::Site> sites;
-  sites.push_back(nn::NormToLinears{&input_layernorm,
-                                    {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj},
-                                    &self_attn.q_proj});
-  sites.push_back(
-      nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}, &mlp.up_proj});
   // Rows and columns cannot be rescaled through an online transform that stands between them.
+  if (!self_attn.q_proj.online)
+    sites.push_back(nn::NormToLinears{&input_layernorm,
+                                      {&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj},
+                                      &self_attn.q_proj});
+  if (!mlp.up_proj.online)
+    sites.push_back(
+        nn::NormToLinears{&post_attention_layernorm, {&mlp.gate_proj, &mlp.up_proj}, &mlp.up_proj});
   if (!self_attn.o_proj.online)
     sites.push_back(nn::LinearToLinear{&self_attn.v_proj, &self_attn.o_proj, heads});
   // A norm on q and k stands between the projection and the product: rows cannot be rescaled

@@ -37,6 +37,8 @@ constexpr std::pair<const char*, int ActivationSpec::*> kActivationKeys[] = {
     {"v_bits", &ActivationSpec::v},
     {"p_bits", &ActivationSpec::p}};
 constexpr const char* kIncludeZero = "activation_include_zero";
+constexpr std::pair<const char*, double ActivationSpec::*> kClipKeys[] = {
+    {"activation_clip", &ActivationSpec::activation_clip}, {"qkv_clip", &ActivationSpec::qkv_clip}};
 
 ActivationSpec read_activations(const json& j, const std::string& where) {
   ActivationSpec s;
@@ -53,6 +55,13 @@ ActivationSpec read_activations(const json& j, const std::string& where) {
     check(j[kIncludeZero].is_boolean(), "{}: {} is {}, true or false wanted", where, kIncludeZero,
           j[kIncludeZero].dump());
     s.include_zero = j[kIncludeZero].get<bool>();
+  }
+  for (const auto& [key, field] : kClipKeys) {
+    if (!j.contains(key)) continue;
+    check(j[key].is_number(), "{}: {} is {}, a number wanted", where, key, j[key].dump());
+    s.*field = j[key].get<double>();
+    check(s.*field > 0 && s.*field <= 1, "{}: {} = {}, above 0 and at most 1 wanted", where, key,
+          s.*field);
   }
   return s;
 }
@@ -104,11 +113,12 @@ std::string config_text(const CheckpointReader& source, const PackedConfig& pack
 }  // namespace
 
 nn::ActivationQuant ActivationSpec::quant() const {
-  const auto rows = [this](int bits) -> std::optional<RowQuant> {
+  const auto rows = [this](int bits, double clip) -> std::optional<RowQuant> {
     if (bits == 16) return std::nullopt;
-    return RowQuant{.bits = bits, .include_zero = include_zero};
+    return RowQuant{.bits = bits, .include_zero = include_zero, .clip = clip};
   };
-  return {rows(activation), rows(q), rows(k), rows(v), rows(p)};
+  return {rows(activation, activation_clip), rows(q, qkv_clip), rows(k, qkv_clip),
+          rows(v, qkv_clip), rows(p, 1)};
 }
 
 const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
@@ -119,11 +129,17 @@ const MatrixSpec& PackedConfig::spec_of(const std::string& module) const {
 json PackedConfig::to_json() const {
   json j = matrix_json(weight);
   j["quant_method"] = "omq";
-  j["omq_format"] = online.empty() ? kVersion : kOnlineVersion;
+  // What runs otherwise than version 1 says, although its tensors look alike, is version 2.
+  const bool plain =
+      online.empty() && activations.activation_clip == 1 && activations.qkv_clip == 1;
+  j["omq_format"] = plain ? kVersion : kOnlineVersion;
   j["layout"] = "panel16";
   j["method"] = method;
   for (const auto& [key, field] : kActivationKeys) j[key] = activations.*field;
   j[kIncludeZero] = activations.include_zero;
+  for (const auto& [key, field] : kClipKeys)
+    if (activations.*field != 1) j[key] = activations.*field;
+  if (!plain) j[kOnline] = json::object();
   json rest = json::object();
   for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
   j["exceptions"] = rest;

@@ -41,6 +41,8 @@ struct ActivationSpec {
                                // cache
   int p = 16;                  // attention probabilities
   bool include_zero = true;    // of those ranges, as RowQuant
+  // RowQuant::clip of matrices' inputs, and of q, k and v.
+  double activation_clip = 1, qkv_clip = 1;
   bool operator==(const ActivationSpec&) const = default;
   nn::ActivationQuant quant() const;
 };

@@ -12,6 +12,7 @@ struct Part {
   bool RotationOptions::*flag;  // null: all
 };
 constexpr Part kParts[] = {{"rotation of residual", &RotationOptions::residual},
+                           {"rotation of norms", &RotationOptions::norms},
                            {"rotation of values", &RotationOptions::values},
                            {"rotation of heads", &RotationOptions::heads},
                            {"rotation of down", &RotationOptions::down},
@@ -20,8 +21,13 @@ constexpr Part kParts[] = {{"rotation of residual", &RotationOptions::residual},
 
 RotationOptions only(const Part& part, uint64_t seed) {
   const bool all = part.flag == nullptr;
-  RotationOptions o{
-      .seed = seed, .residual = all, .values = all, .heads = all, .down = all, .query_key = all};
+  RotationOptions o{.seed = seed,
+                    .residual = all,
+                    .values = all,
+                    .norms = all,
+                    .heads = all,
+                    .down = all,
+                    .query_key = all};
   if (!all) o.*part.flag = true;
   return o;
 }

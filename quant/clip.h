@@ -45,6 +45,10 @@ using GridRule = Grid (*)(const Tensor& hi, const Tensor& lo, GroupSpec spec);
 // Plain min–max: the whole range of each group. What RTN uses.
 std::unique_ptr<Clip> minmax_clip(const Tensor& w, GroupSpec spec, GridRule rule = affine_grid);
 
+// The share of each group's range, both ends alike, that leaves the least squared error of the
+// weights: what QuaRot rounds on (spec transform-methods §6.3).
+std::unique_ptr<Clip> searched_clip(const Tensor& w, GroupSpec spec, GridRule rule = affine_grid);
+
 struct LearnedClipOptions {
   double logit = 4.0;  // start of both learnables: σ(4) ≈ 0.982 of the range
   GridRule rule = affine_grid;

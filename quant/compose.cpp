@@ -14,7 +14,7 @@ struct Piece {
 const std::vector<Piece>& pieces() {
   static const std::vector<Piece> list = {
       {"--transform", &Line::transform, {"none", "let"}},
-      {"--clip", &Line::clip, {"minmax", "lwc", "scaled", "free"}},
+      {"--clip", &Line::clip, {"minmax", "mse", "lwc", "scaled", "free"}},
       {"--round", &Line::round, {"nearest", "gptq", "learned"}},
       {"--train", &Line::train, {"none", "clip", "weights", "norms"}}};
   return list;
@@ -34,7 +34,8 @@ void check_known(const Line& line) {
 
 // What can be named together but not do anything together.
 void check_sense(const Line& l, const std::string& method) {
-  const bool learned_clip = l.clip != "minmax", learned_round = l.round == "learned";
+  const bool learned_clip = l.clip != "minmax" && l.clip != "mse",
+             learned_round = l.round == "learned";
   check(!learned_clip || l.train == "clip" || l.train == "weights",
         "--clip {}: it is learned, but method {} has --train {}; add --train clip", l.clip, method,
         l.train);
@@ -57,15 +58,16 @@ std::function<std::unique_ptr<Clip>(const Tensor&, GroupSpec)> clip_of(const std
                                                                        const Options& o) {
   const GridRule rule =
       o.spec.symmetric && o.spec.official_symmetric ? official_symmetric_grid : affine_grid;
-  check(rule == affine_grid || name == "minmax" || name == "lwc",
-        "--clip {}: the official symmetric grid is one of minmax and lwc alone", name);
+  check(rule == affine_grid || name == "minmax" || name == "mse" || name == "lwc",
+        "--clip {}: the official symmetric grid is one of minmax, mse and lwc alone", name);
   if (name == "free") return free_grid;
   if (name == "scaled") return scaled_range;
   if (name == "lwc")
     return [rule, search = o.clip_search](const Tensor& w, GroupSpec s) {
       return learned_clip(w, s, {.logit = 4.0, .rule = rule, .search = search});
     };
-  return [rule](const Tensor& w, GroupSpec s) { return minmax_clip(w, s, rule); };
+  const auto fixed = name == "mse" ? searched_clip : minmax_clip;
+  return [rule, fixed](const Tensor& w, GroupSpec s) { return fixed(w, s, rule); };
 }
 
 std::string title_of(const std::string& method, const Line& usual, const Line& line) {
@@ -109,6 +111,8 @@ Recipe compose(const std::string& method, const Line& usual, const Options& o) {
            .clip_search = o.clip_search,
            .let = {},
            .train = std::move(plan.train)};
+  if (o.act_clip > 0) r.spec.act_clip = o.act_clip;
+  if (o.qkv_clip > 0) r.spec.qkv_clip = o.qkv_clip;
   if (line.transform == "let") {
     r.let = let_options(o);
     r.transforms.push_back([options = *r.let](nn::Block& fp, const BlockStats& stats) {

@@ -23,7 +23,8 @@ namespace omq::quant {
 
 // The pieces of a recipe by their names, as on the command line.
 //   transform   none | let (learnable equivalent transformation)
-//   clip        minmax | lwc (σ-factors) | scaled (shares of the range) | free (scale, zero point)
+//   clip        minmax | mse (searched) | lwc (σ-factors) | scaled (shares of the range) |
+//               free (scale, zero point)
 //   round       nearest | gptq (solved on the inputs) | learned (an offset a weight)
 //   train       none | clip (what clip, transform and rounding learn) | weights (these, weights and
 //               norms) | norms (after rounding)
@@ -54,6 +55,8 @@ struct Options {
   // The official choices where ours differ (spec omniquant §17); QuantSpec holds those of grids.
   bool untied_pairs = false, one_consumer = false, signed_max = false;
   uint64_t rotation_seed = 0;
+  bool rotate_norms = false;            // behind each norm instead of the residual stream
+  double act_clip = -1, qkv_clip = -1;  // QuantSpec's; below 0: the method's, mostly 1
   Compute compute = Compute::F32;
 };
 

@@ -17,6 +17,9 @@ using nn::Linear;
 enum Stream : uint64_t { kResidual = 1, kQueryKey = 2, kHeads = 3, kPerBlock = 16 };
 uint64_t down_stream(int block) { return kPerBlock + 2 * static_cast<uint64_t>(block); }
 uint64_t values_stream(int block) { return down_stream(block) + 1; }
+uint64_t norm_stream(int block, int site) {
+  return (uint64_t{1} << 32) + 2 * static_cast<uint64_t>(block) + static_cast<uint64_t>(site);
+}
 
 Tensor random_signs(int64_t n, const Philox& random) {
   std::vector<double> s(static_cast<size_t>(n));
@@ -69,10 +72,21 @@ class BlockRotation {
                 const RotationOptions& options)
       : block_(block), index_(index), residual_(residual), options_(options) {}
 
-  void operator()(const nn::NormToLinears& site) const {
-    if (!options_.residual) return;
-    fold_gain(site);
-    for (Linear* l : site.consumers) change_inputs(*l, residual_);
+  void operator()(const nn::NormToLinears& site) {
+    if (options_.residual) {
+      fold_gain(site);
+      for (Linear* l : site.consumers) change_inputs(*l, residual_);
+    }
+    const int number = norm_sites_++;
+    if (!options_.norms) return;
+    nn::RMSNorm& norm = *site.norm;
+    const Rotation r(norm.weight.numel(), options_.seed, norm_stream(index_, number));
+    norm.weight = norm.weight * r.signs();
+    if (norm.bias.defined()) norm.bias = norm.bias * r.signs();
+    for (Linear* l : site.consumers) {
+      change_inputs(*l, r);
+      l->online = r.factors();
+    }
   }
   void operator()(const nn::LinearToLinear& site) const {
     Linear &v = *site.producer, &o = *site.consumer;
@@ -122,6 +136,7 @@ class BlockRotation {
   int index_;
   const Rotation& residual_;
   const RotationOptions& options_;
+  int norm_sites_ = 0;
 };
 
 }  // namespace
@@ -134,9 +149,11 @@ Rotation::Rotation(int64_t n, uint64_t seed, uint64_t stream)
 Tensor Rotation::operator()(const Tensor& x) const { return factors_(x * signs_); }
 Tensor Rotation::inverse(const Tensor& x) const { return transposed_(x) * signs_; }
 
-RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed) {
+RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed, bool behind_norms) {
   const ActivationBits a = spec.activations();
   return {.seed = seed,
+          .residual = !behind_norms,
+          .norms = behind_norms && a.linear < 16,
           .heads = a.linear < 16,
           .down = a.linear < 16,
           .query_key = a.q < 16 || a.k < 16};
@@ -149,8 +166,8 @@ void rotate_block(nn::Block& block, int index, const Rotation& residual,
   NoGrad off;
   const DType type = block.linears().front().linear->dense().dtype();
   to_type(block, DType::F64);
-  for (const nn::Site& site : block.sites())
-    std::visit(BlockRotation(block, index, residual, options), site);
+  BlockRotation rotation(block, index, residual, options);
+  for (const nn::Site& site : block.sites()) std::visit(rotation, site);
   to_type(block, type);
 }
 

@@ -6,13 +6,16 @@
 //   part        what is rotated                fused into                           stays online
 //   residual    the residual stream, by Q      embedding, o and down (outputs),     –
 //                                              q, k, v, gate, up, head (inputs)
+//   norms       what norms give, gains in it   signs into the gain, all of it into  L ⊗ R before
+//                                              q, k, v, gate, up (inputs)           each of these
 //   values      v, a matrix a key/value head   v (rows), o (columns)                –
 //   heads       o's input, across heads        o (columns)                          h×h before o
 //   down        silu(gate)·up                  signs into up, the rest into down    L ⊗ R before
 //   down query_key   q and k behind RoPE, a head    –                                    L ⊗ R on q
 //   and k
 //
-// An RMSNorm commutes with Q once its gain is in the matrices that read it; that is done first.
+// An RMSNorm commutes with Q once its gain is in the matrices that read it; that is done first. So
+// Q mixes channels before gains weigh them; `norms` mixes them afterwards, and is not free.
 // Everything is computed in F64 and rounded once, to the type that the block has.
 #pragma once
 
@@ -26,12 +29,13 @@ namespace omq::quant {
 struct RotationOptions {
   uint64_t seed = 0;  // of signs, and of what is no Hadamard matrix
   bool residual = true, values = true;
-  bool heads = false, down = false, query_key = false;
+  bool norms = false, heads = false, down = false, query_key = false;
   bool operator==(const RotationOptions&) const = default;
 };
 
 // The fused ones, and of those that stay online the ones whose signal is quantised.
-RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed);
+// behind_norms: `norms`, where inputs of matrices are quantised, in place of `residual`.
+RotationOptions rotations_for(const QuantSpec& spec, uint64_t seed, bool behind_norms = false);
 
 // x ↦ (x ⊙ s)·(L ⊗ R) with random signs s: an orthogonal n × n matrix. F64, in host memory.
 class Rotation {

@@ -62,6 +62,8 @@ void validate(const QuantSpec& s) {
         std::pair{"v_bits", a.v}, std::pair{"p_bits", a.p}})
     check((bits >= 2 && bits <= 8) || bits == 16,
           "{} = {}: 2 to 8, or 16 for activations as they are", name, bits);
+  for (const auto& [name, share] : {std::pair{"act_clip", s.act_clip}, {"qkv_clip", s.qkv_clip}})
+    check(share > 0 && share <= 1, "{} = {}: above 0 and at most 1", name, share);
   check(s.group_size >= 0 && s.group_size <= (int64_t{1} << 20),
         "group size {}: 0 (per channel) or a positive number", s.group_size);
 }

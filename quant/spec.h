@@ -29,6 +29,8 @@ struct QuantSpec {
   // and activations not widened to hold 0, so that zero points may leave the codes and cannot be
   // stored. Symmetric: the middle is 2ᵇ⁻¹ − 1 and one code is unused; stored with zero points.
   bool official_range = false, official_symmetric = false;
+  // Share of a row's range that codes of activations span, (0, 1]: inputs of linears; q, k and v.
+  double act_clip = 1, qkv_clip = 1;
 
   GroupSpec weight() const {
     return {.bits = wbits,
@@ -40,7 +42,9 @@ struct QuantSpec {
     auto or_abits = [this](int bits) { return bits > 0 ? bits : abits; };
     return {abits, or_abits(q_bits), or_abits(k_bits), or_abits(v_bits), p_bits};
   }
-  RowQuant rows(int bits) const { return {.bits = bits, .include_zero = !official_range}; }
+  RowQuant rows(int bits, double clip = 1) const {
+    return {.bits = bits, .include_zero = !official_range, .clip = clip};
+  }
   // "w4a16g128", "w3a16"; bits of q, k, v, p that differ follow: "w4a4-k8v8".
   std::string to_string() const;
   // Throws Error when the text is not of the form wNaM[gG][sym] or a number is out of range.

@@ -15,6 +15,7 @@ struct RowQuant {
   bool include_zero = true;  // the range is widened to hold 0: z is a code, a constant row
                              // survives; false: as the official code, whose z may leave the codes
   bool end_codes_learn = false;  // as GroupSpec::end_codes_learn
+  double clip = 1;  // share of the range that the codes span, (0, 1]; beyond it: the end codes
   int max_code() const { return (1 << bits) - 1; }
   bool operator==(const RowQuant&) const = default;
 };
@@ -38,17 +39,18 @@ template <class T> struct RowGrid {
 // hi, lo: largest and smallest element of the row.
 template <class T> OMQ_HD inline RowGrid<T> row_grid(T hi, T lo, RowQuant s) {
   const T top = static_cast<T>((1 << s.bits) - 1);
+  const T share = static_cast<T>(s.clip);  // placed so that no compiler fuses it with a sum
   if (s.include_zero) {
     hi = hi > T(0) ? hi : T(0);
     lo = lo < T(0) ? lo : T(0);
-    const T raw = (hi - lo) / top;
+    const T raw = (hi - lo) * share / top;
     const T h = raw < T(1e-30) ? T(1e-30) : raw;  // NaN stays
-    const T z = round_even(-lo / h);
+    const T z = round_even(-lo * share / h);
     return {h, z < T(0) ? T(0) : z > top ? top : z, raw >= T(1e-30)};
   }
-  const T raw = (hi - lo) / top;
+  const T raw = (hi - lo) * share / top;
   const T h = raw < T(1e-5) ? T(1e-5) : raw > T(1e4) ? T(1e4) : raw;
-  const T z = -lo / h;
+  const T z = -lo * share / h;
   return {h, round_even(z < T(-1e4) ? T(-1e4) : z > T(1e4) ? T(1e4) : z), raw == h};
 }
 

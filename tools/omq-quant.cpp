@@ -97,7 +97,9 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
                           .k = a.k,
                           .v = a.v,
                           .p = a.p,
-                          .include_zero = !recipe.spec.official_range};
+                          .include_zero = !recipe.spec.official_range,
+                          .activation_clip = recipe.spec.act_clip,
+                          .qkv_clip = recipe.spec.qkv_clip};
   e.packed.online = model.online();
   e.packed.untied = config.tie_word_embeddings && !model.tied();
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
@@ -216,6 +218,8 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
   // Only where they were asked for, so that runs without them go on in folders of earlier versions.
   if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
   if (r.clip_search) j["clip_search"] = true;
+  if (r.spec.act_clip != 1) j["act_clip"] = r.spec.act_clip;
+  if (r.spec.qkv_clip != 1) j["qkv_clip"] = r.spec.qkv_clip;
   if (r.train.epochs > 0) j["schedule"] = schedule_json(r.train);
   if (r.rounder->wants_hessian())
     j["solver"] = {

@@ -63,8 +63,9 @@ std::string SourceModel::online_text() const {
 }
 
 json rotation_json(const quant::RotationOptions& r) {
-  return {{"seed", r.seed},   {"residual", r.residual}, {"values", r.values},
-          {"heads", r.heads}, {"down", r.down},         {"query_key", r.query_key}};
+  return {{"seed", r.seed},          {"residual", r.residual}, {"norms", r.norms},
+          {"values", r.values},      {"heads", r.heads},       {"down", r.down},
+          {"query_key", r.query_key}};
 }
 
 }  // namespace omq

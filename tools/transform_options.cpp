@@ -26,6 +26,13 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   bits("--k-bits", f.k_bits, "bits of keys, and of the key cache (default --abits)");
   bits("--v-bits", f.v_bits, "bits of values, and of the value cache (default --abits)");
   bits("--p-bits", f.p_bits, "bits of attention probabilities (default 16: as they are)");
+  const auto share = [&](const char* name, std::optional<double>& value, const char* help) {
+    app.add_option(name, value, help)->type_name("X")->group(group);
+  };
+  share("--act-clip", f.act_clip,
+        "share of its range that a token's codes span at the input of matrices, above 0 to 1 "
+        "(default 1; quarot 0.9)");
+  share("--qkv-clip", f.qkv_clip, "the same of q, k and v (default 1; quarot 0.95)");
   app.add_flag("--let", f.let, "learn the transformation (default when activations are quantised)")
       ->group(group);
   app.add_flag("--no-let", f.no_let, "do not")->group(group);
@@ -42,6 +49,11 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
       ->group(group);
   app.add_flag("--no-let-shift", f.no_shift, "scales alone, as the official code")->group(group);
   app.add_flag("--let-up-down", f.up_down, "transform between up_proj and down_proj too")
+      ->group(group);
+  app.add_option("--rotate", f.rotate,
+                 "what quarot rotates before matrices that read a norm: \"residual\", the stream, "
+                 "at no cost (default), or \"norms\", what each norm gives, online")
+      ->type_name("WHERE")
       ->group(group);
   app.add_option("--rotation-seed", f.rotation_seed,
                  "of the random parts of a rotation (quarot; default 0)")
@@ -79,6 +91,12 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
   o.spec.official_symmetric = f.symmetric || f.parity;
   if (f.symmetric && !o.spec.symmetric)
     throw UsageError("--official-symmetric: it is a kind of --symmetric, which is missing");
+  for (const auto& [name, value] :
+       {std::pair{"--act-clip", f.act_clip}, {"--qkv-clip", f.qkv_clip}})
+    if (value && !(*value > 0 && *value <= 1))
+      throw UsageError(fmt::format("{}: above 0 and at most 1", name));
+  o.act_clip = f.act_clip.value_or(-1);
+  o.qkv_clip = f.qkv_clip.value_or(-1);
   validate(o.spec);
   o.let = yes_or_no(f.let, f.no_let, "let");
   o.let_shift = yes_or_no(f.shift, f.no_shift, "let-shift");
@@ -91,13 +109,23 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
   if (f.alpha && !(*f.alpha >= 0 && *f.alpha <= 1)) throw UsageError("--alpha: 0 to 1");
   o.let_lr = f.let_lr.value_or(-1);
   o.alpha = f.alpha.value_or(-1);
+  if (!f.rotate.empty() && f.rotate != "residual" && f.rotate != "norms")
+    throw UsageError(fmt::format("--rotate {}: residual or norms wanted", f.rotate));
+  o.rotate_norms = f.rotate == "norms";
   if (f.rotation_seed && *f.rotation_seed < 0) throw UsageError("--rotation-seed: 0 or more");
   o.rotation_seed = static_cast<uint64_t>(f.rotation_seed.value_or(0));
 }
 
 void check_transform(const TransformFlags& f, const quant::Recipe& r) {
-  if (f.rotation_seed && !r.rotation)
-    throw UsageError(fmt::format("--rotation-seed: method {} rotates nothing", r.name));
+  for (const auto& [given, name] : {std::pair(f.rotation_seed.has_value(), "--rotation-seed"),
+                                    std::pair(!f.rotate.empty(), "--rotate")})
+    if (given && !r.rotation)
+      throw UsageError(fmt::format("{}: method {} rotates nothing", name, r.name));
+  const quant::ActivationBits bits = r.spec.activations();
+  if (f.act_clip && bits.linear == 16)
+    throw UsageError("--act-clip: inputs of matrices are not quantised; add --abits");
+  if (f.qkv_clip && bits.q == 16 && bits.k == 16 && bits.v == 16)
+    throw UsageError("--qkv-clip: q, k and v are not quantised; add --abits");
   if ((f.let && !r.let) || (f.no_let && r.let))
     throw UsageError(fmt::format("--transform {} and --{}let exclude each other", r.line.transform,
                                  f.let ? "" : "no-"));

@@ -12,8 +12,9 @@ namespace omq {
 struct TransformFlags {
   std::optional<int> abits, q_bits, k_bits, v_bits, p_bits;
   bool let = false, no_let = false, shift = false, no_shift = false, up_down = false;
-  std::optional<double> let_lr, alpha;
+  std::optional<double> let_lr, alpha, act_clip, qkv_clip;
   std::optional<int64_t> rotation_seed;
+  std::string rotate;
   bool parity = false, untied = false, range = false, symmetric = false, signed_max = false,
        one_consumer = false;
 };

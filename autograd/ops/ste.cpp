@@ -184,8 +184,8 @@ RowsGrid rows_grid(const Tensor& rows, RowQuant s) {
   const Range r = group_range(rows, {.include_zero = s.include_zero});
   const Tensor levels = Tensor::full({1, 1}, s.max_code(), rows.dtype(), rows.device());
   const double floor = s.include_zero ? 1e-30 : 1e-5, ceiling = s.include_zero ? 1e30 : 1e4;
-  const Tensor h = clamp((r.hi - r.lo) / levels, floor, ceiling);
-  const Tensor z = -r.lo.detach() / h.detach();
+  const Tensor h = clamp((r.hi - r.lo) * s.clip / levels, floor, ceiling);
+  const Tensor z = -r.lo.detach() * s.clip / h.detach();
   return {h, s.include_zero ? clamp(round(z), 0, s.max_code()) : round(clamp(z, -1e4, 1e4))};
 }
 
@@ -201,6 +201,7 @@ Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {
 Tensor fake_quant_rows(const Tensor& x, RowQuant s) {
   check(x.ndim() >= 1 && x.dim(-1) > 0, "fake_quant_rows: wants [..., N], got {}", x.shape());
   check(s.bits >= 2 && s.bits <= 8, "fake_quant_rows: {} bits, 2 to 8 wanted", s.bits);
+  check(s.clip > 0 && s.clip <= 1, "fake_quant_rows: {} of the range, 0 to 1 wanted", s.clip);
   if (FrozenRounding* const frozen = FrozenRounding::current()) {
     const Tensor rows = reshape(x, {-1, x.dim(-1)});
     const RowsGrid g = rows_grid(rows, s);

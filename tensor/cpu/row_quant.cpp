@@ -129,9 +129,9 @@ void fake_quant_rows(Tensor& y, const Tensor& x, RowQuant s) {
   });
 }
 
-// With S = Σ dy · [(q − z) − in · x/h], the gradient of h: dx = in · dy, plus S/(2ᵇ−1) shared by
-// the elements that are the row's maximum, less the same shared by its minima. A bound that is the
-// zero put in belongs to no element, unless one is 0.
+// With S = Σ dy · [(q − z) − in · x/h], the gradient of h: dx = in · dy, plus S·clip/(2ᵇ−1) shared
+// by the elements that are the row's maximum, less the same shared by its minima. A bound that is
+// the zero put in belongs to no element, unless one is 0.
 void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant s) {
   visit_float("fake_quant_rows_vjp", x.dtype(), [&]<class T>() {
     const T *in = x.data<T>(), *pd = dy.data<T>();
@@ -157,8 +157,9 @@ void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant
         count_hi += p[i] == hi ? T(1) : T(0);
         count_lo += p[i] == lo ? T(1) : T(0);
       }
-      const T up = count_hi > 0 ? total / top / count_hi : T(0);
-      const T down = count_lo > 0 ? total / top / count_lo : T(0);
+      const T end = total * static_cast<T>(s.clip) / top;
+      const T up = count_hi > 0 ? end / count_hi : T(0);
+      const T down = count_lo > 0 ? end / count_lo : T(0);
       for (int64_t i = 0; i < n; ++i) o[i] += (p[i] == hi ? up : T(0)) - (p[i] == lo ? down : T(0));
     });
   });

@@ -366,17 +366,18 @@ Tensor rows_closed_form(const Tensor& x, const Tensor& upstream, RowQuant s) {
     double hi = s.include_zero ? 0 : p[0], lo = hi, n_hi = 0, n_lo = 0, S = 0;
     for (int64_t j = 0; j < n; ++j) hi = std::max(hi, p[j]), lo = std::min(lo, p[j]);
     for (int64_t j = 0; j < n; ++j) n_hi += p[j] == hi, n_lo += p[j] == lo;
-    const double h = std::max((hi - lo) / top, s.include_zero ? 1e-30 : 1e-5);
-    const double z = std::nearbyint(std::clamp(-lo / h, -1e4, 1e4));
+    const double raw = (hi - lo) * s.clip / top;
+    const double h = std::max(raw, s.include_zero ? 1e-30 : 1e-5);
+    const double z = std::nearbyint(std::clamp(-lo * s.clip / h, -1e4, 1e4));
     for (int64_t j = 0; j < n; ++j) {
       const double t = std::nearbyint(p[j] / h) + z;
       const bool inside = s.end_codes_learn ? t >= 0 && t <= top : t > 0 && t < top;
       S += up[j] * (std::clamp(t, 0.0, top) - z - (inside ? p[j] / h : 0));
       d[j] = inside ? up[j] : 0;
     }
-    if ((hi - lo) / top != h) S = 0;
+    const double end = raw == h ? S * s.clip / top : 0;
     for (int64_t j = 0; j < n; ++j)
-      d[j] += (p[j] == hi ? S / top / n_hi : 0) - (p[j] == lo ? S / top / n_lo : 0);
+      d[j] += (p[j] == hi ? end / n_hi : 0) - (p[j] == lo ? end / n_lo : 0);
   }
   return dx;
 }
@@ -392,7 +393,8 @@ TEST_CASE("gradients of quantised rows equal the closed form") {
            normal_tensor(rng, shape),
            {.bits = static_cast<int>(rng.between(2, 8)),
             .include_zero = rng.coin(),
-            .end_codes_learn = rng.coin()}};
+            .end_codes_learn = rng.coin(),
+            .clip = rng.coin() ? 1 : 0.5 + 0.1 * static_cast<double>(rng.between(0, 4))}};
     const bool ties = rng.coin();
     const double shift = rng.coin() ? 3 : 0;  // rows on one side of zero
     for (int64_t i = 0; i < r.x.numel(); ++i) {
@@ -406,6 +408,7 @@ TEST_CASE("gradients of quantised rows equal the closed form") {
     const Tensor y = fake_quant_rows(x, r.s);
     CAPTURE(r.s.bits);
     CAPTURE(r.s.include_zero);
+    CAPTURE(r.s.clip);
     CAPTURE(r.x.shape());
     CHECK(bit_equal(y, fake_quant_rows_composed(r.x, r.s)));
     CHECK(close(backward(sum(y * r.upstream))[x], rows_closed_form(r.x, r.upstream, r.s), 1e-24));

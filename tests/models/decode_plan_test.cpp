@@ -136,6 +136,7 @@ TEST_CASE("decode plan: quantised activations, caches of codes") {
       {.activation = 8, .q = 8, .k = 8, .v = 8},
       {.activation = 4, .q = 16, .k = 8, .v = 3},
       {.activation = 16, .q = 16, .k = 4, .v = 16},
+      {.activation = 4, .q = 4, .k = 4, .v = 4, .activation_clip = 0.8, .qkv_clip = 0.9},
       {.activation = 4, .q = 4, .k = 4, .v = 4, .p = 16, .include_zero = false}};
   for (const bool packed : {true, false})
     for (const ActivationSpec& s : specs) {

@@ -105,6 +105,7 @@ const std::vector<ActivationSpec>& specs() {
       {.activation = 4, .q = 16, .k = 8, .v = 3},
       {.activation = 16, .q = 16, .k = 4, .v = 16},
       {.activation = 8, .q = 8, .k = 8, .v = 8, .p = 8},
+      {.activation = 4, .q = 4, .k = 4, .v = 4, .activation_clip = 0.9, .qkv_clip = 0.95},
       {.activation = 4, .q = 4, .k = 4, .v = 4, .p = 16, .include_zero = false}};
   return all;
 }

@@ -262,6 +262,16 @@ TEST_CASE("packed config: printing and reading") {
   CHECK(cache_quant(c).k == RowQuant{.bits = 6, .include_zero = false});
   CHECK(bits.activations.quant().linear == RowQuant{.bits = 4, .include_zero = false});
   CHECK_FALSE(ActivationSpec{}.quant().linear.has_value());
+  // A share of the ranges: nothing that a reader of version 1 may overlook.
+  CHECK(c.quantization["omq_format"] == 1);
+  bits.activations.activation_clip = 0.9;
+  bits.activations.qkv_clip = 0.95;
+  c.quantization = bits.to_json();
+  CHECK(c.quantization["omq_format"] == 2);
+  CHECK(PackedConfig::of(c)->activations == bits.activations);
+  CHECK(cache_quant(c).v == RowQuant{.bits = 7, .include_zero = false, .clip = 0.95});
+  CHECK(bits.activations.quant().linear == RowQuant{.bits = 4, .include_zero = false, .clip = 0.9});
+  CHECK(bits.activations.quant().p == RowQuant{.bits = 8, .include_zero = false});
   // Five bits are stored as eight, with the zero points written out.
   CHECK(MatrixSpec{5, 32, true}.stored() == GroupSpec{.bits = 8, .group_size = 32});
   CHECK(MatrixSpec{3, 32, true}.stored() ==
@@ -302,6 +312,9 @@ TEST_CASE("packed config: what is not ours, or not whole, is refused by name") {
       {R"({"p_bits": "4"})", "p_bits is \"4\", a whole number wanted"},
       {R"({"q_bits": 4.5})", "q_bits is 4.5, a whole number wanted"},
       {R"({"activation_include_zero": 1})", "activation_include_zero is 1, true or false wanted"},
+      {R"({"activation_clip": 0})", "activation_clip = 0, above 0 and at most 1 wanted"},
+      {R"({"qkv_clip": 1.5})", "qkv_clip = 1.5, above 0 and at most 1 wanted"},
+      {R"({"qkv_clip": "1"})", "qkv_clip is \"1\", a number wanted"},
       {R"({"exceptions": []})", "exceptions is not an object"},
       {R"({"exceptions": {"lm_head": 4}})", "exceptions: lm_head: not an object"},
       {R"({"exceptions": {"lm_head": {"bits": 77}}})", "exceptions: lm_head: bits = 77"},

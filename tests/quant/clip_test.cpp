@@ -173,6 +173,42 @@ TEST_CASE("clip: a searched start is the best of ten for every row and group") {
   CHECK(far->params().params[0].item<float>() < std::log(0.7f / 0.3f));
 }
 
+TEST_CASE("clip: the searched grid has the least error of its shares, whatever the groups") {
+  for (const bool symmetric : {false, true})
+    for (const int64_t group_size : {int64_t{0}, int64_t{16}, int64_t{24}}) {  // the last is short
+      CAPTURE(symmetric);
+      CAPTURE(group_size);
+      const GroupSpec spec{.bits = 3, .group_size = group_size, .symmetric = symmetric};
+      Rng rng(11);
+      Tensor w = normal_tensor(rng, {5, 40}, DType::F32);
+      w.data<float>()[3] = 9;  // an outlier pays for being clipped
+      const Grid whole = minmax_clip(w, spec)->grid(w), found = searched_clip(w, spec)->grid(w);
+      const auto error = [&](const Grid& g, int64_t row, int64_t group) {
+        const Tensor got = fake_quant(w, g.scale, g.zero, spec);
+        const int64_t width = spec.group_cols(40);
+        double sum = 0;
+        for (int64_t i = group * width; i < std::min<int64_t>(40, (group + 1) * width); ++i) {
+          const double d = got.data<float>()[row * 40 + i] - w.data<float>()[row * 40 + i];
+          sum += d * d;
+        }
+        return sum;
+      };
+      int better = 0;
+      for (int64_t r = 0; r < 5; ++r)
+        for (int64_t g = 0; g < spec.groups(40); ++g) {
+          const double least = error(found, r, g);
+          for (int step = 0; step <= 25; ++step) {
+            const double share = 1 - 0.02 * step;
+            const Range range = group_range(w, spec);
+            const Grid other = affine_grid(range.hi * share, range.lo * share, spec);
+            CHECK(least <= error(other, r, g) * (1 + 1e-5));
+          }
+          better += least < 0.9 * error(whole, r, g);
+        }
+      CHECK(better > 0);
+    }
+}
+
 TEST_CASE("clip: symmetric uses every code around the middle one") {
   // h = max|w|/(2ᵇ⁻¹ − ½): the ends lie half a step beyond the last codes on either side.
   const GroupSpec spec{.bits = 4, .symmetric = true, .end_codes_learn = true};

@@ -31,7 +31,7 @@ TEST_CASE("compose: every method is a line") {
   const std::pair<const char*, const char*> lines[] = {
       {"omniquant", "--transform none --clip lwc --round nearest --train clip"},
       {"rtn", "--transform none --clip minmax --round nearest --train none"},
-      {"quarot", "--transform none --clip minmax --round nearest --train none"},
+      {"quarot", "--transform none --clip mse --round nearest --train none"},
       {"gptq", "--transform none --clip minmax --round gptq --train none"},
       {"efficientqat", "--transform none --clip free --round nearest --train weights"},
       {"norm-tweaking", "--transform none --clip minmax --round gptq --train norms"},
@@ -87,7 +87,8 @@ TEST_CASE("compose: pieces that are given win, and bring their plan") {
 
 TEST_CASE("compose: what is unknown or cannot work is one clear sentence") {
   CHECK(refused("rtn", {"rotor", "", "", ""}) == "--transform rotor: there are: none, let");
-  CHECK(refused("rtn", {"", "max", "", ""}) == "--clip max: there are: minmax, lwc, scaled, free");
+  CHECK(refused("rtn", {"", "max", "", ""}) ==
+        "--clip max: there are: minmax, mse, lwc, scaled, free");
   CHECK(refused("rtn", {"", "", "up", ""}) == "--round up: there are: nearest, gptq, learned");
   CHECK(refused("rtn", {"", "", "", "all"}) ==
         "--train all: there are: none, clip, weights, norms");

@@ -21,6 +21,8 @@ namespace {
 
 constexpr RotationOptions kNone{.residual = false, .values = false};
 constexpr RotationOptions kAll{.seed = 3, .heads = true, .down = true, .query_key = true};
+constexpr RotationOptions kEvery{
+    .seed = 3, .norms = true, .heads = true, .down = true, .query_key = true};
 
 RotationOptions only(bool RotationOptions::*part) {
   RotationOptions o = kNone;
@@ -126,9 +128,9 @@ TEST_CASE("rotation: a block gives what it gave, part by part and all together")
           const nn::Positions at = at_start(9, s.head_dim, type);
           const Tensor y = b.forward(x, at);
           for (const RotationOptions& o :
-               {only(&RotationOptions::residual), only(&RotationOptions::values),
-                only(&RotationOptions::heads), only(&RotationOptions::down),
-                only(&RotationOptions::query_key), kAll})
+               {only(&RotationOptions::residual), only(&RotationOptions::norms),
+                only(&RotationOptions::values), only(&RotationOptions::heads),
+                only(&RotationOptions::down), only(&RotationOptions::query_key), kAll, kEvery})
             CHECK(worst_token(through(b, x, at, o), y, x) <= bound);
         }
       });
@@ -166,6 +168,19 @@ TEST_CASE("rotation: what stays online, and what does not") {
   // Scales cannot go through what stays online.
   CHECK(LlamaBlock(plain).sites().size() == 5);
   CHECK(b.sites().size() == 3);
+  // Behind norms: one transform for q, k and v, another for gate and up, gains where they were.
+  OnlineSpecs behind;
+  for (const char* name :
+       {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"})
+    behind[name] = {4, 12};
+  CHECK(specs(only(&RotationOptions::norms)) == behind);
+  LlamaBlock n = plain;
+  rotate_block(n, 0, q, only(&RotationOptions::norms));
+  CHECK(bit_equal(abs(n.input_layernorm.weight), abs(plain.input_layernorm.weight)));
+  CHECK(bit_equal(n.self_attn.q_proj.online->right, n.self_attn.v_proj.online->right));
+  CHECK_FALSE(bit_equal(n.input_layernorm.weight, plain.input_layernorm.weight));
+  CHECK(bit_equal(n.mlp.down_proj.dense(), plain.mlp.down_proj.dense()));
+  CHECK(n.sites().size() == 3);
 }
 
 TEST_CASE("rotation: the same seed gives the same block, another one another") {
@@ -278,9 +293,21 @@ TEST_CASE("quarot: which rotations it makes follows from what is quantised") {
         RotationOptions{.seed = 5, .query_key = true});
   CHECK(rotation({.wbits = 4, .abits = 8, .q_bits = 16, .k_bits = 16}) ==
         RotationOptions{.seed = 5, .heads = true, .down = true});
+  CHECK(*make_recipe("quarot", {.spec = {.wbits = 4, .abits = 8}, .rotate_norms = true}).rotation ==
+        RotationOptions{
+            .residual = false, .norms = true, .heads = true, .down = true, .query_key = true});
   const Recipe r = make_recipe("quarot", {.spec = {.wbits = 4, .abits = 4}});
   CHECK(r.train.epochs == 0);
   CHECK(r.transforms.empty());
+  const auto shares = [](Options o) {
+    const QuantSpec s = make_recipe("quarot", o).spec;
+    return std::pair(s.act_clip, s.qkv_clip);
+  };
+  CHECK(shares({.spec = {.wbits = 4, .abits = 4}}) == std::pair(0.9, 0.95));
+  CHECK(shares({.spec = {.wbits = 4}}) == std::pair(1.0, 1.0));
+  CHECK(shares({.spec = {.wbits = 4, .k_bits = 4}}) == std::pair(1.0, 0.95));
+  CHECK(shares({.spec = {.wbits = 4, .abits = 4}, .act_clip = 1, .qkv_clip = 0.8}) ==
+        std::pair(1.0, 0.8));
   CHECK_FALSE(make_recipe("rtn", {}).rotation.has_value());
 }
 

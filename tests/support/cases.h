@@ -362,6 +362,7 @@ inline std::vector<OpCase> straight_through_cases() {
       rows("fake_quant_rows at 4 bits", {2, 3, 20}, {.bits = 4}, 0),
       rows("fake_quant_rows of heads at 8 bits", {2, 3, 2, 9}, {.bits = 8}, 0),
       rows("fake_quant_rows above zero", {4, 11}, {.bits = 6}, 4),
+      rows("fake_quant_rows of a share of the range", {3, 23}, {.bits = 4, .clip = 0.8}, 0),
       rows("fake_quant_rows of one element", {5, 1}, {.bits = 3}, 0),
       rows("fake_quant_rows, official range", {4, 11}, {.bits = 4, .include_zero = false}, 2),
       rows("fake_quant_rows, end codes learn", {4, 17}, {.bits = 2, .end_codes_learn = true}, 0),

@@ -184,7 +184,8 @@ TEST_CASE("devices: fake quantisation by rows has the CPU's codes") {
     const Shape shape = some_rows(rng);
     const RowQuant s{.bits = static_cast<int>(rng.between(2, 8)),
                      .include_zero = rng.coin(),
-                     .end_codes_learn = rng.coin()};
+                     .end_codes_learn = rng.coin(),
+                     .clip = rng.coin() ? 1 : 0.9};
     const double lo = rng.coin() ? -3 : 1;
     const Input x = random_input(rng, shape, d, dense_or_shifted(rng), DType::F32, lo, 4),
                 dy = random_input(rng, shape, d, dense_or_shifted(rng));

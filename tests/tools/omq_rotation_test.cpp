@@ -54,6 +54,8 @@ TEST_CASE("omq-quant: a rotated model runs as it was simulated, and better than 
     CHECK(report["recipe"]["method"] == "quarot");
     CHECK(report["recipe"]["rotation"]["seed"] == (contains(bits, "seed") ? 7 : 0));
     CHECK(report["recipe"]["rotation"]["heads"] == true);
+    CHECK(report["recipe"]["act_clip"] == 0.9);
+    CHECK(report["recipe"]["qkv_clip"] == 0.95);
     // down: 288·(8 + 36); o: 96·6; q: 96·(4 + 4); k: 32·(4 + 4); twice each, in 4 blocks.
     const int64_t operations = 2 * (288 * 44 + 96 * 6 + 96 * 8 + 32 * 8);
     CHECK(report["online"]["operations_per_token_and_block"] == operations);
@@ -142,7 +144,12 @@ TEST_CASE("omq-quant: quarot and options that do not go together") {
   w.check_refused(m + "--method quarot --let-up-down", 2, "there is no transformation to act on");
   w.check_refused(m + "--method rtn --rotation-seed 1", 2,
                   "--rotation-seed: method rtn rotates nothing");
+  w.check_refused(m + "--method rtn --rotate norms", 2, "--rotate: method rtn rotates nothing");
+  w.check_refused(m + "--method quarot --rotate x", 2, "--rotate x: residual or norms wanted");
   w.check_refused(m + "--method quarot --rotation-seed -1", 2, "--rotation-seed: 0 or more");
+  w.check_refused(m + "--method quarot --act-clip 1.5", 2, "--act-clip: above 0 and at most 1");
+  w.check_refused(m + "--abits 16 --qkv-clip 0.9", 2, "q, k and v are not quantised");
+  w.check_refused(m + "--abits 16 --act-clip 0.9", 2, "inputs of matrices are not quantised");
   w.check_refused("trace --method quarot -m " + w.path("model"), 1,
                   "method quarot rotates the network before it rounds");
   REQUIRE(w.quant(m + "--method quarot").code == 0);
