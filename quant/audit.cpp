@@ -100,6 +100,7 @@ std::vector<AuditedRecipe> audited_recipes(const Options& options, std::string_v
   for (const MethodInfo& m : methods()) {
     const std::string& name = m.name;
     if (!only.empty() && name != only) continue;
+    if (only.empty() && name == "best") continue;  // one of the others
     Recipe plain = m.make(options), full = m.make(whole);
     const bool more = full.transforms.size() > plain.transforms.size();
     if (plain.transforms.empty()) all.push_back({name, std::move(plain)});

@@ -55,7 +55,7 @@ struct Options {
   // The official choices where ours differ (spec omniquant §17); QuantSpec holds those of grids.
   bool untied_pairs = false, one_consumer = false, signed_max = false;
   uint64_t rotation_seed = 0;
-  bool rotate_norms = false;            // behind each norm instead of the residual stream
+  int rotate_norms = -1;  // behind each norm (1) or the residual stream (0); -1: the method's
   double act_clip = -1, qkv_clip = -1;  // QuantSpec's; below 0: the method's, mostly 1
   Compute compute = Compute::F32;
 };

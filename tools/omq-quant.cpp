@@ -395,6 +395,9 @@ int quantize_checkpoint(const cli::Args& args) {
   const Ends ends = plan_ends(o, reader->config(), recipe, model);
   for (const std::string& item : o.eval)
     read_file(item.substr(4));  // a missing text must not cost a whole run
+  if (o.method == "best")
+    fmt::print(stderr, "best for {}: {} ({})\n", recipe.spec.to_string(), recipe.title,
+               recipe.line.to_string());
   fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.title, recipe.spec.to_string(),
              o.model.string(), reader->container(), cli::device_text(o.device));
   if (data.ids.defined()) fmt::print(stderr, "calibration: {}\n", data.description);

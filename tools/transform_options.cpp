@@ -111,7 +111,7 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
   o.alpha = f.alpha.value_or(-1);
   if (!f.rotate.empty() && f.rotate != "residual" && f.rotate != "norms")
     throw UsageError(fmt::format("--rotate {}: residual or norms wanted", f.rotate));
-  o.rotate_norms = f.rotate == "norms";
+  if (!f.rotate.empty()) o.rotate_norms = f.rotate == "norms";
   if (f.rotation_seed && *f.rotation_seed < 0) throw UsageError("--rotation-seed: 0 or more");
   o.rotation_seed = static_cast<uint64_t>(f.rotation_seed.value_or(0));
 }

@@ -13,7 +13,7 @@ Recipe quarot(const Options& options) {
   if (o.act_clip < 0 && bits.linear < 16) o.act_clip = 0.9;
   if (o.qkv_clip < 0 && std::min({bits.q, bits.k, bits.v}) < 16) o.qkv_clip = 0.95;
   Recipe r = compose("quarot", {"none", "mse", "nearest", "none"}, o);
-  r.rotation = rotations_for(o.spec, o.rotation_seed, o.rotate_norms);
+  r.rotation = rotations_for(o.spec, o.rotation_seed, o.rotate_norms == 1);
   return r;
 }
 

@@ -74,7 +74,8 @@ TEST_CASE("audit: every method's every learnable and site is looked at") {
   std::set<std::string_view> audited_methods;
   const auto recipes = audited_recipes(options_of({.wbits = 4, .group_size = 32}));
   for (const auto& [name, recipe] : recipes) audited_methods.insert(recipe.name);
-  for (const MethodInfo& m : methods()) CHECK(audited_methods.contains(m.name));
+  for (const MethodInfo& m : methods())
+    CHECK(audited_methods.contains(m.name) == (m.name != "best"));  // it is one of the others
 
   for (const auto& [name, recipe] : recipes) {
     CAPTURE(name);
@@ -102,7 +103,7 @@ TEST_CASE("audit: every method's every learnable and site is looked at") {
 TEST_CASE("audit: what the options forbid is left out") {
   Options o = options_of({.wbits = 4, .abits = 4});
   o.let = 0;
-  CHECK(audited_recipes(o).size() == methods().size());
+  CHECK(audited_recipes(o).size() == methods().size() - 1);
   for (const auto& [name, recipe] : audited_recipes(o)) CHECK(recipe.transforms.empty());
   o.let = -1, o.let_shift = 0;
   const Checks all = audited(audited_recipes(o).front().recipe);

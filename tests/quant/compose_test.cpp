@@ -37,7 +37,7 @@ TEST_CASE("compose: every method is a line") {
       {"norm-tweaking", "--transform none --clip minmax --round gptq --train norms"},
       {"signround", "--transform none --clip scaled --round learned --train clip"},
   };
-  CHECK(methods().size() == std::size(lines));
+  CHECK(methods().size() == std::size(lines) + 1);  // and best
   for (const auto& [method, line] : lines) {
     const Recipe r = make_recipe(method, {});
     CHECK(r.line.to_string() == line);
@@ -47,6 +47,16 @@ TEST_CASE("compose: every method is a line") {
   CHECK(make_recipe("omniquant", with({}, "w4a4")).line.transform == "let");
   CHECK(make_recipe("gptq", with({}, "w4a4")).line.transform == "none");
   CHECK(norm_tweaking({}).name == make_recipe("norm_tweaking", {}).name);  // either spelling
+}
+
+TEST_CASE("compose: best is one of the others, by bits") {
+  const auto name = [](const char* bits) { return make_recipe("best", with({}, bits)).title; };
+  CHECK(name("w2a16g64") == "efficientqat");
+  CHECK(name("w3a16") == "efficientqat");
+  CHECK(name("w4a16g128") == "omniquant");
+  CHECK(name("w4a4") == "quarot --round gptq");
+  CHECK(make_recipe("best", with({}, "w6a6")).rotation->norms);
+  CHECK(make_recipe("best", with({"", "", "nearest", ""}, "w4a4")).title == "quarot");
 }
 
 TEST_CASE("compose: pieces that are given win, and bring their plan") {

@@ -293,7 +293,7 @@ TEST_CASE("quarot: which rotations it makes follows from what is quantised") {
         RotationOptions{.seed = 5, .query_key = true});
   CHECK(rotation({.wbits = 4, .abits = 8, .q_bits = 16, .k_bits = 16}) ==
         RotationOptions{.seed = 5, .heads = true, .down = true});
-  CHECK(*make_recipe("quarot", {.spec = {.wbits = 4, .abits = 8}, .rotate_norms = true}).rotation ==
+  CHECK(*make_recipe("quarot", {.spec = {.wbits = 4, .abits = 8}, .rotate_norms = 1}).rotation ==
         RotationOptions{
             .residual = false, .norms = true, .heads = true, .down = true, .query_key = true});
   const Recipe r = make_recipe("quarot", {.spec = {.wbits = 4, .abits = 4}});
