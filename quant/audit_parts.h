@@ -63,6 +63,15 @@ struct Worst {
 };
 Worst worst_token(const Tensor& a, const Tensor& y, const Tensor& x);
 
+// A block and what goes in, in F64. A rotated residual stream with one huge channel is huge in all
+// of them: in F32 its rounding is more than a block's update may be off.
+struct WideBlock {
+  std::unique_ptr<nn::Block> block;
+  Tensor x;
+  nn::Positions at;
+};
+WideBlock in_f64(const nn::Block& block, const AuditInputs& in);
+
 // A block and its inputs as the recipe's rotation leaves them; without one, as they are.
 struct RotatedSubject {
   std::unique_ptr<nn::Block> fp;

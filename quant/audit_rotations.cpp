@@ -32,30 +32,34 @@ RotationOptions only(const Part& part, uint64_t seed) {
   return o;
 }
 
-template <class F> Tensor in_f64(const Tensor& x, const F& f) {
-  return to(f(to(x, DType::F64)), x.dtype());
-}
-
 }  // namespace
+
+WideBlock in_f64(const nn::Block& block, const AuditInputs& in) {
+  WideBlock w{block.clone(),
+              to(in.x, DType::F64),
+              {in.at.index, {to(in.at.tables.cos, DType::F64), to(in.at.tables.sin, DType::F64)}}};
+  w.block->visit([](std::string_view, Tensor& t) {
+    if (t.defined()) t = to(t, DType::F64);
+  });
+  return w;
+}
 
 void audit_rotations(const nn::Block& fp, int index, const AuditInputs& in, uint64_t seed,
                      const Found& found) {
   NoGrad off;
-  const Tensor y = fp.forward(in.x, in.at);
-  const Rotation q = residual_rotation(in.x.dim(-1), seed);
+  const WideBlock plain = in_f64(fp, in);
+  const Tensor& x = plain.x;
+  const Tensor y = plain.block->forward(x, plain.at);
+  const Rotation q = residual_rotation(x.dim(-1), seed);
   for (const Part& part : kParts)
-    attempt({part.name, fmt::format("output with quantisers off, {} tokens", in.x.dim(1)), 1e-5},
+    attempt({part.name, fmt::format("output with quantisers off, F64, {} tokens", x.dim(1)), 1e-9},
             found, [&](AuditCheck& c) {
               const RotationOptions options = only(part, seed);
-              const auto b = fp.clone();
+              const auto b = plain.block->clone();
               rotate_block(*b, index, q, options);
-              Tensor out;
-              if (options.residual)
-                out = in_f64(b->forward(in_f64(in.x, q), in.at),
-                             [&](const Tensor& t) { return q.inverse(t); });
-              else
-                out = b->forward(in.x, in.at);
-              const Worst w = worst_token(out, y, in.x);
+              const Tensor out = options.residual ? q.inverse(b->forward(q(x), plain.at))
+                                                  : b->forward(x, plain.at);
+              const Worst w = worst_token(out, y, x);
               worse(c, w.error, fmt::format("token {}", w.token));
             });
 }
@@ -66,7 +70,7 @@ RotatedSubject rotated(const Recipe& recipe, const nn::Block& fp, const AuditInp
   if (!recipe.rotation) return s;
   const Rotation q = residual_rotation(in.x.dim(-1), recipe.rotation->seed);
   rotate_block(*s.fp, 0, q, *recipe.rotation);
-  if (recipe.rotation->residual) s.in.x = in_f64(in.x, q);
+  if (recipe.rotation->residual) s.in.x = to(q(to(in.x, DType::F64)), in.x.dtype());
   return s;
 }
 

@@ -45,31 +45,36 @@ struct Sites {
 
 void audit_transforms(const Subject& s, const Found& found) {
   NoGrad off;
-  const Tensor y = s.fp.forward(s.in.x, s.in.at);
+  if (s.recipe.transforms.empty()) return;
+  const bool wide = s.recipe.rotation.has_value();
+  const WideBlock w = wide ? in_f64(s.fp, s.in) : WideBlock{s.fp.clone(), s.in.x, s.in.at};
+  const Tensor y = w.block->forward(w.x, w.at);
   Random random(s.options.seed);
   for (const auto& make : s.recipe.transforms) {
-    const auto t = make(s.fp, s.stats);
+    const auto t = make(*w.block, s.stats);
     const nn::ParamGroup g = t->params();
     std::vector<std::vector<double>> start;
     for (const Tensor& p : g.params) start.push_back(doubles(p));
     for (const std::string& site : Sites(g).names)
-      attempt({site.empty() ? "equivalence of all sites" : "equivalence of " + site,
-               fmt::format("output with quantisers off, {} tokens", s.in.x.dim(1)), 1e-5},
-              found, [&](AuditCheck& c) {
-                for (size_t i = 0; i < g.params.size(); ++i) {
-                  const Kind kind = kind_of(g.names.at(i));
-                  fill(g.params[i], start[i]);
-                  if (site.empty() || site_of(g.names[i]) == site)
-                    randomise(g.params[i], kind, s.size, random);
-                  else if (kind != Kind::Other)  // a scale of 1, a shift of 0
-                    fill(g.params[i], std::vector<double>(start[i].size(), kind == Kind::Scale));
-                }
-                const auto b = s.fp.clone();
-                t->project();
-                t->apply(*b);
-                const Worst w = worst_token(b->forward(s.in.x, s.in.at), y, s.in.x);
-                worse(c, w.error, fmt::format("token {}", w.token));
-              });
+      attempt(
+          {site.empty() ? "equivalence of all sites" : "equivalence of " + site,
+           fmt::format("output with quantisers off, {}{} tokens", wide ? "F64, " : "", w.x.dim(1)),
+           1e-5},
+          found, [&](AuditCheck& c) {
+            for (size_t i = 0; i < g.params.size(); ++i) {
+              const Kind kind = kind_of(g.names.at(i));
+              fill(g.params[i], start[i]);
+              if (site.empty() || site_of(g.names[i]) == site)
+                randomise(g.params[i], kind, s.size, random);
+              else if (kind != Kind::Other)  // a scale of 1, a shift of 0
+                fill(g.params[i], std::vector<double>(start[i].size(), kind == Kind::Scale));
+            }
+            const auto b = w.block->clone();
+            t->project();
+            t->apply(*b);
+            const Worst at = worst_token(b->forward(w.x, w.at), y, w.x);
+            worse(c, at.error, fmt::format("token {}", at.token));
+          });
   }
 }
 

@@ -237,9 +237,9 @@ TEST_CASE("audit: a learned transformation behind a rotation is one") {
 struct UnevenBlock final : nn::Block {
   LlamaBlock inner;
   Tensor forward(const Tensor& x, const nn::Positions& at, nn::KVCache* cache) const override {
-    Tensor gain = Tensor::full({kHidden}, 1, x.dtype());
-    if (x.dtype() == DType::F32) gain.data<float>()[3] = 2;
-    return inner.forward(x * gain, at, cache);
+    std::vector<double> gain(kHidden, 1);
+    gain[3] = 2;
+    return inner.forward(x * to(Tensor::from<double>(gain, {kHidden}), x.dtype()), at, cache);
   }
   std::unique_ptr<Block> clone() const override { return std::make_unique<UnevenBlock>(*this); }
   void visit(const nn::VisitFn& v) override { inner.visit(v); }
