@@ -41,7 +41,8 @@ for ((i = 0; i < kills; ++i)); do
     kill -9 $pid 2>/dev/null || late=$((late + 1))
     wait $pid 2>/dev/null || true
   done
-  blocks=$(find "$dir/work" -name 'block-*.safetensors' 2>/dev/null | wc -l)
+  mkdir -p "$dir/work"  # a very early kill leaves none
+  blocks=$(find "$dir/work" -name 'block-*.safetensors' | wc -l)
   (quant out --work "$dir/work") || { cat "$dir/log"; exit 1; }
   cmp "$dir/whole/model.safetensors" "$dir/out/model.safetensors"
   lasting "$dir/out" | cmp "$dir/whole.json" -
