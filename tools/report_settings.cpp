@@ -56,7 +56,7 @@ std::string weights_text(const json& r) {
 }
 
 std::string activations_text(const json& r) {
-  std::string s, what;
+  std::string s;
   bool any = false, known = false;
   for (const auto& [key, name] : {std::pair{"abits", "inputs of linears"},
                                   {"q_bits", "q"},
@@ -69,6 +69,11 @@ std::string activations_text(const json& r) {
     any = any || *bits < 16;
     if (*bits < 16) s += fmt::format("{}{} {:g} bits", s.empty() ? "" : ", ", name, *bits);
   }
+  // Shares of the ranges that codes span, where they are not the whole.
+  for (const auto& [key, what] :
+       {std::pair{"act_clip", "inputs of linears"}, {"qkv_clip", "q, k, v"}})
+    if (const auto share = number_at(r, key))
+      s += fmt::format("; {:g} of the range ({})", *share, what);
   return any ? s : known ? "as they are" : "";
 }
 
@@ -92,6 +97,7 @@ std::string rotation_text(const json& r) {
                                   {"rotation.values", "values"},
                                   {"rotation.heads", "across heads"},
                                   {"rotation.down", "before down_proj"},
+                                  {"rotation.norms", "what norms give"},
                                   {"rotation.query_key", "queries and keys"}})
     if (text_at(r, key) == "yes") s += fmt::format("{}{}", s.empty() ? "" : ", ", name);
   return fmt::format("{}; seed {}", s, text_at(r, "rotation.seed"));
@@ -114,9 +120,20 @@ std::string learning_text(const json& r) {
   const auto epochs = number_at(r, "epochs");
   if (!epochs) return "";
   if (*epochs == 0) return "none";
-  return fmt::format("{:g} epochs, {} window{} a step, products in {}", *epochs,
-                     text_at(r, "batch_size"), text_at(r, "batch_size") == "1" ? "" : "s",
-                     text_at(r, "compute"));
+  return fmt::format("{:g} epoch{}, {} window{} a step, products in {}", *epochs,
+                     *epochs == 1 ? "" : "s", text_at(r, "batch_size"),
+                     text_at(r, "batch_size") == "1" ? "" : "s", text_at(r, "compute"));
+}
+
+std::string schedule_text(const json& r) {
+  if (!value_at(r, "schedule")) return "";
+  std::string s =
+      fmt::format("{}, rates {}", text_at(r, "schedule.optimiser"), text_at(r, "schedule.rates"));
+  if (const auto slope = number_at(r, "schedule.depth_slope"); slope && *slope > 0)
+    s += fmt::format(", larger by {:g} in the last block", *slope);
+  return fmt::format(
+      "{}; {} kept", s,
+      text_at(r, "schedule.keeps").starts_with("best") ? "best epoch" : "last epoch");
 }
 
 std::string rates_text(const json& r) {
@@ -223,7 +240,7 @@ std::string settings_table(const json& report) {
                         : "block error") +
             setting("Clipping",
                     text_at(r, "clip_search") == "yes" ? "starts where a search put it" : "") +
-            setting("Learning rates", rates_text(r)) +
+            setting("Learning rates", rates_text(r)) + setting("Schedule", schedule_text(r)) +
             setting("Weight decay", text_at(r, "weight_decay"));
   rows += setting("Calibration text", text_at(r, "calibration.source")) +
           setting("Seed", text_at(r, "seed")) + setting("Threads", text_at(report, "threads"));
@@ -237,7 +254,8 @@ std::string settings_table(const json& report) {
       "learning_rates", "weight_decay", "compute",
       "seed",           "calibration",  "official_symmetric",
       "transformation", "clip_search",  "augmented_loss_weight",
-      "rotation"};
+      "rotation",       "schedule",     "act_clip",
+      "qkv_clip"};
   for (const auto& [key, value] : r.items())
     if (!kTold.contains(key)) rows += setting(key, shown(value));
   return fmt::format("<dl>\n{}</dl>\n", rows);
