@@ -16,8 +16,11 @@ int yes_or_no(bool yes, bool no, const char* name) {
 
 void add_transform_options(CLI::App& app, TransformFlags& f) {
   const char* group = "Activations and the equivalent transformation (LET)";
+  const auto option = [&](const char* name, auto& value, const char* type, const char* help) {
+    app.add_option(name, value, help)->type_name(type)->group(group);
+  };
   const auto bits = [&](const char* name, std::optional<int>& value, const char* help) {
-    app.add_option(name, value, help)->type_name("N")->group(group);
+    option(name, value, "N", help);
   };
   bits("--abits", f.abits,
        "bits of the inputs of matrices, and of q, k, v: 2 to 8; 16 (default): "
@@ -26,13 +29,10 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   bits("--k-bits", f.k_bits, "bits of keys, and of the key cache (default --abits)");
   bits("--v-bits", f.v_bits, "bits of values, and of the value cache (default --abits)");
   bits("--p-bits", f.p_bits, "bits of attention probabilities (default 16: as they are)");
-  const auto share = [&](const char* name, std::optional<double>& value, const char* help) {
-    app.add_option(name, value, help)->type_name("X")->group(group);
-  };
-  share("--act-clip", f.act_clip,
-        "share of its range that a token's codes span at the input of matrices, above 0 to 1 "
-        "(default 1; quarot 0.9)");
-  share("--qkv-clip", f.qkv_clip, "the same of q, k and v (default 1; quarot 0.95)");
+  option("--act-clip", f.act_clip, "X",
+         "share of its range that a token's codes span at the input of matrices, above 0 to 1 "
+         "(default 1; quarot 0.9)");
+  option("--qkv-clip", f.qkv_clip, "X", "the same of q, k and v (default 1; quarot 0.95)");
   app.add_flag("--let", f.let, "learn the transformation (default when activations are quantised)")
       ->group(group);
   app.add_flag("--no-let", f.no_let, "do not")->group(group);
