@@ -39,6 +39,8 @@ void check_sense(const Line& l, const std::string& method) {
   check(!learned_clip || l.train == "clip" || l.train == "weights",
         "--clip {}: it is learned, but method {} has --train {}; add --train clip", l.clip, method,
         l.train);
+  check(l.clip != "mse" || l.train == "none" || l.train == "norms",
+        "--clip mse: it is searched once, and --train {} would search at every step", l.train);
   check(!learned_round || l.train == "clip",
         "--round learned: offsets learn with --train clip, not with --train {}{}", l.train,
         l.train == "weights" ? "; weights that learn round themselves" : "");

@@ -78,6 +78,8 @@ TEST_CASE("omq-quant: lines that make no sense are code 2 and one sentence") {
   const std::pair<const char*, const char*> cases[] = {
       {"--transform spin", "--transform spin: there are: none, let"},
       {"--clip wide", "--clip wide: there are: minmax, mse, lwc, scaled, free"},
+      {"--clip mse",
+       "--clip mse: it is searched once, and --train clip would search at every step"},
       {"--round up", "--round up: there are: nearest, gptq, learned"},
       {"--train all", "--train all: there are: none, clip, weights, norms"},
       {"--method rtn --clip lwc", "--clip lwc: it is learned, but method rtn has --train none"},
