@@ -49,6 +49,7 @@ device=("$@")
   row '' --method signround --wbits 3 --group-size 64
   row 110 --method quarot --wbits 4 --abits 4
   row 'quarot' --method quarot --rotate norms --wbits 4 --abits 4
+  row 'quarot' --method quarot --rotate norms --clip lwc --train clip --wbits 4 --abits 4
   row 'quarot' --method best --wbits 4 --abits 4
   row 'quarot' --method quarot --round gptq --wbits 4 --abits 4
   row 'quarot' --method quarot --clip lwc --train clip --wbits 4 --abits 4

@@ -73,7 +73,7 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->type_name("N")
       ->group(group);
   app.add_option("--epochs", o.recipe.epochs,
-                 "passes over the windows per block (default 20, at 2 bits 40; norm-tweaking 1, "
+                 "passes over the windows per block (default 20, at 2 bits 40; norm-tweaking 4, "
                  "signround 50)")
       ->type_name("N")
       ->group(group);
