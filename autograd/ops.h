@@ -72,6 +72,8 @@ Tensor matmul(const Tensor& a, const Tensor& b);  // [...,M,K] · [...,K,N] → 
 enum class WriteAs : uint8_t { Wide, Operand };
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {},
               WriteAs write = WriteAs::Wide);
+// (I + N)⁻¹ of every N [...,n,n] that is strictly lower, or strictly upper, triangular.
+Tensor unit_triangular_inverse(const Tensor& n);
 
 // ---- layers ----
 Tensor softmax(const Tensor& x);  // over the last dim

@@ -1,6 +1,8 @@
 // LlamaBlock: names, sites, forward; and its reading.
 #include "models/llama.h"
 
+#include <cstring>
+
 #include "autograd/ops.h"
 #include "models/packed_model.h"
 
@@ -125,6 +127,23 @@ void load_online(const CheckpointReader& reader, const std::string& prefix, cons
   *place = nn::Kronecker{left, factor("right", spec.right)};
 }
 
+bool same_values(const Tensor& a, const Tensor& b) {
+  if (!a.defined() || !b.defined()) return a.defined() == b.defined();
+  return a.shape() == b.shape() && std::memcmp(a.raw(), b.raw(), a.nbytes()) == 0;
+}
+
+// Matrices of equal factors share them, so that their common input is transformed once.
+void share_online(LlamaBlock& block) {
+  const auto linears = block.linears();
+  for (size_t i = 1; i < linears.size(); ++i)
+    for (size_t j = 0; j < i; ++j) {
+      auto &k = linears[i].linear->online, &earlier = linears[j].linear->online;
+      if (k && earlier && same_values(k->left, earlier->left) &&
+          same_values(k->right, earlier->right))
+        k = earlier;
+    }
+}
+
 }  // namespace
 
 std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, LoadAs as) {
@@ -161,6 +180,7 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
   if (packed) {
     nn::quantize_activations(*block, packed->activations.quant());
     for (const auto& [name, spec] : packed->online) load_online(reader, prefix, name, spec, *block);
+    share_online(*block);
   }
   return block;
 }

@@ -191,7 +191,14 @@ OnlineSpecs online_specs(nn::Block& block) {
 
 int64_t online_operations(const OnlineSpecs& online, const ModelConfig& c) {
   int64_t all = 0;
+  const auto done = [&](const char* reader, const OnlineSpec& s) {
+    const auto it = online.find(reader);
+    return it != online.end() && it->second == s;
+  };
   for (const auto& [name, s] : online) {
+    const bool behind_q = name == "self_attn.k_proj" || name == "self_attn.v_proj";
+    if (behind_q ? done("self_attn.q_proj", s) : name == "mlp.up_proj" && done("mlp.gate_proj", s))
+      continue;
     const int64_t row = name == "self_attn.k"                                 ? c.kv_size()
                         : name == "self_attn.q" || name == "self_attn.o_proj" ? c.q_size()
                         : name == "mlp.down_proj"                             ? c.intermediate_size

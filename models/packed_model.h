@@ -58,7 +58,8 @@ struct OnlineSpec {
 // "self_attn.q", "self_attn.k" (each head behind RoPE).
 using OnlineSpecs = std::map<std::string, OnlineSpec>;
 OnlineSpecs online_specs(nn::Block& block);
-// Floating-point operations of all of them for one token and block.
+// Floating-point operations of all of them for one token and block. What q, k and v read is
+// transformed once, and so is what gate and up read.
 int64_t online_operations(const OnlineSpecs& online, const ModelConfig& config);
 
 // quantization_config of config.json. Its key "online_transforms" is there when a block has any,

@@ -5,10 +5,23 @@
 
 namespace omq::nn {
 
-void move_to(Block& block, Device device) {
+void change_tensors(Block& block, const std::function<Tensor(const Tensor&)>& change) {
+  std::vector<std::pair<Tensor, Tensor>> changed;  // the former are held, so that addresses differ
   block.visit([&](std::string_view, Tensor& t) {
-    if (t.defined() && t.device() != device) t = to(t, device);
+    if (!t.defined()) return;
+    for (const auto& [from, to] : changed)
+      if (from.raw() == t.raw() && from.shape() == t.shape() && from.strides() == t.strides()) {
+        t = to;
+        return;
+      }
+    changed.emplace_back(t, change(t));
+    t = changed.back().second;
   });
+}
+
+void move_to(Block& block, Device device) {
+  change_tensors(block,
+                 [device](const Tensor& t) { return t.device() == device ? t : to(t, device); });
 }
 
 void narrow_exact(Block& block) {

@@ -5,6 +5,7 @@
 // function-preserving rescaling may go (paper Eq. 3, 5).
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <variant>
@@ -54,6 +55,9 @@ struct Block {
   virtual Attention::Taps& taps() = 0;  // where q, k, v and the probabilities can be quantised
 };
 
+// Every tensor t of the block, those that are undefined left out, becomes change(t). One that
+// stands at several places, as the factors that matrices behind a norm share, stays one.
+void change_tensors(Block& block, const std::function<Tensor(const Tensor&)>& change);
 // Every tensor of the block onto a device; those that are there already are shared.
 void move_to(Block& block, Device device);
 

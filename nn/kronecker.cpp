@@ -34,6 +34,14 @@ Tensor Kronecker::operator()(const Tensor& any) const {
   return to(reshape(x, any.shape()), any.dtype());
 }
 
+bool Kronecker::same_as(const Kronecker& o) const {
+  const auto same = [](const Tensor& a, const Tensor& b) {
+    return a.defined() == b.defined() &&
+           (!a.defined() || (a.raw() == b.raw() && a.shape() == b.shape()));
+  };
+  return same(left, o.left) && same(right, o.right);
+}
+
 void Kronecker::visit(const VisitFn& v) {
   if (left.defined()) v("left", left);
   if (right.defined()) v("right", right);

@@ -15,6 +15,8 @@ struct Kronecker {
   // the factors whatever the ComputeScope: 16 bits are widened. Throws Error when the sizes do not
   // fit n.
   Tensor operator()(const Tensor& x) const;
+  // Whether both have the very same factors: views of one Storage, or none.
+  bool same_as(const Kronecker& o) const;
   // Whether factors of these sizes (0: none) can transform rows of n numbers.
   static bool sizes_fit(int64_t left, int64_t right, int64_t n);
   // Floating-point operations for a row of n numbers.

@@ -36,9 +36,8 @@ Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
 }  // namespace
 
 Tensor Linear::operator()(const LinearInput& x, WriteAs write) const {
-  if (!online && !pre) return multiply(*this, x, write);
-  const Tensor seen = online ? (*online)(x.tensor()) : x.tensor();
-  return multiply(*this, pre ? pre(seen) : seen, write);
+  const LinearInput& seen = online ? x.transformed(*online) : x;
+  return multiply(*this, pre ? LinearInput(pre(seen.tensor())) : seen, write);
 }
 
 Linear Linear::product() const {

@@ -1,4 +1,4 @@
-// LinearInput: one quantisation for all readers.
+// LinearInput: one transform and one quantisation for all readers.
 #include "nn/linear_input.h"
 
 #include "autograd/ops.h"
@@ -35,6 +35,14 @@ const QuantizedRows& LinearInput::codes(RowQuant s) const {
 const Tensor& LinearInput::simulated(RowQuant s) const {
   if (!simulated_ || simulated_->s != s) simulated_ = {s, fake_quant_rows(x_, s)};
   return simulated_->value;
+}
+
+const LinearInput& LinearInput::transformed(const Kronecker& k) const {
+  if (!by_ || !by_->same_as(k)) {
+    transformed_ = std::make_shared<const LinearInput>(k(x_));
+    by_ = k;
+  }
+  return *transformed_;
 }
 
 }  // namespace omq::nn

@@ -1,10 +1,12 @@
 // LinearInput: what a Linear reads. q, k and v read one tensor, gate and up another; where that
-// tensor is to be quantised, sharing its LinearInput quantises it once.
+// tensor is to be transformed or quantised, sharing its LinearInput does so once.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <utility>
 
+#include "nn/kronecker.h"
 #include "tensor/row_quant.h"
 #include "tensor/tensor.h"
 
@@ -23,6 +25,9 @@ class LinearInput {
   // first call, and again only when s changes.
   const QuantizedRows& codes(RowQuant s) const;
   const Tensor& simulated(RowQuant s) const;
+  // Its rows through k. Made at the first call, and again only for a k of other factors: those that
+  // share one Storage are one.
+  const LinearInput& transformed(const Kronecker& k) const;
 
  private:
   template <class T> struct Made {
@@ -32,6 +37,8 @@ class LinearInput {
   Tensor x_;
   mutable std::optional<Made<QuantizedRows>> codes_;
   mutable std::optional<Made<Tensor>> simulated_;
+  mutable std::optional<Kronecker> by_;
+  mutable std::shared_ptr<const LinearInput> transformed_;
 };
 
 }  // namespace omq::nn

@@ -24,23 +24,34 @@ void fill(const Tensor& p, const std::vector<double>& values) {
   on(data).copy(data, Tensor::from<double>(values, p.shape()));
 }
 
+namespace {
+bool is_factor(const std::string& learnable) {
+  for (const char* end : {"_left", "_right", "_values", "_heads"})
+    if (learnable.ends_with(end)) return true;
+  return false;
+}
+}  // namespace
+
 Kind kind_of(const std::string& learnable) {
   return learnable.ends_with("_scale")    ? Kind::Scale
          : learnable.ends_with("_shift")  ? Kind::Shift
          : learnable.ends_with("step")    ? Kind::Step
          : learnable.ends_with("_share")  ? Kind::Share
          : learnable.ends_with(".weight") ? Kind::Weight
+         : is_factor(learnable)           ? Kind::Factor
                                           : Kind::Other;
 }
 
 void randomise(const Tensor& p, Kind kind, double size, Random& random) {
   std::vector<double> v = doubles(p);
+  const double spread = 0.3 / std::sqrt(static_cast<double>(p.dim(-1)));
   for (double& x : v)
     x = kind == Kind::Scale    ? std::exp2(random.uniform(-2, 2))
         : kind == Kind::Shift  ? size * random.normal()
         : kind == Kind::Step   ? x * std::exp2(random.uniform(-1, 1))
         : kind == Kind::Share  ? random.uniform(0.3, 0.95)
         : kind == Kind::Weight ? x * (1 + 0.3 * random.normal())
+        : kind == Kind::Factor ? x + spread * random.normal()
                                : x + random.normal();
   fill(p, v);
 }

@@ -10,8 +10,9 @@
 //
 // Learnables are random and far from where calibration starts: names that end in "_scale" get
 // factors in [1/4, 4], in "_shift" values of the size of the activations, in "_share" shares of 1;
-// steps of grids are up to doubled or halved, weights moved by 30 %; all others get their start
-// plus a normal number. A method or piece that is added later is audited without a change here.
+// steps of grids are up to doubled or halved, weights moved by 30 %, matrices that transform by so
+// much that it is 30 % of a row; all others get their start plus a normal number. A method or piece
+// that is added later is audited without a change here.
 #pragma once
 
 #include <functional>

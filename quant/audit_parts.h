@@ -30,7 +30,7 @@ std::vector<double> doubles(const Tensor& t);
 // In place, in whatever type p has.
 void fill(const Tensor& p, const std::vector<double>& values);
 
-enum class Kind { Scale, Shift, Step, Share, Weight, Other };
+enum class Kind { Scale, Shift, Step, Share, Weight, Factor, Other };
 Kind kind_of(const std::string& learnable);
 // p stands at its start; size: of the activations.
 void randomise(const Tensor& p, Kind kind, double size, Random& random);

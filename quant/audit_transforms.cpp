@@ -46,7 +46,7 @@ struct Sites {
 void audit_transforms(const Subject& s, const Found& found) {
   NoGrad off;
   if (s.recipe.transforms.empty()) return;
-  const bool wide = s.recipe.rotation.has_value();
+  const bool wide = s.recipe.rotation || s.recipe.kronecker;
   const WideBlock w = wide ? in_f64(s.fp, s.in) : WideBlock{s.fp.clone(), s.in.x, s.in.at};
   const Tensor y = w.block->forward(w.x, w.at);
   Random random(s.options.seed);

@@ -179,8 +179,9 @@ void learn_there(const Job& job, const BlockMethod& method, nn::Block& block,
     method.start(block, to(window, job.device), first(job.at, tokens));
   }
   if (job.recipe.train.epochs > 0)
-    learn(job.recipe, method, block, {streams.quant, targets, job.at, job.blocks}, job.hooks,
-          job.progress, report, start);
+    learn(job.recipe, method, block,
+          {job.recipe.train.full_inputs ? streams.fp : streams.quant, targets, job.at, job.blocks},
+          job.hooks, job.progress, report, start);
 }
 
 // The method with all that is learned, in host memory; fp is there already.

@@ -13,7 +13,7 @@ struct Piece {
 };
 const std::vector<Piece>& pieces() {
   static const std::vector<Piece> list = {
-      {"--transform", &Line::transform, {"none", "let"}},
+      {"--transform", &Line::transform, {"none", "let", "kronecker"}},
       {"--clip", &Line::clip, {"minmax", "mse", "lwc", "scaled", "free"}},
       {"--round", &Line::round, {"nearest", "gptq", "learned"}},
       {"--train", &Line::train, {"none", "clip", "weights", "norms"}}};
@@ -44,6 +44,8 @@ void check_sense(const Line& l, const std::string& method) {
   check(!learned_round || l.train == "clip",
         "--round learned: offsets learn with --train clip, not with --train {}{}", l.train,
         l.train == "weights" ? "; weights that learn round themselves" : "");
+  check(l.transform != "kronecker" || l.train != "norms",
+        "--transform kronecker: norms that learn after rounding do not see it; add --train clip");
   check(l.train != "clip" || learned_clip || learned_round || l.transform != "none",
         "--train clip: --transform {} --clip {} --round {} have nothing to learn", l.transform,
         l.clip, l.round);
@@ -53,7 +55,8 @@ Plan plan_of(const Line& l, const Options& o) {
   if (l.train == "none") return {{.clips = false}, block_mse()};
   if (l.train == "weights") return weights_plan(o);
   if (l.train == "norms") return norms_plan(o);
-  return l.round == "learned" ? rounding_plan(o) : clip_plan(o);
+  if (l.round == "learned") return rounding_plan(o);
+  return l.transform == "kronecker" ? kronecker_plan(o) : clip_plan(o);
 }
 
 std::function<std::unique_ptr<Clip>(const Tensor&, GroupSpec)> clip_of(const std::string& name,
@@ -90,13 +93,16 @@ std::string Line::to_string() const {
 
 Recipe compose(const std::string& method, const Line& usual, const Options& o) {
   Line line = usual;
-  if (o.let >= 0) line.transform = o.let ? "let" : "none";
+  // The transformation of another method is asked for, or forbidden, by its piece's name alone.
+  if (o.let == 1 && line.transform == "none") line.transform = "let";
+  if (o.let == 0 && line.transform == "let") line.transform = "none";
   for (const Piece& p : pieces())
     if (!(o.line.*p.name).empty()) line.*p.name = o.line.*p.name;
   check_known(line);
   check_sense(line, method);
   Plan plan = plan_of(line, o);
   for (const auto& [group, rate] : o.rates) plan.train.lr[group] = rate;
+  if (o.full_inputs >= 0) plan.train.full_inputs = o.full_inputs != 0;
   const bool augmented = plan.objective.wants_of_quant;
   GptqOptions solver{.act_order = o.act_order};
   if (o.damping >= 0) solver.damping = o.damping;
@@ -112,6 +118,7 @@ Recipe compose(const std::string& method, const Line& usual, const Options& o) {
            .aug_weight = o.aug_weight,
            .clip_search = o.clip_search,
            .let = {},
+           .kronecker = {},
            .train = std::move(plan.train)};
   if (o.act_clip > 0) r.spec.act_clip = o.act_clip;
   if (o.qkv_clip > 0) r.spec.qkv_clip = o.qkv_clip;
@@ -119,6 +126,14 @@ Recipe compose(const std::string& method, const Line& usual, const Options& o) {
     r.let = let_options(o);
     r.transforms.push_back([options = *r.let](nn::Block& fp, const BlockStats& stats) {
       return learned_transform(fp, stats, options);
+    });
+  }
+  if (line.transform == "kronecker") {
+    const ActivationBits bits = o.spec.activations();
+    r.kronecker = KroneckerOptions{.query_key = bits.q < 16 || bits.k < 16};
+    if (o.alpha >= 0) r.kronecker->alpha = o.alpha;
+    r.transforms.push_back([options = *r.kronecker](nn::Block& fp, const BlockStats& stats) {
+      return kronecker_transform(fp, stats, options);
     });
   }
   return r;

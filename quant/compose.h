@@ -12,10 +12,11 @@ struct Plan {
   Objective objective;
 };
 // The plans of the papers, with the user's options over them (methods/omniquant.cpp, plans.cpp).
-Plan clip_plan(const Options& o);      // OmniQuant: clip factors and transformation
-Plan weights_plan(const Options& o);   // EfficientQAT's block phase: weights and free grids
-Plan rounding_plan(const Options& o);  // SignRound: offsets and shares of the range
-Plan norms_plan(const Options& o);     // Norm Tweaking: gains of norms, after rounding
+Plan clip_plan(const Options& o);       // OmniQuant: clip factors and transformation
+Plan weights_plan(const Options& o);    // EfficientQAT's block phase: weights and free grids
+Plan rounding_plan(const Options& o);   // SignRound: offsets and shares of the range
+Plan norms_plan(const Options& o);      // Norm Tweaking: gains of norms, after rounding
+Plan kronecker_plan(const Options& o);  // FlatQuant: learned Kronecker transforms and clip factors
 LetOptions let_options(const Options& o);
 
 // The recipe of `usual` with the pieces that the options name instead. Throws Error when a piece is

@@ -179,8 +179,9 @@ void LearningStep::learn() {
   const Tensor loss =
       recipe_.objective.loss(block->forward(batch_.x, at_), batch_.targets);  // ③ Eq. 1
   on(loss_).copy(loss_, loss.detach());
-  if (loss_scale_ == 1) return optimizer_.step(backward(loss), loss_);  // ④ only Θ moves
-  Gradients g = backward(loss * loss_scale_);
+  const Tensor aim = recipe_.train.unit_loss ? loss / affine(loss.detach(), 1, 1e-30) : loss;
+  if (loss_scale_ == 1) return optimizer_.step(backward(aim), loss_);  // ④ only Θ moves
+  Gradients g = backward(aim * loss_scale_);
   g.scale(1 / loss_scale_);
   optimizer_.step(g, loss_);
 }

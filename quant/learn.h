@@ -56,7 +56,7 @@ double loss_scale(Compute compute, int64_t elements);
 
 // What a block is learned from: streams [N,T,D], on the block's device or in host memory.
 struct LearningData {
-  const Tensor& x;  // of the quantised stream
+  const Tensor& x;  // of the quantised stream, or the other one (TrainPlan::full_inputs)
   const Targets& targets;
   const nn::Positions& at;
   int blocks = 1;  // of the model

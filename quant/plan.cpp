@@ -21,8 +21,10 @@ size_t step_bytes(const Recipe& r, const PlanShapes& s, bool gpu) {
     kept += operand * in + 4 * out;  // what the product read and wrote, until its gradient
     widest = std::max(widest, out);
   }
-  int64_t bytes = 4 * weights + operand * weights;          // W, and W on its grid
-  if (transforms) bytes += 4 * weights;                     // W transformed
+  int64_t bytes = 4 * weights + operand * weights;  // W, and W on its grid
+  if (transforms) bytes += 4 * weights;             // W transformed
+  // Products of the factors with W, and of the scales before them; and of what goes online.
+  if (r.kronecker) bytes += 3 * 4 * weights + rows * 4 * (6 * s.hidden + 3 * widest);
   if (learns) bytes += 4 * largest * (transforms ? 3 : 1);  // gradients, matrix by matrix
   if (learns) bytes += 2 * 4 * groups * 6;                  // u, l: moments, gradients, grid
   // Matrices of weights or of offsets that learn: themselves, gradients, two moments.

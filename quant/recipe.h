@@ -17,12 +17,14 @@
 #include "quant/rotation.h"
 #include "quant/rounder.h"
 #include "quant/spec.h"
+#include "quant/transform_kronecker.h"
 #include "quant/transform_let.h"
 
 namespace omq::quant {
 
 // The pieces of a recipe by their names, as on the command line.
-//   transform   none | let (learnable equivalent transformation)
+//   transform   none | let (learnable equivalent transformation) | kronecker (learned affine
+//               transforms, partly online)
 //   clip        minmax | mse (searched) | lwc (σ-factors) | scaled (shares of the range) |
 //               free (scale, zero point)
 //   round       nearest | gptq (solved on the inputs) | learned (an offset a weight)
@@ -57,6 +59,7 @@ struct Options {
   uint64_t rotation_seed = 0;
   int rotate_norms = -1;  // behind each norm (1) or the residual stream (0); -1: the method's
   double act_clip = -1, qkv_clip = -1;  // QuantSpec's; below 0: the method's, mostly 1
+  int full_inputs = -1;                 // TrainPlan's; -1: the plan's
   Compute compute = Compute::F32;
 };
 
@@ -76,6 +79,11 @@ struct TrainPlan {
                               // its steps
   bool keep_best = false;     // the end of the epoch with the smallest loss, not the last
   double depth_slope = 0;     // rates of block i of L: times 1 + slope·i/L
+  // A block learns from the full-precision stream; else from the quantised one, whose errors it
+  // then learns to take back.
+  bool full_inputs = false;
+  bool unit_loss = false;  // each step's loss is divided by its own value before it is
+                           // differentiated: all steps, and all blocks, weigh alike
 };
 
 struct Recipe {
@@ -92,10 +100,12 @@ struct Recipe {
   std::function<std::unique_ptr<Clip>(const Tensor& w, GroupSpec spec)> clip;
   std::shared_ptr<const Rounder> rounder;
   Objective objective;
-  bool augmented = false;         // which objective, for reports
-  double aug_weight = 1;          // of its second term, for reports
-  bool clip_search = false;       // how clipping starts, for reports
-  std::optional<LetOptions> let;  // the transformation's settings, for reports
+  bool augmented = false;    // which objective, for reports
+  double aug_weight = 1;     // of its second term, for reports
+  bool clip_search = false;  // how clipping starts, for reports
+  // The transformation's settings, for reports; at most one of them.
+  std::optional<LetOptions> let;
+  std::optional<KroneckerOptions> kronecker;
   TrainPlan train;
 
   // Whether anything in it looks at calibration text.

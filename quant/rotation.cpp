@@ -35,9 +35,7 @@ nn::Kronecker transposed(const nn::Kronecker& k) {
 }
 
 void to_type(nn::Block& block, DType type) {
-  block.visit([type](std::string_view, Tensor& t) {
-    if (t.defined()) t = to(t, type);
-  });
+  nn::change_tensors(block, [type](const Tensor& t) { return to(t, type); });
 }
 
 // Every row of the matrix as an input.

@@ -6,6 +6,7 @@
 
 #include "autograd/compute.h"
 #include "autograd/ops.h"
+#include "quant/site_start.h"
 
 namespace omq::quant {
 namespace {
@@ -60,35 +61,6 @@ Tensor expand_pairs(const Tensor& s, const HeadLayout& h) {
   const int64_t half = h.head_dim / 2;
   return reshape(expand(reshape(s, {h.kv_heads, 1, half}), {h.kv_heads, 2, half}),
                  {h.kv_heads * h.head_dim});
-}
-
-std::vector<double> doubles(const Tensor& t) {
-  return to(to(contiguous(t), Device{}), DType::F64).to_vector<double>();
-}
-
-// w: the statistic of each input channel over the matrices' rows.
-std::vector<double> column_max(const std::vector<const Linear*>& readers, bool signed_max) {
-  std::vector<double> w;
-  for (const Linear* l : readers) {
-    const Tensor columns = transpose(l->dense(), 0, 1);
-    const Range r = group_range(columns, {.include_zero = false});
-    const std::vector<double> m = doubles(signed_max ? r.hi : maximum(r.hi, -r.lo));
-    w.resize(m.size(), -1);
-    for (size_t i = 0; i < m.size(); ++i) w[i] = std::max(w[i], m[i]);
-  }
-  return w;
-}
-
-// s = a^α / w^(1−α), with the floors of spec omniquant §4.2.
-std::vector<double> start_scale(const Tensor& abs_max, const std::vector<double>& w, double alpha) {
-  check(abs_max.defined(),
-        "the equivalent transformation starts from activations; give calibration text");
-  std::vector<double> s = doubles(abs_max);
-  check(s.size() == w.size(), "statistics of {} channels for a matrix of {}", s.size(), w.size());
-  for (size_t i = 0; i < s.size(); ++i)
-    s[i] = std::max(
-        1e-5, std::pow(std::max(s[i], 1e-5), alpha) / std::pow(std::max(w[i], 1e-5), 1 - alpha));
-  return s;
 }
 
 // [H·d] → [K·d]: `pick` folds the values of the query heads that share an entry, first to last.
@@ -165,10 +137,6 @@ class LearnedTransform final : public Transform {
     Tensor scale, shift;  // undefined: not learned
   };
 
-  static Tensor parameter_of(const std::vector<double>& v, const Tensor& like) {
-    const Tensor host = Tensor::from<double>(v, {static_cast<int64_t>(v.size())});
-    return parameter(to(to(host, wide_dtype(like.dtype())), like.device()));
-  }
   Tensor start_shift(const std::vector<double>& middle, size_t n, const Tensor& like) const {
     if (!options_.shift) return {};
     return parameter_of(options_.shift_from_middle ? middle : std::vector<double>(n), like);

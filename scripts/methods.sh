@@ -53,7 +53,9 @@ device=("$@")
   row 'quarot' --method best --wbits 4 --abits 4
   row 'quarot' --method quarot --round gptq --wbits 4 --abits 4
   row 'quarot' --method quarot --clip lwc --train clip --wbits 4 --abits 4
+  row 'quarot' --method flatquant --wbits 4 --abits 4
   row 'official OmniQuant 25.09' --method quarot --wbits 6 --abits 6
+  row 'quarot' --method flatquant --wbits 6 --abits 6
 } >"$out/page"
 mv "$out/page" "$page"
 echo "methods: $page" >&2

@@ -11,8 +11,8 @@ namespace {
 using cli::UsageError;
 
 // ParamGroup names (quant/block_method.cpp, clips and transforms).
-const std::vector<std::string> kGroups = {"lwc",     "let",   "grid",    "range",
-                                          "weights", "norms", "rounding"};
+const std::vector<std::string> kGroups = {"lwc",   "let",     "kronecker", "grid",
+                                          "range", "weights", "norms",     "rounding"};
 
 }  // namespace
 
@@ -21,7 +21,9 @@ void add_composition_options(CLI::App& app, CompositionFlags& f) {
   const auto piece = [&](const char* name, std::string& value, const char* help) {
     app.add_option(name, value, help)->type_name("NAME")->group(group);
   };
-  piece("--transform", f.transform, "none, or let: the equivalent transformation");
+  piece("--transform", f.transform,
+        "none; let: the equivalent transformation; kronecker: learned affine ones, "
+        "partly online");
   piece("--clip", f.clip,
         "grids from: minmax ranges; lwc, with learned factors; scaled, with learned shares; free "
         "scales and zero points");
@@ -31,9 +33,15 @@ void add_composition_options(CLI::App& app, CompositionFlags& f) {
         "none; clip: what clip, transform and rounding learn; weights: these, weights and norms; "
         "norms, after rounding");
   app.add_option("--rate", f.rates,
-                 "learning rate of a group: lwc, let, grid, range, weights, norms, rounding "
+                 "learning rate of a group: lwc, let, kronecker, grid, range, weights, norms, "
+                 "rounding "
                  "(with --round learned all are for a whole run, divided by its steps)")
       ->type_name("GROUP=X")
+      ->group(group);
+  app.add_option("--train-inputs", f.inputs,
+                 "what a block learns from: quantised, the outputs of the blocks before it "
+                 "(default), or full, those in full precision (flatquant's default)")
+      ->type_name("WHICH")
       ->group(group);
   app.add_option("--damping", f.damping,
                  "share of the mean that gptq adds to the diagonal of the products (default 0.01)")
@@ -62,9 +70,14 @@ void settle_composition(const CompositionFlags& f, quant::Options& o) {
     throw UsageError("--damping: above 0, at most 1");
   o.damping = f.damping.value_or(-1);
   o.act_order = !f.no_act_order;
+  if (!f.inputs.empty() && f.inputs != "full" && f.inputs != "quantised")
+    throw UsageError(fmt::format("--train-inputs {}: full or quantised wanted", f.inputs));
+  if (!f.inputs.empty()) o.full_inputs = f.inputs == "full";
 }
 
 void check_composition(const CompositionFlags& f, const quant::Recipe& r) {
+  if (!f.inputs.empty() && r.train.epochs == 0)
+    throw UsageError(fmt::format("--train-inputs: method {} learns nothing", r.name));
   if (r.rounder->wants_hessian()) return;
   for (const auto& [given, name] :
        {std::pair{f.damping.has_value(), "--damping"}, {f.no_act_order, "--no-act-order"}})

@@ -156,6 +156,7 @@ quant::Progress block_progress(int blocks, const quant::Recipe& recipe, bool qui
 }
 
 json transform_json(const quant::Recipe& r) {
+  if (r.kronecker) return {{"alpha", r.kronecker->alpha}, {"query_key", r.kronecker->query_key}};
   if (!r.let) return nullptr;
   return {{"alpha", r.let->alpha},
           {"shift", r.let->shift},
@@ -172,6 +173,7 @@ json rates_json(const quant::Recipe& r) {
                                             {"grid", t.clips && r.line.clip == "free"},
                                             {"range", t.clips && r.line.clip == "scaled"},
                                             {"let", t.clips && r.let.has_value()},
+                                            {"kronecker", t.clips && r.kronecker.has_value()},
                                             {"weights", t.weights},
                                             {"norms", t.norms},
                                             {"rounding", t.rounding}};
@@ -218,6 +220,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
   // Only where they were asked for, so that runs without them go on in folders of earlier versions.
   if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
   if (r.clip_search) j["clip_search"] = true;
+  if (r.train.epochs > 0 && r.train.full_inputs) j["inputs"] = "full precision";
   if (r.spec.act_clip != 1) j["act_clip"] = r.spec.act_clip;
   if (r.spec.qkv_clip != 1) j["qkv_clip"] = r.spec.qkv_clip;
   if (r.train.epochs > 0) j["schedule"] = schedule_json(r.train);

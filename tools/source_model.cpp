@@ -9,12 +9,21 @@ using nlohmann::json;
 
 SourceModel::SourceModel(const CheckpointReader& reader, const quant::Recipe& recipe)
     : reader_(reader), plain_(reader) {
+  if (recipe.kronecker) online_ = online_of(*recipe.kronecker);
   if (!recipe.rotation) return;
   const int64_t hidden = reader.config().hidden_size;
   rotated_.emplace(plain_, hidden, *recipe.rotation);
   if (recipe.rotation->residual)
     residual_ = quant::residual_rotation(hidden, recipe.rotation->seed);
-  online_ = online_specs(*rotated_->load(0));
+  if (!recipe.kronecker) online_ = online_specs(*rotated_->load(0));
+}
+
+// What the transform leaves in a block, before any has been learned.
+OnlineSpecs SourceModel::online_of(const quant::KroneckerOptions& options) {
+  NoGrad off;
+  const auto block = plain_.load(0);
+  quant::kronecker_transform(*block, {}, options)->apply(*block);
+  return online_specs(*block);
 }
 
 Tensor SourceModel::table(const std::string& module) const {

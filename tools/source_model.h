@@ -28,6 +28,7 @@ class SourceModel {
   std::string online_text() const;
 
  private:
+  OnlineSpecs online_of(const quant::KroneckerOptions& options);
   // Multiplications and additions of a block's matrices for one token.
   int64_t matrix_operations() const;
 

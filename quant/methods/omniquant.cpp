@@ -28,6 +28,7 @@ Plan clip_plan(const Options& o) {
            .batch_size = o.batch_size > 0 ? o.batch_size : 1,
            .lr = {{"lwc", o.lwc_lr},
                   {"let", o.let_lr >= 0 ? o.let_lr : preset.let_lr},
+                  {"kronecker", 5e-3},
                   {"grid", 1e-4},
                   {"range", 5e-3}},
            .weight_decay = o.weight_decay,

@@ -14,6 +14,10 @@ Recipe quarot(const Options& options) {
   if (o.qkv_clip < 0 && std::min({bits.q, bits.k, bits.v}) < 16) o.qkv_clip = 0.95;
   Recipe r = compose("quarot", {"none", "mse", "nearest", "none"}, o);
   r.rotation = rotations_for(o.spec, o.rotation_seed, o.rotate_norms == 1);
+  const RotationOptions& rotation = *r.rotation;
+  check(!r.kronecker || !(rotation.norms || rotation.heads || rotation.down || rotation.query_key),
+        "--transform kronecker: where method quarot rotates online already nothing can be learned; "
+        "take --method flatquant");
   return r;
 }
 

@@ -125,6 +125,24 @@ TEST_CASE("linear: the input is transformed before it is seen and quantised") {
   CHECK(names == std::vector<std::string>{"weight", "bias", "online.left", "online.right"});
 }
 
+TEST_CASE("linear input: transformed once for all that share the factors") {
+  Rng rng(6);
+  const Kronecker exact = random_factors(rng, 2, 3);
+  const Kronecker k{converted(exact.left, DType::F32), converted(exact.right, DType::F32)};
+  const Kronecker other{k.left, converted(exact.right, DType::F32)};
+  CHECK(k.same_as(k));
+  CHECK_FALSE(k.same_as(other));
+  CHECK_FALSE(k.same_as({k.left, {}}));
+  const LinearInput x(normal_tensor(rng, {4, 6}, DType::F32));
+  const LinearInput* first = &x.transformed(k);
+  CHECK(first == &x.transformed(k));
+  CHECK(bit_equal(first->tensor(), k(x.tensor())));
+  const RowQuant s{.bits = 4};
+  CHECK(x.transformed(k).simulated(s).raw() == x.transformed(k).simulated(s).raw());
+  const void* before = first->tensor().raw();
+  CHECK(x.transformed(other).tensor().raw() != before);
+}
+
 TEST_CASE("attention: heads are transformed behind the rotary positions, before their grid") {
   Rng rng(5);
   const auto linear = [&](int64_t out, int64_t in) {

@@ -32,6 +32,7 @@ TEST_CASE("compose: every method is a line") {
       {"omniquant", "--transform none --clip lwc --round nearest --train clip"},
       {"rtn", "--transform none --clip minmax --round nearest --train none"},
       {"quarot", "--transform none --clip mse --round nearest --train none"},
+      {"flatquant", "--transform kronecker --clip lwc --round nearest --train clip"},
       {"gptq", "--transform none --clip minmax --round gptq --train none"},
       {"efficientqat", "--transform none --clip free --round nearest --train weights"},
       {"norm-tweaking", "--transform none --clip minmax --round gptq --train norms"},
@@ -99,7 +100,8 @@ TEST_CASE("compose: pieces that are given win, and bring their plan") {
 }
 
 TEST_CASE("compose: what is unknown or cannot work is one clear sentence") {
-  CHECK(refused("rtn", {"rotor", "", "", ""}) == "--transform rotor: there are: none, let");
+  CHECK(refused("rtn", {"rotor", "", "", ""}) ==
+        "--transform rotor: there are: none, let, kronecker");
   CHECK(refused("rtn", {"", "max", "", ""}) ==
         "--clip max: there are: minmax, mse, lwc, scaled, free");
   CHECK(refused("rtn", {"", "", "up", ""}) == "--round up: there are: nearest, gptq, learned");
@@ -125,7 +127,7 @@ TEST_CASE("compose: what is unknown or cannot work is one clear sentence") {
 TEST_CASE("compose: every line that is accepted quantises a block, packed as simulated") {
   const Tensor ids = random_windows(2, 6);
   int accepted = 0;
-  for (const char* transform : {"none", "let"})
+  for (const char* transform : {"none", "let", "kronecker"})
     for (const char* clip : {"minmax", "lwc", "scaled", "free"})
       for (const char* round : {"nearest", "gptq", "learned"})
         for (const char* train : {"none", "clip", "weights", "norms"}) {
@@ -150,7 +152,7 @@ TEST_CASE("compose: every line that is accepted quantises a block, packed as sim
             CHECK(bit_equal(nn::PackedIntWeight(packed_of(*codes[i].linear)).dequantize(),
                             dense[i].linear->dense()));
         }
-  CHECK(accepted == 46);
+  CHECK(accepted == 68);
 }
 
 }  // namespace

@@ -65,7 +65,8 @@ TEST_CASE("commit: what is simulated is what is packed, for every method and set
           const BlockMethod block(recipe, fp);
           const CommitData data{normal_tensor(rng, {2, 6, kHidden}, DType::F32), at, {}};
           const BlockMethod::Committed c = block.commit(fp, &data);
-          const auto dense = fp.linears(), simulated = c.simulated->linears(),
+          const auto start = block.transformed(fp);
+          const auto dense = start->linears(), simulated = c.simulated->linears(),
                      packed = c.packed->linears();
           REQUIRE(packed.size() == 7);
           for (size_t i = 0; i < packed.size(); ++i) {

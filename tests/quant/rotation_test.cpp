@@ -174,8 +174,11 @@ TEST_CASE("rotation: what stays online, and what does not") {
        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"})
     behind[name] = {4, 12};
   CHECK(specs(only(&RotationOptions::norms)) == behind);
+  CHECK(online_operations(behind, c) == 2 * (48 * 16 + 48 * 16));  // once a norm
   LlamaBlock n = plain;
   rotate_block(n, 0, q, only(&RotationOptions::norms));
+  CHECK(n.self_attn.q_proj.online->same_as(*n.self_attn.k_proj.online));
+  CHECK(n.mlp.gate_proj.online->same_as(*n.mlp.up_proj.online));
   CHECK(bit_equal(abs(n.input_layernorm.weight), abs(plain.input_layernorm.weight)));
   CHECK(bit_equal(n.self_attn.q_proj.online->right, n.self_attn.v_proj.online->right));
   CHECK_FALSE(bit_equal(n.input_layernorm.weight, plain.input_layernorm.weight));

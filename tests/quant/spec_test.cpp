@@ -157,7 +157,8 @@ TEST_CASE("recipes: methods by name, settings of the papers as defaults") {
   CHECK(make_recipe("rtn", {}).train.epochs == 0);
   CHECK_THROWS_WITH_AS(
       make_recipe("awq", {}),
-      doctest::Contains("unknown method \"awq\"; there are: omniquant, quarot, rtn, gptq"), Error);
+      doctest::Contains("unknown method \"awq\"; there are: omniquant, quarot, flatquant, rtn"),
+      Error);
 }
 
 }  // namespace

@@ -192,6 +192,13 @@ inline std::vector<OpCase> reduction_cases() {
   };
 }
 
+// 1 above, or below, the diagonal: F64 [n, n].
+inline Tensor triangle(int64_t n, bool upper) {
+  Tensor t = Tensor::empty({n, n}, DType::F64);
+  for (int64_t i = 0; i < n * n; ++i) t.data<double>()[i] = upper ? i % n > i / n : i % n < i / n;
+  return t;
+}
+
 inline std::vector<OpCase> product_cases() {
   return {
       {"matmul", {{3, 4}, {4, 5}}, [](const Inputs& in) { return matmul(in[0], in[1]); }, {}},
@@ -206,6 +213,18 @@ inline std::vector<OpCase> product_cases() {
       {"matmul of transposed batches",
        {{2, 4, 3}, {2, 5, 4}},
        [](const Inputs& in) { return matmul(transpose(in[0], 1, 2), transpose(in[1], 1, 2)); },
+       {}},
+      {"unit_triangular_inverse",
+       {{5, 5}},
+       [](const Inputs& in) {
+         return unit_triangular_inverse(in[0] * like(triangle(5, false), in[0]));
+       },
+       {}},
+      {"unit_triangular_inverse of upper ones, in batches",
+       {{2, 4, 4}},
+       [](const Inputs& in) {
+         return unit_triangular_inverse(in[0] * like(triangle(4, true), in[0]));
+       },
        {}},
       {"matmul of a row",
        {{1, 4}, {4, 3}},

@@ -16,6 +16,7 @@ using nlohmann::json;
 TEST_CASE("omq-quant: every method by its name, with its line in report and model") {
   const Workshop w;
   const std::pair<const char*, const char*> lines[] = {
+      {"flatquant", "--transform kronecker --clip lwc --round nearest --train clip"},
       {"gptq", "--transform none --clip minmax --round gptq --train none"},
       {"efficientqat", "--transform none --clip free --round nearest --train weights"},
       {"norm-tweaking", "--transform none --clip minmax --round gptq --train norms"},

@@ -68,8 +68,8 @@ TEST_CASE("audit: settings, layers, methods, texts") {
     CHECK(c["worst"].get<double>() <= c["bound"].get<double>());
   }
   CHECK(blocks == std::set<std::string>{"model.layers.0", "model.layers.1"});
-  for (const char* name : {"omniquant", "omniquant + let", "quarot", "rtn", "gptq", "efficientqat",
-                           "norm-tweaking", "signround"}) {
+  for (const char* name : {"omniquant", "omniquant + let", "quarot", "flatquant", "rtn", "gptq",
+                           "efficientqat", "norm-tweaking", "signround"}) {
     CAPTURE(name);
     CHECK(methods.contains(name));
   }

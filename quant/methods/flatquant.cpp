@@ -1,0 +1,19 @@
+// FlatQuant (arXiv 2410.09426): learned affine transforms in front of every matrix, Kronecker
+// products where they have to stay in the running model (transform_kronecker.h), and learned clip
+// factors behind them. Ranges of activations are clipped at QuaRot's fixed shares; the paper learns
+// one a quantiser.
+#include <algorithm>
+
+#include "quant/compose.h"
+
+namespace omq::quant {
+
+Recipe flatquant(const Options& options) {
+  Options o = options;
+  const ActivationBits bits = o.spec.activations();
+  if (o.act_clip < 0 && bits.linear < 16) o.act_clip = 0.9;
+  if (o.qkv_clip < 0 && std::min({bits.q, bits.k, bits.v}) < 16) o.qkv_clip = 0.95;
+  return compose("flatquant", {"kronecker", "lwc", "nearest", "clip"}, o);
+}
+
+}  // namespace omq::quant
