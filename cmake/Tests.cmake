@@ -69,7 +69,7 @@ endif()
 # machine with the GPU (run from the root of the tree there, with OMQ_SOURCE_DIR=.).
 if(OMQ_HAVE_CUDA)
   file(GLOB gpu_test_sources CONFIGURE_DEPENDS tests/tensor/*.cpp tests/autograd/*.cpp tests/nn/*.cpp
-       tests/quant/*.cpp)
+       tests/quant/*.cpp tests/models/device_*.cpp)
   add_executable(omq-test-gpu EXCLUDE_FROM_ALL ${gpu_test_sources} ${support_sources})
   omq_link(omq-test-gpu tools)
   target_link_libraries(omq-test-gpu PRIVATE omq omq_test_main nlohmann_json::nlohmann_json)

@@ -1,4 +1,4 @@
-// The CUDA kernel table, from the same list as the CPU's. Running packed models has none yet.
+// The CUDA kernel tables, from the same list as the CPU's.
 #include "tensor/kernels.h"
 
 namespace omq {
@@ -14,6 +14,15 @@ const DenseKernels* cuda_kernels() {
   return &table;
 }
 
-const PackedKernels* cuda_packed_kernels() { return nullptr; }
+const PackedKernels* cuda_packed_kernels() {
+#define OMQ_KERNEL(name, params)
+#define OMQ_PACKED_KERNEL(name, params) .name = cuda::name,
+  static const PackedKernels table{
+#include "tensor/kernels.def"
+  };
+#undef OMQ_KERNEL
+#undef OMQ_PACKED_KERNEL
+  return &table;
+}
 
 }  // namespace omq

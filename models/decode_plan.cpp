@@ -1,15 +1,12 @@
-// DecodePlan on the CPU.
+// DecodePlan: what every executor of it checks first.
 #include "models/decode_plan.h"
 
-#include <optional>
+#include <algorithm>
 #include <utility>
 
-#include "tensor/decode_attention.h"
-#include "tensor/kernels.h"
-#include "tensor/row_products.h"
+#include "models/decode_plan_impl.h"
 
 namespace omq {
-
 namespace {
 
 std::string unsupported_weight(const nn::Weight& weight) {
@@ -24,19 +21,6 @@ std::string unsupported_weight(const nn::Weight& weight) {
   return dense.is_contiguous() ? "" : "a dense weight that is not contiguous";
 }
 
-RowMatrix row_matrix(const nn::Linear& l) {
-  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&l.weight))
-    return {dynamic_cast<const nn::PackedIntWeight&>(**packed).packed(), l.bias};
-  return {std::get<Tensor>(l.weight).detach(), l.bias};
-}
-
-// Matrices that share their input share its quantisation too: they do in every model that is read.
-RowProducts products(std::initializer_list<const nn::Linear*> linears, RowOutput output) {
-  std::vector<RowMatrix> matrices;
-  for (const nn::Linear* l : linears) matrices.push_back(row_matrix(*l));
-  return {std::move(matrices), output, (*linears.begin())->input_quant};
-}
-
 bool share_input(const LlamaBlock& b) {
   const nn::Attention& a = b.self_attn;
   return a.q_proj.input_quant == a.k_proj.input_quant &&
@@ -44,115 +28,15 @@ bool share_input(const LlamaBlock& b) {
          b.mlp.gate_proj.input_quant == b.mlp.up_proj.input_quant;
 }
 
-struct Layer {
-  const LlamaBlock* block;
-  RowProducts qkv, o, gate_up, down;
-};
-
-void norm(Tensor& y, const Tensor& x, const nn::RMSNorm& n) {
-  cpu_kernels().rms_norm(y, x, n.weight, n.bias, n.eps);
-}
-
 }  // namespace
 
-struct DecodePlan::Impl {
-  const Model* model;
-  std::vector<Layer> layers;
-  RowProducts head;
-  DecodeAttention attention;
-  Tensor id, position;  // I32 [1]
-  Tensor x, normed;     // [1, D]: the residual stream, and what the products read
-  Tensor qkv;           // [1, (H + 2K)·d]
-  Tensor q, k, v;       // its parts, [1, 1, heads, d]
-  Tensor q_turned, k_turned, v_kept, attended;  // [1, 1, heads, d]
-  Tensor attended_row;                          // the same memory as [1, H·d]
-  Tensor gated;                                 // [1, F]
-  Tensor logits;                                // [1, V]
-
-  Impl(const Model& m, int64_t capacity);
-  void embed(int32_t token);
-  void attend(const nn::Attention& a, nn::KVCache& cache);
-  void layer(Layer& l, nn::KVCache& cache);
-};
-
-DecodePlan::Impl::Impl(const Model& m, int64_t capacity)
-    : model(&m),
-      head(products({&m.ends.lm_head}, RowOutput::Store)),
-      attention(m.config().num_heads, m.config().num_kv_heads, m.config().head_dim, capacity) {
-  for (const auto& block : m.blocks) {
-    const nn::Attention& a = block->self_attn;
-    const nn::MLP& mlp = block->mlp;
-    layers.push_back({block.get(), products({&a.q_proj, &a.k_proj, &a.v_proj}, RowOutput::Store),
-                      products({&a.o_proj}, RowOutput::Add),
-                      products({&mlp.gate_proj, &mlp.up_proj}, RowOutput::SiluMul),
-                      products({&mlp.down_proj}, RowOutput::Add)});
-  }
-  const ModelConfig& c = m.config();
-  const int64_t H = c.num_heads, K = c.num_kv_heads, d = c.head_dim;
-  id = Tensor::zeros({1}, DType::I32);
-  position = Tensor::zeros({1}, DType::I32);
-  x = Tensor::zeros({1, c.hidden_size});
-  normed = Tensor::zeros({1, c.hidden_size});
-  qkv = Tensor::zeros({1, (H + 2 * K) * d});
-  const auto part = [&](int64_t heads, int64_t first) {
-    return qkv.alias({1, 1, heads, d}, {heads * d, heads * d, d, 1}, first * d);
-  };
-  q = part(H, 0), k = part(K, H), v = part(K, H + K);
-  q_turned = Tensor::zeros({1, 1, H, d});
-  k_turned = Tensor::zeros({1, 1, K, d});
-  v_kept = Tensor::zeros({1, 1, K, d});
-  attended = Tensor::zeros({1, 1, H, d});
-  attended_row = attended.alias({1, H * d}, {H * d, 1});
-  gated = Tensor::zeros({1, c.intermediate_size});
-  logits = Tensor::zeros({1, c.vocab_size});
-}
-
-void DecodePlan::Impl::embed(int32_t token) {
-  check(token >= 0 && token < model->config().vocab_size,
-        "decode: token {} is outside the model's vocabulary of {}", token,
-        model->config().vocab_size);
-  *id.data<int32_t>() = token;
-  const nn::Weight& table = model->ends.embed_tokens.table;
-  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&table))
-    cpu_packed_kernels().packed_embedding(
-        x, static_cast<const nn::PackedIntWeight&>(**packed).packed(), id);
-  else
-    cpu_kernels().embedding(x, std::get<Tensor>(table), id);
-}
-
-// q, k, v as they come from the products → the cache and `attended`.
-void DecodePlan::Impl::attend(const nn::Attention& a, nn::KVCache& cache) {
-  const DenseKernels& kernel = cpu_kernels();
-  const nn::RopeTables& tables = model->rope();
-  if (a.q_norm) norm(q, q, *a.q_norm);
-  if (a.k_norm) norm(k, k, *a.k_norm);
-  kernel.rope(q_turned, q, tables.cos, tables.sin, position, false);
-  kernel.rope(k_turned, k, tables.cos, tables.sin, position, false);
-  if (a.taps.q) kernel.fake_quant_rows(q_turned, q_turned, *a.taps.q);
-  // A cache that keeps codes rounds by itself.
-  if (a.taps.k && cache.quant().k != a.taps.k)
-    kernel.fake_quant_rows(k_turned, k_turned, *a.taps.k);
-  const bool round_v = a.taps.v && cache.quant().v != a.taps.v;
-  if (round_v) kernel.fake_quant_rows(v_kept, v, *a.taps.v);
-  cache.append(k_turned, round_v ? v_kept : v);
-  const nn::KVCache::Store &keys = cache.keys(), &values = cache.values();
-  attention(q_turned.data<float>(), {keys.floats, keys.codes}, {values.floats, values.codes},
-            cache.length(), attended.data<float>());
-}
-
-void DecodePlan::Impl::layer(Layer& l, nn::KVCache& cache) {
-  const LlamaBlock& b = *l.block;
-  norm(normed, x, b.input_layernorm);
-  l.qkv(normed, qkv.data<float>());
-  attend(b.self_attn, cache);
-  l.o(attended_row, x.data<float>());
-  norm(normed, x, b.post_attention_layernorm);
-  l.gate_up(normed, gated.data<float>());
-  l.down(gated, x.data<float>());
+RowMatrix row_matrix(const nn::Linear& l) {
+  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&l.weight))
+    return {dynamic_cast<const nn::PackedIntWeight&>(**packed).packed(), l.bias};
+  return {std::get<Tensor>(l.weight).detach(), l.bias};
 }
 
 std::string DecodePlan::unsupported(const Model& model) {
-  if (model.device().type != DeviceType::CPU) return "the model is on another device";
   std::string reason = unsupported_weight(model.ends.embed_tokens.table);
   if (reason.empty()) reason = unsupported_weight(model.ends.lm_head.weight);
   for (const auto& block : model.blocks) {
@@ -166,35 +50,36 @@ std::string DecodePlan::unsupported(const Model& model) {
       if (reason.empty()) reason = unsupported_weight(linear->weight);
     }
   }
+  if (reason.empty() && model.device().type != DeviceType::CPU)
+    reason = device_plan_unsupported(model);
   return reason;
 }
 
-DecodePlan::DecodePlan(const Model& model, int64_t capacity) {
+DecodePlan::DecodePlan(const Model& model, int64_t capacity)
+    : vocabulary_(model.config().vocab_size),
+      blocks_(model.blocks.size()),
+      context_(model.context()) {
   const std::string reason = unsupported(model);
   check(reason.empty(), "decode plan: {}; run the blocks instead", reason);
-  impl_ = std::make_unique<Impl>(model, capacity);
+  impl_ = model.device().type == DeviceType::CPU ? cpu_decode_plan(model, capacity)
+                                                 : device_decode_plan(model, capacity);
 }
 DecodePlan::~DecodePlan() = default;
 DecodePlan::DecodePlan(DecodePlan&&) noexcept = default;
 
 void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
-  Impl& m = *impl_;
-  check(caches.size() == m.layers.size() && !caches.empty() && caches.front().batch() == 1,
-        "decode: {} caches for {} blocks, of one sequence each", caches.size(), m.layers.size());
+  check(caches.size() == blocks_ && !caches.empty() && caches.front().batch() == 1,
+        "decode: {} caches for {} blocks, of one sequence each", caches.size(), blocks_);
   const int64_t at = caches.front().length();
-  check(at < caches.front().capacity() && at < m.model->context(),
+  check(at < caches.front().capacity() && at < context_,
         "context is full: {} tokens cached, 1 more wanted, room for {}", at,
-        std::min(caches.front().capacity(), m.model->context()));
-  m.embed(token);
-  *m.position.data<int32_t>() = static_cast<int32_t>(at);
-  for (size_t i = 0; i < m.layers.size(); ++i) m.layer(m.layers[i], caches[i]);
-  norm(m.normed, m.x, m.model->ends.norm);
+        std::min(caches.front().capacity(), context_));
+  check(token >= 0 && token < vocabulary_,
+        "decode: token {} is outside the model's vocabulary of {}", token, vocabulary_);
+  impl_->step(token, at, caches);
 }
 
-std::span<const float> DecodePlan::logits() {
-  Impl& m = *impl_;
-  m.head(m.normed, m.logits.data<float>());
-  return {m.logits.data<float>(), static_cast<size_t>(m.logits.numel())};
-}
+std::span<const float> DecodePlan::logits() { return impl_->logits(); }
+const char* DecodePlan::form() const { return impl_->form(); }
 
 }  // namespace omq

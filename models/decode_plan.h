@@ -1,10 +1,11 @@
 // DecodePlan: one token through all layers of a model, in fixed buffers (ARCHITECTURE §8).
 //
-// Five stages a layer, each one dispatch of the pool: [norm, q, k, v] → [rotation, cache,
-// attention] → [o + residual] → [norm, gate, up, SiLU ⊙] → [down + residual]; then norm and head.
-// Matrices that read the same row share its quantised form (tensor/row_products.h). All memory is
-// taken when the plan is made: a step records nothing and allocates nothing. The blocks
-// (models/llama.h) are its definition; the tests hold the two equal. CPU only.
+// Five stages a layer: [norm, q, k, v] → [rotation, cache, attention] → [o + residual] → [norm,
+// gate, up, SiLU ⊙] → [down + residual]; then norm and head. On the CPU a stage is one dispatch of
+// the pool (tensor/row_products.h), on a GPU one kernel, and all of them are one recording that is
+// replayed (tensor/decode_kernels.h). All memory is taken when the plan is made: a step records
+// nothing and allocates nothing. The blocks (models/llama.h) are its definition; the tests hold the
+// two equal.
 #pragma once
 
 #include <memory>
@@ -20,13 +21,12 @@ namespace omq {
 class DecodePlan {
  public:
   // Why the plan cannot run this model, whose blocks then must: "" when it can. What it cannot:
-  // other devices, weights of an unknown form, quantised probabilities (p_bits), transformed
-  // inputs.
+  // weights of an unknown form, quantised probabilities (p_bits), transformed inputs.
   static std::string unsupported(const Model& model);
   static bool supports(const Model& model) { return unsupported(model).empty(); }
 
-  // capacity: the most tokens of the caches. Shares the model's weights; takes the instruction set
-  // in use now. Throws Error when the model is not supported.
+  // capacity: the most tokens of the caches. Shares the weights of the model, which must outlive
+  // the plan; takes the instruction set in use now. Throws Error when the model is not supported.
   DecodePlan(const Model& model, int64_t capacity);
   ~DecodePlan();
   DecodePlan(DecodePlan&&) noexcept;
@@ -37,9 +37,15 @@ class DecodePlan {
   void step(int32_t token, std::vector<nn::KVCache>& caches);
   // Of the token after the last step: [V], valid until the next call.
   std::span<const float> logits();
+  // How a step is run, known after the first: "stages", or "one kernel".
+  const char* form() const;
+
+  struct Impl;
 
  private:
-  struct Impl;
+  int64_t vocabulary_;
+  size_t blocks_;
+  int64_t context_;
   std::unique_ptr<Impl> impl_;
 };
 

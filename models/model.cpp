@@ -40,10 +40,22 @@ Model Model::load(const CheckpointReader& reader, int64_t context, LoadAs as) {
   return m;
 }
 
+Model Model::assemble(ModelConfig config, ModelEnds ends,
+                      std::vector<std::unique_ptr<LlamaBlock>> blocks, int64_t context) {
+  Model m;
+  m.config_ = std::move(config);
+  m.ends = std::move(ends);
+  m.blocks = std::move(blocks);
+  m.rope_ = nn::rope_tables(nn::rope_frequencies(m.config_.head_dim, m.config_.rope_theta,
+                                                 m.config_.rope_scaling, m.config_.rope_divisors),
+                            context);
+  return m;
+}
+
 Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>* caches) const {
   check(ids.ndim() == 2, "model: ids of shape {}, [B,T] wanted", ids.shape());
   const nn::Positions at = nn::positions(first, ids.dim(1), rope_);
-  Tensor x = ends.embed_tokens(ids);
+  Tensor x = ends.embed_tokens(ids.device() == device() ? ids : to(ids, device()));
   for (size_t i = 0; i < blocks.size(); ++i)
     x = blocks[i]->forward(x, at, caches ? &(*caches)[i] : nullptr);
   return ends.norm(x);
@@ -51,17 +63,26 @@ Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>
 
 std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) const {
   std::vector<nn::KVCache> caches;
-  for (const auto& block : blocks)
-    caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim, Device{},
-                        nn::CacheQuant{block->self_attn.taps.k, block->self_attn.taps.v});
+  const bool codes = device().type == DeviceType::CPU;
+  for (const auto& block : blocks) {
+    const nn::Attention::Taps& taps = block->self_attn.taps;
+    caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim, device(),
+                        codes ? nn::CacheQuant{taps.k, taps.v} : nn::CacheQuant{},
+                        codes ? DType::F32 : DType::F16);
+  }
   return caches;
 }
 
 namespace {
 
 void move_weight(nn::Weight& w, Device device) {
-  if (auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w))
+  if (auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w)) {
+    if (auto moved = (*packed)->on_device(device)) {
+      w = std::move(moved);
+      return;
+    }
     w = (*packed)->dequantize();
+  }
   w = to(std::get<Tensor>(w), device);
 }
 

@@ -32,6 +32,10 @@ class Model {
   static Model load(const CheckpointReader& reader, int64_t context = 0,
                     LoadAs as = LoadAs::Stored);
 
+  // From parts that somebody made; `context` positions.
+  static Model assemble(ModelConfig config, ModelEnds ends,
+                        std::vector<std::unique_ptr<LlamaBlock>> blocks, int64_t context);
+
   const ModelConfig& config() const { return config_; }
   int64_t context() const { return rope_.cos.dim(0); }
   const nn::RopeTables& rope() const { return rope_; }  // of that many positions
@@ -40,9 +44,10 @@ class Model {
   Tensor forward(const Tensor& ids, int64_t first = 0,
                  std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
-  // Keys and values are kept as their attention quantises them.
+  // Keys and values are kept as their attention quantises them; on a GPU as what these codes stand
+  // for, in F16.
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
-  // Onto a device. Where that has no kernels for packed weights they become F32 first.
+  // Onto a device. Packed weights whose groups have no form there become F32.
   void move_to(Device device);
   Device device() const { return rope_.cos.device(); }
 

@@ -37,9 +37,10 @@ int64_t CacheQuant::token_bytes(int64_t kv_heads, int64_t head_dim) const {
   return kv_heads * (bytes(k) + bytes(v));
 }
 
-KVCache::Store::Store(const Shape& shape, Device device, const std::optional<RowQuant>& s) {
+KVCache::Store::Store(const Shape& shape, Device device, const std::optional<RowQuant>& s,
+                      DType dtype) {
   if (!s) {
-    floats = Tensor::empty(shape, DType::F32, device);
+    floats = Tensor::empty(shape, dtype, device);
     return;
   }
   codes = described(*s, shape.back());
@@ -62,15 +63,16 @@ void KVCache::Store::write(int64_t at, const Tensor& x) {
 }
 
 Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
-  return floats.defined() ? tokens(floats, begin, end) : dequantized(tokens(codes, begin, end));
+  return floats.defined() ? to(tokens(floats, begin, end), DType::F32)
+                          : dequantized(tokens(codes, begin, end));
 }
 
 KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,
-                 const CacheQuant& quant)
+                 const CacheQuant& quant, DType floats)
     : shape_{batch, capacity, kv_heads, head_dim},
       quant_(quant),
-      k_(shape_, device, quant.k),
-      v_(shape_, device, quant.v) {}
+      k_(shape_, device, quant.k, floats),
+      v_(shape_, device, quant.v, floats) {}
 
 void KVCache::append(const Tensor& k, const Tensor& v) {
   const int64_t added = k.dim(1);
@@ -83,6 +85,12 @@ void KVCache::append(const Tensor& k, const Tensor& v) {
   k_.write(length_, k);
   v_.write(length_, v);
   length_ += added;
+}
+
+void KVCache::advance(int64_t tokens) {
+  check(tokens >= 0 && length_ + tokens <= capacity(), "kv cache: {} tokens behind {} of {}",
+        tokens, length_, capacity());
+  length_ += tokens;
 }
 
 KVCache::View KVCache::window(int64_t begin, int64_t end) const {

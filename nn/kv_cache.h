@@ -19,16 +19,19 @@ struct CacheQuant {
 
 class KVCache {
  public:
-  // Room for `capacity` tokens of B sequences.
+  // Room for `capacity` tokens of B sequences. floats: how what is not quantised is kept, F32 or
+  // F16.
   KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device = {},
-          const CacheQuant& quant = {});
+          const CacheQuant& quant = {}, DType floats = DType::F32);
 
   // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
   void append(const Tensor& k, const Tensor& v);
   struct View {
     Tensor k, v;  // F32 [B, end − begin, K, d]
   };
-  // Tokens begin … end − 1: in place where they are stored as F32, made where they are codes.
+  // Counts tokens that somebody has written into keys() and values() himself.
+  void advance(int64_t tokens);
+  // Tokens begin … end − 1: in place where they are stored as F32, made where they are not.
   View window(int64_t begin, int64_t end) const;
   const CacheQuant& quant() const { return quant_; }
   int64_t length() const { return length_; }
@@ -38,9 +41,9 @@ class KVCache {
 
   // Either floats or codes, of all the capacity.
   struct Store {
-    Tensor floats;  // F32 [B, capacity, K, d]
+    Tensor floats;  // F32 or F16 [B, capacity, K, d]
     QuantizedRows codes;
-    Store(const Shape& shape, Device device, const std::optional<RowQuant>& s);
+    Store(const Shape& shape, Device device, const std::optional<RowQuant>& s, DType dtype);
     void write(int64_t at, const Tensor& x);
     Tensor read(int64_t begin, int64_t end) const;
   };

@@ -35,6 +35,16 @@ Tensor PackedIntWeight::matmul(const QuantizedRows& x) const {
   return reshape(y, shape);
 }
 
+std::shared_ptr<PackedWeight> PackedIntWeight::on_device(Device device) const {
+  if (w_.data.device() == device) return std::make_shared<PackedIntWeight>(w_);
+  PackedInt raw = w_, moved;
+  check(w_.data.device().type == DeviceType::CPU,
+        "packed weight: on {}, and moves from the CPU alone", to_string(w_.data.device()));
+  raw.data = to(w_.data, device);
+  packed_on(raw.data).packed_arrange(moved, raw);
+  return moved.data.defined() ? std::make_shared<PackedIntWeight>(std::move(moved)) : nullptr;
+}
+
 Tensor PackedIntWeight::dequantize() const {
   Tensor y = Tensor::empty({w_.rows, w_.cols}, DType::F32, w_.data.device());
   packed_on(w_.data).packed_dequantize(y, w_);

@@ -24,9 +24,11 @@ struct PackedWeight {
   virtual Tensor matmul(const QuantizedRows& x) const;
   virtual Tensor dequantize() const = 0;                  // F32 [rows, cols]
   virtual Tensor embedding(const Tensor& ids) const = 0;  // I32 [...] → F32 [..., cols]
-  virtual size_t nbytes() const = 0;                      // stored bytes, grids included
-  virtual double bits_per_weight() const = 0;             // 8 · nbytes / (rows · cols)
-  virtual void visit(const VisitFn& v) = 0;               // ("packed", data)
+  // The same weight on a device; null where that has no form for it.
+  virtual std::shared_ptr<PackedWeight> on_device(Device device) const = 0;
+  virtual size_t nbytes() const = 0;           // stored bytes, grids included
+  virtual double bits_per_weight() const = 0;  // 8 · nbytes / (rows · cols)
+  virtual void visit(const VisitFn& v) = 0;    // ("packed", data)
 };
 
 // Integer codes on a uniform grid, in the panel16 layout of tensor/packed.h.
@@ -40,7 +42,8 @@ class PackedIntWeight final : public PackedWeight {
   Tensor matmul(const QuantizedRows& x) const override;
   Tensor dequantize() const override;
   Tensor embedding(const Tensor& ids) const override;
-  size_t nbytes() const override { return w_.data.nbytes(); }
+  std::shared_ptr<PackedWeight> on_device(Device device) const override;
+  size_t nbytes() const override { return static_cast<size_t>(w_.nbytes()); }
   double bits_per_weight() const override;
   void visit(const VisitFn& v) override { v("packed", w_.data); }
   const PackedInt& packed() const { return w_; }

@@ -1,6 +1,8 @@
 // The CPU's kernel tables, and the choice of a table by device.
 #include "tensor/kernels.h"
 
+#include "tensor/decode_kernels.h"
+
 namespace omq {
 
 const DenseKernels& cpu_kernels() {
@@ -42,10 +44,11 @@ const DenseKernels& on(const Tensor& x) {
 const PackedKernels& packed_on(const Tensor& x) {
   check(x.defined(), "kernel: undefined tensor");
   if (x.device().type == DeviceType::CPU) return cpu_packed_kernels();
-  check(!cuda_kernels() || cuda_packed_kernels(),
-        "tensor is on {}, where packed weights cannot be multiplied yet; run the model on the CPU",
-        to_string(x.device()));
   return present(cuda_packed_kernels(), x);
+}
+
+const DecodeKernels* decode_kernels(Device d) {
+  return d.type == DeviceType::CUDA ? cuda_decode_kernels() : nullptr;
 }
 
 }  // namespace omq

@@ -16,6 +16,7 @@
 #include "models/packed_model.h"
 #include "tensor/isa.h"
 #include "tensor/parallel.h"
+#include "tools/device_option.h"
 
 namespace omq::run {
 
@@ -34,8 +35,11 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
       ->type_name("MODEL");
   app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
       ->type_name("N");
-  app.add_option("--device", o.device, "cpu or auto (default)")->type_name("DEVICE");
-  app.add_option("--gpu-layers", o.gpu_layers, "-ngl of llama.cpp: 0 is all that this build can do")
+  app.add_option("--device", o.device,
+                 "cpu, cuda, cuda:N or auto (default: a GPU that this build can use, else the CPU)")
+      ->type_name("DEVICE");
+  app.add_option("--gpu-layers", o.gpu_layers,
+                 "-ngl of llama.cpp: 0 is --device cpu, more is --device cuda (all layers)")
       ->type_name("N");
   app.add_option("--isa", o.isa, "instruction set of the packed kernels: avx512, avx2, scalar")
       ->type_name("NAME");
@@ -52,11 +56,6 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
 
 void apply(const ModelOptions& o) {
   using cli::UsageError;
-  const bool gpu = o.device.starts_with("cuda") || (!o.gpu_layers.empty() && o.gpu_layers != "0");
-  if (gpu && !cuda_packed_kernels())
-    throw UsageError("--device cuda: this build runs models on the CPU only; use --device cpu");
-  if (!gpu && o.device != "cpu" && o.device != "auto")
-    throw UsageError(fmt::format("--device {}: there are cpu and auto", o.device));
   for (const std::string& type : {o.cache_k, o.cache_v})
     if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
   if (o.threads < 0 || o.threads > 1024)
@@ -69,6 +68,12 @@ void apply(const ModelOptions& o) {
       here += fmt::format("{}{}", here.empty() ? "" : ", ", name);
     throw UsageError(fmt::format("--isa {}: this machine runs {}", o.isa, here));
   }
+}
+
+Device device_of(const ModelOptions& o) {
+  const bool named = o.device != "auto";
+  if (!named && o.gpu_layers == "0") return {};
+  return cli::device_from(!named && !o.gpu_layers.empty() ? "cuda" : o.device);
 }
 
 namespace {
@@ -100,15 +105,18 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   check(context <= c.usable_context(),
         "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
         context, c.usable_context());
+  const Device device = device_of(options);
   m.model = std::make_unique<Model>(Model::load(*m.reader, context));
   m.size = model_size(*m.model);
+  m.model->move_to(device);
   m.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (!options.quiet)
-    fmt::print(stderr,
-               "{}: {}, {}, {:.2f} bits a weight, context {}, {} threads, kernels {}, loaded in "
-               "{:.2f} s\n",
+    fmt::print(stderr, "{}: {}, {}, {:.2f} bits a weight, context {}, {}, loaded in {:.2f} s\n",
                options.model, model_name(m), cli::human_bytes(static_cast<double>(m.size.bytes)),
-               m.size.bits_per_weight(), m.model->context(), num_threads(), packed_isa_name(),
+               m.size.bits_per_weight(), m.model->context(),
+               device.type == DeviceType::CPU
+                   ? fmt::format("{} threads, kernels {}", num_threads(), packed_isa_name())
+                   : cli::device_text(device),
                m.seconds);
   if (const std::string reason = DecodePlan::unsupported(*m.model);
       !options.quiet && !reason.empty())

@@ -50,6 +50,8 @@ struct OpenModel {
 };
 // context 0: the model's own, cut (and said so) where its key/value cache would not fit into free
 // memory.
+// What --device and -ngl ask for. Throws UsageError, or Error when that cannot be used.
+Device device_of(const ModelOptions& o);
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
 // "f32", or the bits of codes: "u4".

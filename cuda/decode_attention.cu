@@ -1,0 +1,151 @@
+// One new token of each sequence against its cache, from q, k, v as the products leave them:
+// norms and rotation of the heads, their rounding where it is asked for, the new key and value into
+// the cache, and attention over all that is cached, split along the tokens.
+//
+//   block   (query head, split, sequence), 4 warps; a warp takes every fourth token of the split
+//   lane    elements lane, lane + 32, … of a head
+//
+// The split that holds the newest token uses it from shared memory, so nobody waits for the cache.
+// The last block of a head to arrive joins the splits in their order. Bytes: the cache once for
+// each query head (from the L2 cache after the first of a group).
+#include "cuda/decode_attention.cuh"
+
+#include "cuda/packed.h"
+
+namespace omq::cuda {
+namespace {
+
+HeadForm head_form(const Tensor& gain, double eps, bool rotate, const std::optional<RowQuant>& s) {
+  HeadForm f;
+  f.gain = gain.defined() ? gain.data<float>() : nullptr;
+  f.eps = static_cast<float>(eps);
+  f.rotate = rotate;
+  f.quantise = s.has_value();
+  if (s) f.s = *s;
+  return f;
+}
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+template <class T, int kEach>
+__global__ void __launch_bounds__(kThreads)
+    decode_attention_kernel(const __grid_constant__ AttentionArgs a) {
+  __shared__ AttentionMemory<kEach, kWarps> memory;
+  let_next_start();
+  wait_for_previous();
+  const int position = *a.position;
+  if (position < 0 || position >= a.capacity || position >= a.positions) return;
+  attend<T, kEach, kWarps>(a, memory, position, static_cast<int>(blockIdx.x),
+                           static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
+}
+
+// ---- the largest logit ----
+
+constexpr int kPickThreads = 1024;
+
+struct Best {
+  float value;
+  int index;
+};
+struct Better {
+  __device__ Best operator()(Best a, Best b) const {
+    return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
+  }
+};
+
+__device__ Best best_of_block(Best best) {
+  __shared__ Best parts[kPickThreads / 32];
+  const auto fold = [&best] {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2)
+      best = Better{}(best, {__shfl_xor_sync(0xffffffffu, best.value, d),
+                             __shfl_xor_sync(0xffffffffu, best.index, d)});
+  };
+  fold();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = best;
+  __syncthreads();
+  best = parts[threadIdx.x % 32];
+  fold();
+  return best;
+}
+
+__global__ void __launch_bounds__(kPickThreads)
+    greedy_kernel(int32_t* id, int32_t* position, const float* logits, int vocabulary) {
+  let_next_start();
+  wait_for_previous();
+  const float* x = logits + static_cast<int64_t>(blockIdx.x) * vocabulary;
+  Best best{-INFINITY, vocabulary};
+  int broken = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < vocabulary; i += kPickThreads) {
+    const float v = x[i];
+    broken |= v != v;
+    best = Better{}(best, {v, i});
+  }
+  broken = __syncthreads_or(broken);
+  best = best_of_block(best);
+  if (threadIdx.x != 0) return;
+  id[blockIdx.x] = broken || best.index == vocabulary ? -1 : best.index;
+  if (blockIdx.x == 0) *position += 1;
+}
+
+}  // namespace
+
+// ---- launchers ----
+
+AttentionArgs attention_args(const DecodeAttentionStage& s) {
+  const int64_t rows = s.qkv.dim(0);
+  check(s.keys.dtype() == s.values.dtype() &&
+            (s.keys.dtype() == DType::F16 || s.keys.dtype() == DType::F32),
+        "decode attention: a cache of {}", dtype_name(s.keys.dtype()));
+  check(s.heads % s.kv_heads == 0 && s.head_dim <= 256 && s.keys.dim(0) == rows &&
+            s.keys.is_contiguous() && s.values.is_contiguous() && s.head_dim % 2 == 0,
+        "decode attention: {} heads of {}, {} of keys, cache {}", s.heads, s.head_dim, s.kv_heads,
+        s.keys.shape());
+  AttentionArgs a{};
+  a.qkv = s.qkv.data<float>();
+  a.cos = s.cos.data<float>();
+  a.sin = s.sin.data<float>();
+  a.position = s.position.data<int32_t>();
+  a.q = head_form(s.q_gain, s.q_eps, true, s.q);
+  a.k = head_form(s.k_gain, s.k_eps, true, s.k);
+  a.v = head_form({}, 0, false, s.v);
+  a.keys = operand("decode_attention", s.keys);
+  a.values = operand("decode_attention", s.values);
+  a.parts = s.parts.data<float>();
+  a.arrived = s.arrived.data<int32_t>();
+  a.y = s.y.data<float>();
+  a.heads = static_cast<int>(s.heads);
+  a.kv_heads = static_cast<int>(s.kv_heads);
+  a.dim = static_cast<int>(s.head_dim);
+  a.capacity = static_cast<int>(s.keys.dim(1));
+  a.splits = static_cast<int>(s.parts.dim(2));
+  a.positions = static_cast<int>(s.cos.dim(0));
+  constexpr float kLog2E = 1.44269504088896341f;  // scores are exponents of two
+  a.scale = kLog2E / sqrtf(static_cast<float>(a.dim));
+  return a;
+}
+
+void decode_attention(const DecodeAttentionStage& s) {
+  const AttentionArgs a = attention_args(s);
+  const int64_t rows = s.qkv.dim(0);
+  const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.splits),
+                  static_cast<unsigned>(rows));
+  const auto run = [&](auto in_halves, auto in_floats) {
+    const auto kernel = s.keys.dtype() == DType::F16 ? in_halves : in_floats;
+    prepare_shared(kernel, 0);
+    launch_chained("decode_attention", s.y, kernel, grid, kThreads, 0, a);
+  };
+  using H = __half;
+  if (a.dim <= 64) return run(decode_attention_kernel<H, 2>, decode_attention_kernel<float, 2>);
+  if (a.dim <= 128) return run(decode_attention_kernel<H, 4>, decode_attention_kernel<float, 4>);
+  run(decode_attention_kernel<H, 8>, decode_attention_kernel<float, 8>);
+}
+
+void decode_greedy(Tensor& id, Tensor& position, const Tensor& logits) {
+  prepare_shared(greedy_kernel, 0);
+  launch_chained("greedy", logits, greedy_kernel, static_cast<unsigned>(logits.dim(0)),
+                 kPickThreads, 0, id.data<int32_t>(), position.data<int32_t>(),
+                 logits.data<float>(), logits.dim(1));
+}
+
+}  // namespace omq::cuda

@@ -1,0 +1,206 @@
+// Dense weights of 16 or 32 bits times up to eight rows of activations: heads that stay in f16, and
+// models that are not quantised. Rows of w are read once, 16 bytes a lane, two rows a warp at a
+// time and the next pieces before these are used; x stands in shared memory as F32, and all sums
+// are F32.
+#include "cuda/gemv.cuh"
+#include "cuda/packed.h"
+
+namespace omq::cuda {
+namespace {
+
+constexpr int kPairRows = 2;  // rows of a warp
+// Pieces of 8 columns of each row under way.
+template <class T> constexpr int ahead_of() { return sizeof(T) == 4 ? 2 : 4; }
+
+template <class T> struct Eight {
+  static constexpr int kLoads = sizeof(T) / 2;  // of 16 bytes
+  uint4 raw[kLoads];
+  __device__ __forceinline__ void fetch(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) raw[i] = uint4{};
+  }
+  __device__ __forceinline__ float dot(const float (&x)[8]) const {
+    const uint32_t* w = &raw[0].x;
+    float sum = 0;
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += __uint_as_float(w[j]) * x[j];
+    } else {
+      using Type = std::conditional_t<std::is_same_v<T, __half>, F16, Bf16>;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 v = unpack_pair(Type{}, w[j]);
+        sum += v.x * x[2 * j];
+        sum += v.y * x[2 * j + 1];
+      }
+    }
+    return sum;
+  }
+};
+
+// The warp's rows number `at` and one more, or a gate's and an up's.
+template <class T> struct RowPair {
+  const T* w[kPairRows];
+  float* y[kPairRows];
+  const float* bias[kPairRows];
+  __device__ RowPair(const GemvArgs& a, int at) {
+    const bool pairs = a.output == RowOutput::SiluMul;
+    int row = pairs ? at : at * kPairRows;
+#pragma unroll
+    for (int i = 0; i < kPairRows; ++i) {
+      int in = pairs ? row : row + i;
+      const int m = pairs ? i : find_matrix(a, in);
+      const bool there = in < a.m[m].rows;
+      w[i] = there ? static_cast<const T*>(a.m[m].data) + static_cast<int64_t>(in) * a.in.cols
+                   : nullptr;
+      y[i] = there ? a.m[m].y + in : nullptr;
+      bias[i] = there && a.m[m].bias ? a.m[m].bias + in : nullptr;
+    }
+  }
+};
+
+// Single columns: rows that are no whole pieces or not aligned.
+template <class T> __device__ float one(const T* p) {
+  if constexpr (std::is_same_v<T, float>) return *p;
+  if constexpr (std::is_same_v<T, __half>) return __half2float(*p);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(*p);
+}
+
+// kRows: the most rows of x.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kGemvThreads)
+    dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
+  constexpr int kAhead = ahead_of<T>();
+  extern __shared__ __align__(16) float x[];  // [rows, x_stride]
+  __shared__ float scales[kDecodeRows];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warps = static_cast<int>(gridDim.x) * kGemvWarps;
+  int at = static_cast<int>(blockIdx.x) +
+           static_cast<int>(threadIdx.x) / 32 * static_cast<int>(gridDim.x);
+  const int pieces = a.groups;  // of 8 columns; 0: columns one by one
+  Eight<T> ahead[kAhead][kPairRows];
+  const auto fetch = [&](const RowPair<T>& rows, int first) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+#pragma unroll
+      for (int i = 0; i < kPairRows; ++i) {
+        const int piece = first + j * 32 + lane;
+        if (piece < pieces && rows.w[i])
+          ahead[j][i].fetch(rows.w[i] + piece * 8);
+        else
+          ahead[j][i].clear();
+      }
+  };
+  let_next_start();
+  if (at < a.work) fetch(RowPair<T>(a, at), 0);
+  wait_for_previous();
+  stage_input(a.in, scales, [&](int n, int c, float4 v) {
+    if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
+  });
+  __syncthreads();
+  for (; at < a.work; at += warps) {
+    const RowPair<T> rows(a, at);
+    float sum[kRows][kPairRows] = {};
+    for (int first = 0; first < pieces; first += 32 * kAhead) {
+      Eight<T> now[kAhead][kPairRows];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+#pragma unroll
+        for (int i = 0; i < kPairRows; ++i) now[j][i] = ahead[j][i];
+      if (first + 32 * kAhead < pieces)
+        fetch(rows, first + 32 * kAhead);
+      else if (at + warps < a.work)
+        fetch(RowPair<T>(a, at + warps), 0);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int piece = first + j * 32 + lane;
+        if (piece >= pieces) continue;
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+          if (n >= a.in.rows) break;
+          const float4* in = reinterpret_cast<const float4*>(x + n * a.x_stride + piece * 8);
+          const float4 lo = in[0], hi = in[1];
+          const float v[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+          for (int i = 0; i < kPairRows; ++i) sum[n][i] += now[j][i].dot(v);
+        }
+      }
+    }
+    if (pieces == 0)
+      for (int c = lane; c < a.in.cols; c += 32)
+        for (int n = 0; n < a.in.rows; ++n)
+#pragma unroll
+          for (int i = 0; i < kPairRows; ++i)
+            if (rows.w[i]) sum[n][i] += one(rows.w[i] + c) * x[n * a.x_stride + c];
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (n >= a.in.rows) break;
+      float v[kPairRows];
+#pragma unroll
+      for (int i = 0; i < kPairRows; ++i) {
+        v[i] = team_sum<32>(sum[n][i]) * scales[n];
+        if (rows.bias[i]) v[i] += *rows.bias[i];
+      }
+      if (lane != 0) continue;
+      if (a.output == RowOutput::SiluMul) {
+        rows.y[0][n * a.y_stride] = silu(v[0]) * v[1];
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kPairRows; ++i)
+        if (rows.y[i]) {
+          float* y = rows.y[i] + n * a.y_stride;
+          *y = a.output == RowOutput::Add ? *y + v[i] : v[i];
+        }
+    }
+  }
+}
+
+}  // namespace
+
+// ---- launchers ----
+
+int64_t dense_gemv_rows(int64_t cols) {
+  constexpr int64_t kShared = 160 * 1024;  // of the rows
+  return std::clamp<int64_t>(kShared / (4 * (cols + 4)), 1, kDecodeRows);
+}
+
+void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
+  const DType type = std::get<Tensor>(matrices[0].weight).dtype();
+  bool whole = a.in.cols % 8 == 0;
+  int rows = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const Tensor& w = std::get<Tensor>(matrices[i].weight);
+    check(w.is_contiguous() && w.dtype() == type, "dense_matmul: w {} of {}", w.shape(),
+          dtype_name(w.dtype()));
+    a.m[i].data = w.raw();
+    a.m[i].panels = a.m[i].rows;
+    whole = whole && aligned16(w.raw());
+    rows += a.m[i].rows;
+  }
+  a.work = a.output == RowOutput::SiluMul ? a.m[0].rows : (rows + kPairRows - 1) / kPairRows;
+  a.groups = whole ? a.in.cols / 8 : 0;
+  a.x_stride = (a.in.cols + 3) / 4 * 4;
+  const DeviceInfo& info = device_info(y.device().index);
+  const auto blocks =
+      static_cast<unsigned>(std::min((a.work + kGemvWarps - 1) / kGemvWarps, info.sms));
+  const size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
+  check(shared <= info.shared_optin,
+        "dense_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
+        a.in.rows, a.in.cols, shared, info.shared_optin);
+  const auto run = [&](auto one_row, auto more_rows) {
+    const auto kernel = a.in.rows == 1 ? one_row : more_rows;
+    prepare_shared(kernel, shared);
+    launch_chained("dense_gemv", y, kernel, blocks, kGemvThreads, shared, a);
+  };
+  if (type == DType::F32) return run(dense_gemv_kernel<float, 1>, dense_gemv_kernel<float, 8>);
+  if (type == DType::F16) return run(dense_gemv_kernel<__half, 1>, dense_gemv_kernel<__half, 8>);
+  check(type == DType::BF16, "dense_matmul: w of {}", dtype_name(type));
+  run(dense_gemv_kernel<__nv_bfloat16, 1>, dense_gemv_kernel<__nv_bfloat16, 8>);
+}
+
+}  // namespace omq::cuda

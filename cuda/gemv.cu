@@ -1,0 +1,92 @@
+// The arguments of the kernels for few rows, and the two passes that integer products of many rows
+// need around a dense product.
+#include "cuda/gemv.cuh"
+
+#include "cuda/packed.h"
+
+namespace omq::cuda {
+namespace {
+
+const float* vector_of(const char* op, const Tensor& t, int64_t n) {
+  if (!t.defined()) return nullptr;
+  check(t.numel() == n && t.dtype() == DType::F32 && t.is_contiguous(),
+        "{}: a vector {}, {} wanted", op, t.shape(), n);
+  return t.data<float>();
+}
+
+GemvInput input_of(const char* op, const GemvRows& r) {
+  GemvInput in;
+  in.rows = static_cast<int>(r.rows);
+  if (r.codes) {
+    in.cols = static_cast<int>(r.codes->cols);
+    in.codes = r.codes->codes.data<uint8_t>() + r.first * in.cols;
+    in.grid = reinterpret_cast<const float2*>(r.codes->grid.data<float>()) + r.first;
+    return in;
+  }
+  const Tensor& x = r.x.x;
+  check(x.is_contiguous() && x.ndim() == 2, "{}: x {}", op, x.shape());
+  in.cols = static_cast<int>(x.dim(1));
+  in.x = x.data<float>() + r.first * in.cols;
+  in.gain = vector_of(op, r.x.gain, in.cols);
+  in.shift = vector_of(op, r.x.shift, in.cols);
+  in.eps = static_cast<float>(r.x.eps);
+  in.quantise = r.x.quant.has_value();
+  if (in.quantise) in.s = *r.x.quant;
+  in.by_fours = in.cols % 4 == 0 && aligned16(in.x) && aligned16(in.gain) && aligned16(in.shift);
+  return in;
+}
+
+template <class T>
+__global__ void numbers_kernel(T* y, const uint8_t* codes, const float2* grid, int64_t rows,
+                               int64_t cols) {
+  for (int64_t i = grid_index(); i < rows * cols; i += grid_stride())
+    y[i] = static_cast<T>(static_cast<float>(codes[i]) - grid[divide(i, cols)].y);
+}
+
+__global__ void scale_rows_kernel(float* y, const float2* grid, int64_t rows, int64_t cols) {
+  for (int64_t i = grid_index(); i < rows * cols; i += grid_stride())
+    y[i] *= grid[divide(i, cols)].x;
+}
+
+constexpr int kThreads = 256;
+
+}  // namespace
+
+// ---- launchers ----
+
+void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
+          RowOutput output) {
+  check(!matrices.empty() && matrices.size() <= kMaxMatrices &&
+            (output != RowOutput::SiluMul || matrices.size() == 2),
+        "{}: {} matrices at once", op, matrices.size());
+  GemvArgs a;
+  a.in = input_of(op, x);
+  a.output = output;
+  a.matrices = static_cast<int>(matrices.size());
+  a.y_stride = y.stride(0);
+  int64_t column = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const int64_t rows = row_count(matrices[i]);
+    a.m[i].rows = static_cast<int>(rows);
+    a.m[i].bias = vector_of(op, matrices[i].bias, rows);
+    a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
+    if (output != RowOutput::SiluMul) column += rows;
+  }
+  if (std::holds_alternative<PackedInt>(matrices[0].weight))
+    packed_gemv(y, a, matrices);
+  else
+    dense_gemv(y, a, matrices);
+}
+
+void codes_to_numbers(Tensor& y, const QuantizedRows& x) {
+  launch("codes_to_numbers", y, numbers_kernel<__half>, blocks_for(y.numel(), kThreads), kThreads,
+         0, static_cast<__half*>(y.raw()), x.codes.data<uint8_t>(),
+         reinterpret_cast<const float2*>(x.grid.data<float>()), y.dim(0), y.dim(1));
+}
+
+void scale_rows(Tensor& y, const Tensor& grid) {
+  launch("scale_rows", y, scale_rows_kernel, blocks_for(y.numel(), kThreads), kThreads, 0,
+         y.data<float>(), reinterpret_cast<const float2*>(grid.data<float>()), y.dim(0), y.dim(1));
+}
+
+}  // namespace omq::cuda

@@ -1,0 +1,127 @@
+// Products with packed and dense weights on a GPU: few rows go through the gemv kernels, which read
+// the weights as they are stored; many rows meet weights that were unpacked to F16 for the occasion
+// (4 bytes of traffic a weight against hundreds of multiplications), sums in F32 either way.
+#include "cuda/packed.h"
+
+#include <algorithm>
+
+#include "cuda/stream.h"
+#include "tensor/kernels.h"
+
+namespace omq::cuda {
+namespace {
+
+// The rows of x that one launch takes: those whose F32 (dense) or F16 (packed) values fit.
+int64_t rows_at_once(const RowMatrix& m, int64_t cols) {
+  if (std::holds_alternative<PackedInt>(m.weight)) return packed_gemv_rows(cols);
+  return dense_gemv_rows(cols);
+}
+
+void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRows* codes,
+              std::span<const RowMatrix> matrices, RowOutput output) {
+  const int64_t rows = codes ? codes->codes.dim(0) : x.x.dim(0);
+  const int64_t cols = codes ? codes->cols : x.x.dim(1);
+  const int64_t at_once = rows_at_once(matrices[0], cols);
+  for (int64_t first = 0; first < rows; first += at_once)
+    gemv(op, y, {x, codes, first, std::min(at_once, rows - first)}, matrices, output);
+}
+
+bool same_form(const RowMatrix& a, const RowMatrix& b) {
+  if (a.weight.index() != b.weight.index()) return false;
+  if (const auto* p = std::get_if<PackedInt>(&a.weight)) {
+    const auto& q = std::get<PackedInt>(b.weight);
+    return p->spec.bits == q.spec.bits && p->spec.group_size == q.spec.group_size &&
+           p->cols == q.cols;
+  }
+  return std::get<Tensor>(a.weight).dtype() == std::get<Tensor>(b.weight).dtype();
+}
+
+// x in 16 bits, and the product with w [N, K] in 16 bits.
+void many_rows(Tensor& y, const Tensor& x, const Tensor& w16) {
+  Tensor x16 = Tensor::empty(x.shape(), w16.dtype(), x.device());
+  copy(x16, x);
+  matmul(y, x16, w16.alias({w16.dim(1), w16.dim(0)}, {1, w16.dim(1)}, 0));
+}
+
+Tensor unpacked(const PackedInt& w) {
+  Tensor w16 = Tensor::empty({w.rows, w.cols}, DType::F16, w.data.device());
+  packed_dequantize(w16, w);
+  return w16;
+}
+
+constexpr int64_t kFewRows = 16;  // from here on unpacking pays
+
+}  // namespace
+
+void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
+  if (y.numel() == 0) return;
+  if (x.dim(0) > kFewRows) return many_rows(y, x, unpacked(w));
+  const RowMatrix m{w, {}};
+  few_rows("packed_matmul", y, {.x = x}, nullptr, {&m, 1}, RowOutput::Store);
+}
+
+void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
+  if (y.numel() == 0) return;
+  if (x.codes.dim(0) > kFewRows) {  // codes less zero points are whole numbers: exact in F16
+    Tensor values = Tensor::empty({x.codes.dim(0), x.cols}, DType::F16, y.device());
+    codes_to_numbers(values, x);
+    many_rows(y, values, unpacked(w));
+    return scale_rows(y, x.grid);
+  }
+  const RowMatrix m{w, {}};
+  few_rows("packed_matmul_rows", y, {}, &x, {&m, 1}, RowOutput::Store);
+}
+
+void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
+  if (y.numel() == 0) return;
+  if (x.dim(0) > kFewRows) {
+    if (w.dtype() != DType::BF16) return many_rows(y, x, w);
+    Tensor w16 = Tensor::empty(w.shape(), DType::F16, w.device());  // x keeps 11 bits so
+    copy(w16, w);
+    return many_rows(y, x, w16);
+  }
+  const RowMatrix m{w, {}};
+  few_rows("dense_matmul", y, {.x = x}, nullptr, {&m, 1}, RowOutput::Store);
+}
+
+// ---- decoding ----
+
+namespace {
+
+const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
+  for (const RowMatrix& m : matrices)
+    if (const auto* dense = std::get_if<Tensor>(&m.weight); dense && !dense->is_contiguous())
+      return "a dense weight that is not contiguous";
+  if (output == RowOutput::SiluMul && !same_form(matrices[0], matrices[1]))
+    return "gate and up are stored differently";
+  return nullptr;
+}
+
+void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
+              RowOutput output) {
+  int64_t column = 0;
+  for (size_t begin = 0; begin < matrices.size();) {
+    size_t end = begin + 1;
+    int64_t columns = row_count(matrices[begin]);
+    while (end < matrices.size() && same_form(matrices[begin], matrices[end]))
+      columns += row_count(matrices[end++]);
+    if (output == RowOutput::SiluMul) columns /= 2;
+    Tensor part = y.alias({y.dim(0), columns}, {y.stride(0), 1}, column);
+    few_rows("decode", part, x, nullptr, matrices.subspan(begin, end - begin), output);
+    column += columns;
+    begin = end;
+  }
+}
+
+}  // namespace
+}  // namespace omq::cuda
+
+namespace omq {
+
+const DecodeKernels* cuda_decode_kernels() {
+  static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::decode_greedy,
+                                   cuda::decode_token, cuda::unsupported};
+  return &table;
+}
+
+}  // namespace omq

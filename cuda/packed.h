@@ -1,0 +1,40 @@
+// The host side of products with few rows: what packed.cpp asks of the .cu files.
+#pragma once
+
+#include <span>
+
+#include "tensor/decode_kernels.h"
+#include "tensor/packed.h"
+#include "tensor/row_quant.h"
+
+namespace omq::cuda {
+
+// Rows first … first + rows − 1 of x, or of codes where they are given.
+struct GemvRows {
+  const DecodeInput& x;
+  const QuantizedRows* codes;
+  int64_t first, rows;
+};
+
+// y [M, …] of those rows; matrices are all packed in one layout, or all dense of one dtype.
+void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
+          RowOutput output);
+// Rows that one launch takes.
+int64_t packed_gemv_rows(int64_t cols);
+int64_t dense_gemv_rows(int64_t cols);
+
+inline int64_t row_count(const RowMatrix& m) {
+  if (const auto* p = std::get_if<PackedInt>(&m.weight)) return p->rows;
+  return std::get<Tensor>(m.weight).dim(0);
+}
+
+void decode_attention(const DecodeAttentionStage& s);
+std::unique_ptr<DecodeToken> decode_token(std::span<const DecodeLayer> layers);
+void decode_greedy(Tensor& id, Tensor& position, const Tensor& logits);
+
+// code − zero of every element, in the type of y [rows, cols].
+void codes_to_numbers(Tensor& y, const QuantizedRows& x);
+// Row i of y [rows, n] times grid[i][0].
+void scale_rows(Tensor& y, const Tensor& grid);
+
+}  // namespace omq::cuda

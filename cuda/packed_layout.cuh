@@ -1,0 +1,129 @@
+// How packed weights lie on a GPU: the codes of panel16 (tensor/packed.h) in the order in which a
+// warp multiplies them, so that a lane loads 16 bytes at a time and every byte once.
+//
+// A panel of 16 rows is cut into units of U columns (128, 64 or 32, dividing the group), one warp's
+// work at a time: U / 32 integer products m16n8k32 with the codes as the 16-row operand. Which
+// columns are called k = 0 … 31 in a product is free as long as x is read in the same order. So
+// lane (r, q), r = lane / 4 and q = lane % 4, holds of rows r and r + 8 the columns q·U/4 … (q +
+// 1)·U/4 − 1, in fours: product s takes fours 2s and 2s + 1. A four is a register of four bytes,
+// and comes out of a word with one mask and at most one shift:
+//
+//   8 bits   a word is a four
+//   4 bits   a word holds two fours of a row, in the low and the high halves of its bytes
+//   2 bits   four fours of a row, in bits 2s, 2s + 1; U = 32: two of row r, then two of row r + 8
+//   3 bits   three words hold eight fours: word i has fours 2i and 2i + 1 in bits 0 – 2 and 3 – 5;
+//            four 6 is bits 6, 7 of word 0 and bit 6 of word 2, four 7 bits 6, 7 of word 1 and bit
+//            7 of word 2. U = 128: three words a row; 64: fours 0 – 3 are row r's, 4 – 7 row r +
+//            8's; 32: two words, the first row r's
+//
+//   unit    a lane's words, in runs of 4, then 2, then 1, each run lane by lane
+//   panel   its units;   matrix   its panels, then the grids: half2 (scale, zero)
+//   [panel][group][16]
+//
+// Columns past the end hold code 0 and meet x = 0.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "tensor/packed.h"
+
+namespace omq::cuda {
+
+// A lane's words of a unit.
+constexpr __host__ __device__ int unit_words(int bits, int unit) {
+  return bits == 3 && unit == 32 ? 2 : unit * bits / 64;
+}
+// Where word i of a lane stands in the unit, in words.
+constexpr __host__ __device__ int word_offset(int words, int i, int lane) {
+  const int fours = words / 4 * 4, twos = fours + words % 4 / 2 * 2;
+  if (i < fours) return i / 4 * 128 + lane * 4 + i % 4;
+  if (i < twos) return fours * 32 + lane * 2 + (i - fours);
+  return twos * 32 + lane;
+}
+
+struct PackedView {  // by value into kernels
+  const uint8_t* codes = nullptr;
+  const __half2* grids = nullptr;
+  int bits = 0, unit = 0;  // unit: U
+  int panels = 0, units = 0, groups = 0, units_per_group = 1;
+  int rows = 0, cols = 0;
+  int64_t unit_bytes() const { return int64_t{128} * unit_words(bits, unit); }
+};
+
+// U for a matrix of these groups; 0: its groups do not fall into units.
+inline int unit_of(const PackedInt& w) {
+  const int64_t n = w.groups() == 1 ? w.cols : w.spec.group_cols(w.cols);
+  if (n % 128 == 0) return 128;
+  if (n % 64 == 0) return 64;
+  return n % 32 == 0 || w.groups() == 1 ? 32 : 0;
+}
+// The layout of w, whose data may be undefined; data: the first byte, or null.
+inline PackedView packed_view(const PackedInt& w, const uint8_t* data) {
+  PackedView v;
+  v.bits = w.spec.bits;
+  v.unit = unit_of(w);
+  v.panels = static_cast<int>(w.panels());
+  v.units = static_cast<int>((w.cols + v.unit - 1) / v.unit);
+  v.groups = static_cast<int>(w.groups());
+  v.units_per_group = v.groups == 1 ? v.units : static_cast<int>(w.spec.group_size / v.unit);
+  v.rows = static_cast<int>(w.rows);
+  v.cols = static_cast<int>(w.cols);
+  v.codes = data;
+  v.grids = reinterpret_cast<const __half2*>(data + v.panels * (v.units * v.unit_bytes()));
+  return v;
+}
+inline int64_t packed_bytes(const PackedView& v) {
+  return v.panels * (v.units * v.unit_bytes() + int64_t{v.groups} * kPanelRows * 4);
+}
+
+// ---- where a code stands ----
+
+struct CodePlace {
+  int word, bit;                  // bit 0 of the code, of column 0 of its four
+  int third = -1, third_bit = 0;  // of 3 bits: another word's bit for bit 2; −1: beside the others
+};
+// Four number f of row r (half 0) or r + 8 (half 1) in a lane's words; column j of it is in byte j.
+constexpr __host__ __device__ CodePlace code_place(int bits, int unit, int half, int f) {
+  if (bits == 8) return {f * 2 + half, 0};
+  if (bits == 4) return {f / 2 * 2 + half, f % 2 * 4};
+  if (bits == 2)
+    return unit == 32 ? CodePlace{0, 2 * (f + 2 * half)} : CodePlace{f / 4 * 2 + half, f % 4 * 2};
+  if (unit == 32) return {half, f * 3};
+  const int first = unit == 128 ? 3 * half : 0, n = unit == 128 ? f : f + 4 * half;
+  if (n < 6) return {first + n / 2, n % 2 * 3};
+  return {first + n - 6, 6, first + 2, n};
+}
+
+// The four as bytes. Everything but the words is known to the compiler.
+template <int kBits, int kUnit>
+__device__ __forceinline__ uint32_t four_codes(const uint32_t (&w)[unit_words(kBits, kUnit)],
+                                               int half, int f) {
+  const CodePlace at = code_place(kBits, kUnit, half, f);
+  if (kBits == 8) return w[at.word];
+  constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
+  if (kBits != 3 || at.third < 0) return (w[at.word] >> at.bit) & kMask;
+  return ((w[at.word] >> 6) & 0x03030303u) | ((w[at.third] >> (at.third_bit - 2)) & 0x04040404u);
+}
+
+// ---- x ----
+//
+// A row of x meets codes as whole numbers of 15 bits, in units of its own: v = s · (256 hi + lo),
+// two bytes in two of the eight columns of a product; so four rows fit one.
+
+constexpr int kPackedRows = 4;
+
+// Byte of column c of a unit (all of a unit's bytes of one row stand together): runs of 16 columns
+// (U = 32: 8), each the hi bytes of lanes q = 0 … 3, then the lo bytes, which are `lo_after`
+// behind.
+template <int kUnit> struct PlanePlace {
+  static constexpr int kRun = kUnit == 32 ? 8 : 16;
+  static constexpr int lo_after = 4 * kRun;
+  static __host__ __device__ __forceinline__ int hi(int c) {
+    const int q = c / (kUnit / 4), i = c % (kUnit / 4);
+    return i / kRun * (8 * kRun) + q * kRun + i % kRun;
+  }
+};
+
+}  // namespace omq::cuda

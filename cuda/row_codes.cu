@@ -1,0 +1,103 @@
+// Rows of activations as codes, and back: what products of codes with codes and the key/value cache
+// read. The grid of a row is that of tensor/row_quant.h, so codes equal the CPU's bit for bit.
+//
+// A warp a row. Bytes: x once (again from the cache), codes once.
+#include "cuda/common.cuh"
+#include "tensor/row_quant.h"
+
+namespace omq::cuda {
+namespace {
+
+struct Rows {  // leading dims of a tensor with contiguous rows
+  int64_t size[3], stride[3];
+  __host__ __device__ int64_t at(int64_t row) const {
+    const int64_t c = row % size[2], b = row / size[2] % size[1], a = row / size[2] / size[1];
+    return a * stride[0] + b * stride[1] + c * stride[2];
+  }
+};
+
+Rows rows_view(const char* op, const Tensor& x) {
+  check(x.ndim() >= 1 && x.ndim() <= 4 && (x.shape().back() == 1 || x.stride(-1) == 1),
+        "{}: rows of {} are not contiguous", op, x.shape());
+  Rows r{{1, 1, 1}, {0, 0, 0}};
+  for (int i = 0; i < x.ndim() - 1; ++i) {
+    r.size[4 - x.ndim() + i] = x.dim(i);
+    r.stride[4 - x.ndim() + i] = x.stride(i);
+  }
+  return r;
+}
+
+__global__ void quantize_rows_kernel(uint8_t* codes, Rows code_rows, float* grid, Rows grid_rows,
+                                     const float* x, Rows x_rows, int64_t rows, int n, RowQuant s,
+                                     bool paired) {
+  const float top = static_cast<float>((1 << s.bits) - 1);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t row = grid_index() / 32; row < rows; row += grid_stride() / 32) {
+    const float* from = x + x_rows.at(row);
+    float hi = -INFINITY, lo = -INFINITY;
+    int finite = 1;
+    for (int i = lane; i < n; i += 32) {
+      hi = fmaxf(hi, from[i]);
+      lo = fmaxf(lo, -from[i]);
+      finite &= isfinite(from[i]);
+    }
+    hi = team_max<32>(hi);
+    lo = -team_max<32>(lo);
+    finite = __all_sync(0xffffffffu, finite);
+    const RowGrid<float> g = row_grid(hi, lo, s);
+    uint8_t* to = codes + code_rows.at(row);
+    const auto code = [&](int i) {
+      return finite && i < n ? static_cast<uint8_t>(row_code(from[i], g, top)) : uint8_t{0};
+    };
+    if (paired)
+      for (int i = lane; i < (n + 1) / 2; i += 32)
+        to[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+    else
+      for (int i = lane; i < n; i += 32) to[i] = code(i);
+    if (lane == 0) {
+      float* out = grid + grid_rows.at(row);
+      out[0] = finite ? g.scale : __int_as_float(0x7fc00000);
+      out[1] = finite ? g.zero : 0.0f;
+    }
+  }
+}
+
+__global__ void dequantize_rows_kernel(float* y, Rows y_rows, const uint8_t* codes, Rows code_rows,
+                                       const float* grid, Rows grid_rows, int64_t rows, int n,
+                                       bool paired) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t row = grid_index() / 32; row < rows; row += grid_stride() / 32) {
+    const uint8_t* from = codes + code_rows.at(row);
+    const float* g = grid + grid_rows.at(row);
+    const float scale = g[0], zero = g[1];
+    float* to = y + y_rows.at(row);
+    for (int i = lane; i < n; i += 32) {
+      const int code = paired ? from[i / 2] >> (i % 2 * 4) & 15 : from[i];
+      to[i] = (static_cast<float>(code) - zero) * scale;
+    }
+  }
+}
+
+constexpr int kThreads = 256;
+
+}  // namespace
+
+// ---- launchers ----
+
+void quantize_rows(QuantizedRows& q, const Tensor& x) {
+  const int64_t rows = rows_of(x);
+  launch("quantize_rows", x, quantize_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
+         q.codes.data<uint8_t>(), rows_view("quantize_rows", q.codes), q.grid.data<float>(),
+         rows_view("quantize_rows", q.grid), x.data<float>(), rows_view("quantize_rows", x), rows,
+         q.cols, q.spec, q.paired);
+}
+
+void dequantize_rows(Tensor& y, const QuantizedRows& q) {
+  const int64_t rows = rows_of(y);
+  launch("dequantize_rows", y, dequantize_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
+         y.data<float>(), rows_view("dequantize_rows", y), q.codes.data<uint8_t>(),
+         rows_view("dequantize_rows", q.codes), q.grid.data<float>(),
+         rows_view("dequantize_rows", q.grid), rows, q.cols, q.paired);
+}
+
+}  // namespace omq::cuda

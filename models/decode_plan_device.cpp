@@ -1,0 +1,196 @@
+// The DecodePlan of a GPU: the stages of tensor/decode_kernels.h, or all of them as one kernel,
+// recorded once for the caches at hand and replayed for every token.
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <utility>
+
+#include "models/decode_plan_impl.h"
+#include "tensor/decode_kernels.h"
+#include "tensor/kernels.h"
+#include "tensor/step_graph.h"
+
+namespace omq {
+namespace {
+
+struct Product {
+  std::vector<RowMatrix> matrices;
+  std::optional<RowQuant> quant;
+  Product(std::initializer_list<const nn::Linear*> linears)
+      : quant((*linears.begin())->input_quant) {
+    for (const nn::Linear* l : linears) matrices.push_back(row_matrix(*l));
+  }
+};
+
+struct Layer {
+  const LlamaBlock* block;
+  Product qkv, o, gate_up, down;
+};
+
+// Splits of a cache: enough blocks for the device, none of them of a few tokens.
+int64_t splits_of(int64_t heads, int64_t capacity) {
+  constexpr int64_t kBlocks = 256;  // about two on each processor of a large card
+  return std::clamp<int64_t>(std::min(kBlocks / heads + 1, capacity / kDecodeSplitTokens), 1, 64);
+}
+
+class DevicePlan final : public DecodePlan::Impl {
+ public:
+  DevicePlan(const Model& model, int64_t capacity);
+  void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
+  std::span<const float> logits() override;
+  const char* form() const override { return token_ ? "one kernel" : "stages"; }
+
+ private:
+  void bind(std::vector<nn::KVCache>& caches);
+  void run();  // a token, for the caches bound_
+  DecodeAttentionStage attention(const nn::Attention& a, const nn::KVCache& cache) const;
+  DecodeInput behind(const nn::RMSNorm& n, const Product& p) const {
+    return {x_, n.weight, n.bias, n.eps, p.quant};
+  }
+
+  const Model& model_;
+  const DecodeKernels& kernels_;
+  Device device_;
+  std::vector<Layer> layers_;
+  Product head_;
+  Tensor state_;          // I32 [2]: the token and its position
+  Tensor id_, position_;  // its parts
+  Tensor x_, qkv_, attended_, gated_, logits_;
+  Tensor parts_, arrived_;                     // of attention
+  Tensor host_;                                // logits, page-locked
+  std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
+  const void* bound_memory_ = nullptr;
+  std::vector<DecodeLayer> stages_;     // of bound_
+  std::unique_ptr<DecodeToken> token_;  // the same as one kernel, where there is one
+  std::optional<StepGraph> graph_;
+};
+
+DevicePlan::DevicePlan(const Model& m, int64_t capacity)
+    : model_(m),
+      kernels_(*decode_kernels(m.device())),
+      device_(m.device()),
+      head_({&m.ends.lm_head}) {
+  for (const auto& block : m.blocks) {
+    const nn::Attention& a = block->self_attn;
+    const nn::MLP& mlp = block->mlp;
+    layers_.push_back({block.get(),
+                       {&a.q_proj, &a.k_proj, &a.v_proj},
+                       {&a.o_proj},
+                       {&mlp.gate_proj, &mlp.up_proj},
+                       {&mlp.down_proj}});
+  }
+  const ModelConfig& c = m.config();
+  const int64_t H = c.num_heads, K = c.num_kv_heads, d = c.head_dim, S = splits_of(H, capacity);
+  const auto floats = [&](Shape shape) { return Tensor::zeros(shape, DType::F32, device_); };
+  state_ = Tensor::zeros({2}, DType::I32, device_);
+  id_ = state_.alias({1}, {1}, 0);
+  position_ = state_.alias({1}, {1}, 1);
+  x_ = floats({1, c.hidden_size});
+  qkv_ = floats({1, (H + 2 * K) * d});
+  attended_ = floats({1, H * d});
+  gated_ = floats({1, c.intermediate_size});
+  logits_ = floats({1, c.vocab_size});
+  parts_ = floats({1, H, S, d + 2});
+  arrived_ = Tensor::zeros({1, H}, DType::I32, device_);
+  host_ = empty_pinned(logits_.shape(), DType::F32, device_);
+}
+
+DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVCache& cache) const {
+  DecodeAttentionStage s;
+  s.qkv = qkv_;
+  if (a.q_norm) s.q_gain = a.q_norm->weight, s.q_eps = a.q_norm->eps;
+  if (a.k_norm) s.k_gain = a.k_norm->weight, s.k_eps = a.k_norm->eps;
+  s.cos = model_.rope().cos;
+  s.sin = model_.rope().sin;
+  s.position = position_;
+  s.q = a.taps.q, s.k = a.taps.k, s.v = a.taps.v;
+  s.keys = cache.keys().floats;
+  s.values = cache.values().floats;
+  s.parts = parts_;
+  s.arrived = arrived_;
+  s.y = attended_;
+  s.heads = a.heads, s.kv_heads = a.kv_heads, s.head_dim = a.head_dim;
+  return s;
+}
+
+void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
+  const Tensor& keys = caches.front().keys().floats;
+  check(keys.defined() && keys.device() == device_, "decode: the caches do not hold floats on {}",
+        to_string(device_));
+  if (bound_ == &caches && bound_memory_ == keys.raw()) return;
+  bound_ = &caches;
+  bound_memory_ = keys.raw();
+  graph_.reset();
+  stages_.clear();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& l = layers_[i];
+    const LlamaBlock& b = *l.block;
+    DecodeLayer d;
+    d.qkv_input = behind(b.input_layernorm, l.qkv);
+    d.o_input = {.x = attended_, .quant = l.o.quant};
+    d.gate_up_input = behind(b.post_attention_layernorm, l.gate_up);
+    d.down_input = {.x = gated_, .quant = l.down.quant};
+    d.qkv = l.qkv.matrices, d.o = l.o.matrices;
+    d.gate_up = l.gate_up.matrices, d.down = l.down.matrices;
+    d.attention = attention(b.self_attn, caches[i]);
+    d.x = x_, d.gated = gated_;
+    stages_.push_back(std::move(d));
+  }
+  token_ = kernels_.token(stages_);
+  graph_.emplace(device_, [this] { run(); });
+}
+
+void DevicePlan::run() {
+  const nn::Weight& table = model_.ends.embed_tokens.table;
+  if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&table))
+    packed_on(x_).packed_embedding(x_, dynamic_cast<const nn::PackedIntWeight&>(**packed).packed(),
+                                   id_);
+  else
+    on(x_).embedding(x_, std::get<Tensor>(table), id_);
+  if (token_) {
+    token_->run();
+  } else {
+    for (const DecodeLayer& l : stages_) {
+      kernels_.products(qkv_, l.qkv_input, l.qkv, RowOutput::Store);
+      kernels_.attention(l.attention);
+      kernels_.products(x_, l.o_input, l.o, RowOutput::Add);
+      kernels_.products(gated_, l.gate_up_input, l.gate_up, RowOutput::SiluMul);
+      kernels_.products(x_, l.down_input, l.down, RowOutput::Add);
+    }
+  }
+  kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store);
+}
+
+void DevicePlan::step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
+  bind(caches);
+  const std::array<int32_t, 2> state{token, static_cast<int32_t>(at)};
+  device_api(device_).copy(state_.raw(), device_, state.data(), Device{}, sizeof state);
+  graph_->run();
+  for (nn::KVCache& cache : caches) cache.advance(1);
+}
+
+std::span<const float> DevicePlan::logits() {
+  device_api(device_).copy(host_.raw(), Device{}, logits_.raw(), device_, logits_.nbytes());
+  return {host_.data<float>(), static_cast<size_t>(logits_.numel())};
+}
+
+}  // namespace
+
+std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity) {
+  return std::make_unique<DevicePlan>(model, capacity);
+}
+
+std::string device_plan_unsupported(const Model& model) {
+  const DecodeKernels* kernels = decode_kernels(model.device());
+  if (!kernels) return fmt::format("{} has no kernels for it", to_string(model.device()));
+  const ModelConfig& c = model.config();
+  if (c.head_dim > 256 || c.head_dim % 2 != 0) return fmt::format("heads of {}", c.head_dim);
+  for (const auto& block : model.blocks) {
+    const nn::MLP& mlp = block->mlp;
+    const Product pair{&mlp.gate_proj, &mlp.up_proj};
+    if (const char* reason = kernels->unsupported(pair.matrices, RowOutput::SiluMul)) return reason;
+  }
+  return "";
+}
+
+}  // namespace omq

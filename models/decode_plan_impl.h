@@ -1,0 +1,30 @@
+// The two executors of a DecodePlan: our pool on the CPU, a recorded graph on a device.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "models/decode_plan.h"
+#include "tensor/row_products.h"
+
+namespace omq {
+
+struct DecodePlan::Impl {
+  virtual ~Impl() = default;
+  // The token, which stands at position `at`, is known and the caches have room.
+  virtual void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
+  virtual std::span<const float> logits() = 0;
+  virtual const char* form() const = 0;
+};
+
+std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity);
+std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity);
+// What the device's kernels cannot run, beyond what no plan can: "" when nothing.
+std::string device_plan_unsupported(const Model& model);
+
+// The linear's matrix as the products take it. Its weight is supported.
+RowMatrix row_matrix(const nn::Linear& linear);
+
+}  // namespace omq

@@ -1,0 +1,79 @@
+// The fused stages of a decode step on a device that records its work: what models/decode_plan.h
+// runs there, each stage one kernel. On the CPU its twins are RowProducts (tensor/row_products.h)
+// and DecodeAttention; in both the blocks are the definition.
+//
+// A step reads nothing from the host: ids, position and cache stand in device memory, so one
+// recording is replayed for every token. Stages are chained: each may start while the one before it
+// runs, and reads weights until that has ended.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "tensor/row_products.h"
+
+namespace omq {
+
+// What a stage multiplies: rows of x, behind an RMSNorm where gain is defined, rounded to a grid of
+// their own where `quant` says so.
+struct DecodeInput {
+  Tensor x;                      // F32 [rows, K], 1 to kDecodeRows rows
+  Tensor gain = {}, shift = {};  // F32 [K] or undefined
+  double eps = 0;
+  std::optional<RowQuant> quant = {};
+};
+inline constexpr int64_t kDecodeRows = 8;
+
+// One token of every sequence against its cache. H query heads share K key and value heads.
+struct DecodeAttentionStage {
+  Tensor qkv;                       // F32 [rows, (H + 2K)·d]: q, then k, then v
+  Tensor q_gain = {}, k_gain = {};  // F32 [d], norms on each head of q and k; or undefined
+  double q_eps = 0, k_eps = 0;
+  Tensor cos, sin;                  // F32 [positions, d/2]
+  Tensor position;                  // I32 [1]: where the token stands, and how many are cached
+  std::optional<RowQuant> q, k, v;  // each head on its own grid, behind the rotation
+  Tensor keys, values;  // F32 or F16 [rows, capacity, K, d]; position `position` is written
+  Tensor parts;         // F32 [rows, H, splits, d + 2], scratch
+  Tensor arrived;       // I32 [rows, H], zeros before and after
+  Tensor y;             // F32 [rows, H·d]
+  int64_t heads = 0, kv_heads = 0, head_dim = 0;
+};
+// How many parts a cache of `capacity` tokens is read in.
+inline constexpr int64_t kDecodeSplitTokens = 32;  // at least so many in each
+
+// One layer's five stages, in buffers that all layers may share.
+struct DecodeLayer {
+  DecodeInput qkv_input, o_input, gate_up_input, down_input;
+  std::vector<RowMatrix> qkv, o, gate_up, down;
+  DecodeAttentionStage attention;  // writes what o_input reads
+  Tensor x, gated;                 // F32 [rows, D], which o and down add to; F32 [rows, F]
+};
+
+// All layers as one kernel.
+struct DecodeToken {
+  virtual ~DecodeToken() = default;
+  virtual void run() = 0;  // one token, from x to x
+};
+
+struct DecodeKernels {
+  // y: F32; Store: [rows, Σ N]; Add, SiluMul: [rows, N]. Matrices of one form share a launch.
+  void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
+                   RowOutput output);
+  void (*attention)(const DecodeAttentionStage& s);
+  // id [rows] = the first largest of logits [rows, V]; position += 1. NaN logits give −1.
+  void (*greedy)(Tensor& id, Tensor& position, const Tensor& logits);
+  // The layers as one kernel; null where they do not fit it (their stages run them then). Shares
+  // the tensors of the layers, which are of one sequence.
+  std::unique_ptr<DecodeToken> (*token)(std::span<const DecodeLayer> layers);
+  // Why no kernel takes such matrices together; null when one does.
+  const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
+};
+
+// Of x's device; null where there are none (the CPU, a build without CUDA).
+const DecodeKernels* decode_kernels(Device d);
+const DecodeKernels* cuda_decode_kernels();  // defined in cuda/: null in a build without CUDA
+
+}  // namespace omq

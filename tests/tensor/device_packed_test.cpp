@@ -1,0 +1,242 @@
+// Packed weights on every device present: the same numbers as the CPU's to the last bit where they
+// are unpacked, products within the rounding of x to 16 bits, and the fused stages of decoding
+// against the products they are made of.
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+#include "tensor/decode_kernels.h"
+#include "tests/support/device_compare.h"
+
+namespace omq {
+namespace {
+
+constexpr double kRounded = 1e-6;  // NMSE: x keeps 11 bits
+
+Tensor floats(Shape shape, Device d = {}) { return Tensor::empty(shape, DType::F32, d); }
+
+struct Packed {
+  PackedInt cpu, device;
+};
+
+Packed random_packed(Rng& rng, int64_t rows, int64_t cols, GroupSpec spec, Device d) {
+  const int64_t groups = spec.groups(cols);
+  Tensor codes = Tensor::empty({rows, cols}, DType::U8);
+  Tensor scale = floats({rows, groups}), zero = floats({rows, groups});
+  for (int64_t i = 0; i < codes.numel(); ++i)
+    codes.data<uint8_t>()[i] = static_cast<uint8_t>(rng.between(0, spec.max_code()));
+  for (int64_t i = 0; i < scale.numel(); ++i) {
+    scale.data<float>()[i] = static_cast<float>(rng.between(1, 64)) / 1024.0f;
+    zero.data<float>()[i] = spec.symmetric ? static_cast<float>(1 << (spec.bits - 1))
+                                           : static_cast<float>(rng.between(0, spec.max_code()));
+  }
+  Packed p;
+  p.cpu = pack_codes(codes, scale, zero, spec);
+  PackedInt raw = p.cpu;
+  raw.data = uploaded(p.cpu.data, d);
+  packed_on(raw.data).packed_arrange(p.device, raw);
+  return p;
+}
+
+// Every width, groups of every unit, matrices that fill no panel.
+template <class F> void for_packed(F&& body) {
+  on_devices(1, [&](Rng& rng, Device d) {
+    for (const int bits : {2, 3, 4, 8})
+      for (const int64_t group : {0, 32, 64, 128, 256}) {
+        const bool symmetric = rng.coin();
+        const int64_t step = group > 0 ? 32 : 1;
+        const int64_t cols = rng.between(1, 20) * (group > 0 ? 32 : 8) + (step == 1 ? 4 : 0);
+        const int64_t rows = rng.between(1, 90);
+        CAPTURE(bits);
+        CAPTURE(group);
+        CAPTURE(symmetric);
+        CAPTURE(rows);
+        CAPTURE(cols);
+        body(rng, d, rows, cols,
+             GroupSpec{.bits = bits, .group_size = group, .symmetric = symmetric});
+      }
+  });
+}
+
+QuantizedRows codes_of(const Tensor& x, RowQuant s, Device d) {
+  QuantizedRows q{.codes = {}, .grid = {}, .spec = s, .cols = x.shape().back(), .paired = false};
+  Shape grid = x.shape();
+  grid[grid.n - 1] = 2;
+  q.codes = Tensor::empty(x.shape(), DType::U8, d);
+  q.grid = Tensor::empty(grid, DType::F32, d);
+  packed_on(q.grid).quantize_rows(q, uploaded(x, d));
+  return q;
+}
+
+}  // namespace
+
+TEST_CASE("devices: packed weights unpack to the CPU's numbers") {
+  for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
+    const Packed w = random_packed(rng, rows, cols, spec, d);
+    REQUIRE(w.device.data.defined());
+    Tensor want = floats({rows, cols}), got = floats({rows, cols}, d);
+    cpu::packed_dequantize(want, w.cpu);
+    packed_on(got).packed_dequantize(got, w.device);
+    CHECK(bit_equal(got, want));
+    std::vector<int32_t> chosen;
+    for (int i = 0; i < 5; ++i) chosen.push_back(static_cast<int32_t>(rng.between(0, rows - 1)));
+    const Tensor ids = Tensor::from<int32_t>(chosen, {5});
+    Tensor want_rows = floats({5, cols}), got_rows = floats({5, cols}, d);
+    cpu::packed_embedding(want_rows, w.cpu, ids);
+    packed_on(got_rows).packed_embedding(got_rows, w.device, uploaded(ids, d));
+    CHECK(bit_equal(got_rows, want_rows));
+  });
+}
+
+TEST_CASE("devices: groups that fall into no unit are left to dense weights") {
+  on_devices(1, [](Rng& rng, Device d) {
+    const Packed w = random_packed(rng, 16, 96, {.bits = 4, .group_size = 48}, d);
+    CHECK(w.device.data.defined() == (d.type == DeviceType::CPU));
+  });
+}
+
+TEST_CASE("devices: products with packed weights, few rows and many") {
+  for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
+    const Packed w = random_packed(rng, rows, cols, spec, d);
+    for (const int64_t m : {1, 3, 8, 11, 40}) {
+      CAPTURE(m);
+      const Tensor x = random_tensor(rng, {m, cols}, DType::F32, -2, 2);
+      Tensor want = floats({m, rows}), dense = floats({rows, cols});
+      cpu::packed_dequantize(dense, w.cpu);
+      cpu::dense_matmul(want, x, dense);
+      Guarded got({m, rows}, DType::F32, d);
+      packed_on(got.tensor).packed_matmul(got.tensor, uploaded(x, d), w.device);
+      CHECK(close(got.tensor, want, kRounded));
+      CHECK(got.untouched());
+    }
+  });
+}
+
+TEST_CASE("devices: products of codes with codes") {
+  for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
+    const Packed w = random_packed(rng, rows, cols, spec, d);
+    for (const int bits : {4, 8})
+      for (const int64_t m : {1, 5, 33}) {
+        CAPTURE(m);
+        const Tensor x = random_tensor(rng, {m, cols}, DType::F32, -2, 3);
+        const QuantizedRows want_x = codes_of(x, {.bits = bits}, {}),
+                            got_x = codes_of(x, {.bits = bits}, d);
+        CHECK(bit_equal(got_x.codes, want_x.codes));
+        CHECK(bit_equal(got_x.grid, want_x.grid));
+        Tensor want = floats({m, rows}), got = floats({m, rows}, d);
+        cpu::packed_matmul_rows(want, want_x, w.cpu);
+        packed_on(got).packed_matmul_rows(got, got_x, w.device);
+        // Whole numbers are exact in 16 bits; scaled weights of a group are rounded for many rows.
+        CHECK(close(got, want, m > 16 ? kRounded : 1e-11));
+      }
+  });
+}
+
+TEST_CASE("devices: products with dense weights of every type") {
+  on_devices(4, [](Rng& rng, Device d) {
+    for (const DType type : {DType::F32, DType::F16, DType::BF16})
+      for (const int64_t m : {1, 4, 8, 20}) {
+        const int64_t cols = rng.between(1, 40) * (rng.coin() ? 8 : 1), rows = rng.between(1, 70);
+        CAPTURE(cols);
+        CAPTURE(rows);
+        const Tensor x = random_tensor(rng, {m, cols}, DType::F32, -2, 2);
+        const Tensor w = random_tensor(rng, {rows, cols}, type, -1, 1);
+        Tensor want = floats({m, rows});
+        cpu::dense_matmul(want, x, w);
+        Guarded got({m, rows}, DType::F32, d);
+        packed_on(got.tensor).dense_matmul(got.tensor, uploaded(x, d), uploaded(w, d));
+        CHECK(close(got.tensor, want, m > 16 && type != DType::F32 ? kRounded : 1e-11));
+        CHECK(got.untouched());
+      }
+  });
+}
+
+TEST_CASE("devices: rows become codes and come back as on the CPU") {
+  on_devices(6, [](Rng& rng, Device d) {
+    for (const int bits : {2, 4, 7, 8}) {
+      const int64_t cols = rng.between(1, 200);
+      Tensor x = random_tensor(rng, {3, 2, cols}, DType::F32, -3, 2);
+      if (rng.coin()) x.data<float>()[cols] = INFINITY;
+      for (const bool paired : {false, true}) {
+        if (paired && bits > 4) continue;
+        const auto rows_on = [&](Device where) {
+          QuantizedRows q{
+              .codes = {}, .grid = {}, .spec = {.bits = bits}, .cols = cols, .paired = paired};
+          q.codes = Tensor::empty({3, 2, q.code_bytes()}, DType::U8, where);
+          q.grid = Tensor::empty({3, 2, 2}, DType::F32, where);
+          packed_on(q.grid).quantize_rows(q, uploaded(x, where));
+          return q;
+        };
+        const QuantizedRows want = rows_on({}), got = rows_on(d);
+        CHECK(bit_equal(got.codes, want.codes));
+        Tensor back_want = floats(x.shape()), back_got = floats(x.shape(), d);
+        cpu::dequantize_rows(back_want, want);
+        packed_on(back_got).dequantize_rows(back_got, got);
+        for (int64_t i = 0; i < x.numel(); ++i) {
+          const double a = values(back_want)[static_cast<size_t>(i)],
+                       b = values(back_got)[static_cast<size_t>(i)];
+          if (!(a == b || (std::isnan(a) && std::isnan(b)))) FAIL("element " << i);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("devices: stages of decoding are the products they are made of") {
+  on_devices(3, [](Rng& rng, Device d) {
+    const DecodeKernels* kernels = decode_kernels(d);
+    if (!kernels) return;
+    const int64_t K = 32 * rng.between(1, 9);
+    const auto vector = [&](int64_t n, double lo, double hi) {
+      return random_tensor(rng, {n}, DType::F32, lo, hi);
+    };
+    for (const bool packed : {true, false})
+      for (const bool quantised : {false, true})
+        for (const RowOutput output : {RowOutput::Store, RowOutput::Add, RowOutput::SiluMul}) {
+          CAPTURE(packed);
+          CAPTURE(quantised);
+          CAPTURE(static_cast<int>(output));
+          const int64_t m = rng.between(1, 8), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
+          const size_t count = output == RowOutput::Store ? 3 : output == RowOutput::Add ? 1 : 2;
+          std::vector<RowMatrix> cpu, gpu;
+          int64_t columns = 0;
+          for (size_t i = 0; i < count; ++i) {
+            const int64_t rows = output == RowOutput::Store ? n + 16 * static_cast<int64_t>(i) : n;
+            const Tensor bias = rng.coin() ? vector(rows, -1, 1) : Tensor{};
+            RowMatrix a{Tensor{}, bias}, b{Tensor{}, bias.defined() ? uploaded(bias, d) : Tensor{}};
+            if (packed) {
+              const Packed w = random_packed(rng, rows, K, {.bits = 4, .group_size = 32}, d);
+              a.weight = w.cpu, b.weight = w.device;
+            } else {
+              const Tensor w = random_tensor(rng, {rows, K}, DType::F16, -1, 1);
+              a.weight = w, b.weight = uploaded(w, d);
+            }
+            cpu.push_back(a), gpu.push_back(b);
+            columns += rows;
+          }
+          if (output == RowOutput::SiluMul) columns = n;
+          const Tensor x = random_tensor(rng, {m, K}, DType::F32, -2, 2),
+                       gain = vector(K, 0.5, 1.5), shift = vector(K, -0.2, 0.2),
+                       before = random_tensor(rng, {m, columns}, DType::F32, -1, 1);
+          const std::optional<RowQuant> quant =
+              quantised ? std::optional(RowQuant{.bits = 8}) : std::nullopt;
+          Tensor normed = floats(x.shape()), want = converted(before, DType::F32);
+          cpu::rms_norm(normed, x, gain, shift, 1e-5);
+          RowProducts reference(cpu, output, quant);
+          for (int64_t i = 0; i < m; ++i)
+            reference(normed.alias({1, K}, {K, 1}, i * K), want.data<float>() + i * columns);
+          Tensor got = uploaded(before, d);
+          kernels->products(got,
+                            {.x = uploaded(x, d),
+                             .gain = uploaded(gain, d),
+                             .shift = uploaded(shift, d),
+                             .eps = 1e-5,
+                             .quant = quant},
+                            gpu, output);
+          // A code at a rounding boundary may fall the other way: 1/255 of a value in one place.
+          CHECK(close(got, want, quantised ? 1e-5 : kRounded));
+        }
+  });
+}
+
+}  // namespace omq
