@@ -1,6 +1,5 @@
 // One query head of one new token against its cache, by a block: what decode_attention.cu launches
-// over heads, splits and sequences, and the kernel of a whole token calls between its barriers. q,
-// k and v are read past the L1 cache: in that kernel others have just written them.
+// over heads, splits and sequences.
 #pragma once
 
 #include "cuda/packed_kernels.cuh"
@@ -30,8 +29,8 @@ struct AttentionArgs {
 };
 
 // One head by one warp: out[d] in shared memory.
-__device__ inline void prepare_head(float* out, const float* x, const HeadForm& f, const AttentionArgs& a,
-                             int position, int lane) {
+__device__ inline void prepare_head(float* out, const float* x, const HeadForm& f,
+                                    const AttentionArgs& a, int position, int lane) {
   const int d = a.dim;
   float r = 1;
   if (f.gain) {

@@ -120,7 +120,7 @@ namespace omq {
 
 const DecodeKernels* cuda_decode_kernels() {
   static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::decode_greedy,
-                                   cuda::decode_token, cuda::unsupported};
+                                   cuda::unsupported};
   return &table;
 }
 

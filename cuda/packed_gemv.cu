@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_panels(const GemvArgs& a, const float* par
 }
 
 template <int kBits, int kUnit>
-__global__ void __launch_bounds__(kGemvThreads, 2)
+__global__ void __launch_bounds__(kGemvThreads, 1)
     packed_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit);
   extern __shared__ __align__(128) char shared[];

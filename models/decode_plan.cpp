@@ -80,6 +80,5 @@ void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
 }
 
 std::span<const float> DecodePlan::logits() { return impl_->logits(); }
-const char* DecodePlan::form() const { return impl_->form(); }
 
 }  // namespace omq

@@ -37,8 +37,6 @@ class DecodePlan {
   void step(int32_t token, std::vector<nn::KVCache>& caches);
   // Of the token after the last step: [V], valid until the next call.
   std::span<const float> logits();
-  // How a step is run, known after the first: "stages", or "one kernel".
-  const char* form() const;
 
   struct Impl;
 

@@ -42,7 +42,6 @@ struct CpuPlan final : DecodePlan::Impl {
   CpuPlan(const Model& m, int64_t capacity);
   void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  const char* form() const override { return "stages"; }
   void embed(int32_t token);
   void attend(const nn::Attention& a, nn::KVCache& cache);
   void layer(Layer& l, nn::KVCache& cache);

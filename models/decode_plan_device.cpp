@@ -1,5 +1,5 @@
-// The DecodePlan of a GPU: the stages of tensor/decode_kernels.h, or all of them as one kernel,
-// recorded once for the caches at hand and replayed for every token.
+// The DecodePlan of a GPU: the stages of tensor/decode_kernels.h, recorded once for the caches at
+// hand and replayed for every token.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -38,7 +38,6 @@ class DevicePlan final : public DecodePlan::Impl {
   DevicePlan(const Model& model, int64_t capacity);
   void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  const char* form() const override { return token_ ? "one kernel" : "stages"; }
 
  private:
   void bind(std::vector<nn::KVCache>& caches);
@@ -60,8 +59,6 @@ class DevicePlan final : public DecodePlan::Impl {
   Tensor host_;                                // logits, page-locked
   std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
   const void* bound_memory_ = nullptr;
-  std::vector<DecodeLayer> stages_;     // of bound_
-  std::unique_ptr<DecodeToken> token_;  // the same as one kernel, where there is one
   std::optional<StepGraph> graph_;
 };
 
@@ -120,23 +117,6 @@ void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
   if (bound_ == &caches && bound_memory_ == keys.raw()) return;
   bound_ = &caches;
   bound_memory_ = keys.raw();
-  graph_.reset();
-  stages_.clear();
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& l = layers_[i];
-    const LlamaBlock& b = *l.block;
-    DecodeLayer d;
-    d.qkv_input = behind(b.input_layernorm, l.qkv);
-    d.o_input = {.x = attended_, .quant = l.o.quant};
-    d.gate_up_input = behind(b.post_attention_layernorm, l.gate_up);
-    d.down_input = {.x = gated_, .quant = l.down.quant};
-    d.qkv = l.qkv.matrices, d.o = l.o.matrices;
-    d.gate_up = l.gate_up.matrices, d.down = l.down.matrices;
-    d.attention = attention(b.self_attn, caches[i]);
-    d.x = x_, d.gated = gated_;
-    stages_.push_back(std::move(d));
-  }
-  token_ = kernels_.token(stages_);
   graph_.emplace(device_, [this] { run(); });
 }
 
@@ -147,16 +127,15 @@ void DevicePlan::run() {
                                    id_);
   else
     on(x_).embedding(x_, std::get<Tensor>(table), id_);
-  if (token_) {
-    token_->run();
-  } else {
-    for (const DecodeLayer& l : stages_) {
-      kernels_.products(qkv_, l.qkv_input, l.qkv, RowOutput::Store);
-      kernels_.attention(l.attention);
-      kernels_.products(x_, l.o_input, l.o, RowOutput::Add);
-      kernels_.products(gated_, l.gate_up_input, l.gate_up, RowOutput::SiluMul);
-      kernels_.products(x_, l.down_input, l.down, RowOutput::Add);
-    }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& l = layers_[i];
+    const LlamaBlock& b = *l.block;
+    kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store);
+    kernels_.attention(attention(b.self_attn, (*bound_)[i]));
+    kernels_.products(x_, {.x = attended_, .quant = l.o.quant}, l.o.matrices, RowOutput::Add);
+    kernels_.products(gated_, behind(b.post_attention_layernorm, l.gate_up), l.gate_up.matrices,
+                      RowOutput::SiluMul);
+    kernels_.products(x_, {.x = gated_, .quant = l.down.quant}, l.down.matrices, RowOutput::Add);
   }
   kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store);
 }

@@ -16,7 +16,6 @@ struct DecodePlan::Impl {
   // The token, which stands at position `at`, is known and the caches have room.
   virtual void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
   virtual std::span<const float> logits() = 0;
-  virtual const char* form() const = 0;
 };
 
 std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity);

@@ -8,10 +8,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <span>
-#include <vector>
 
 #include "tensor/row_products.h"
 
@@ -44,20 +42,6 @@ struct DecodeAttentionStage {
 // How many parts a cache of `capacity` tokens is read in.
 inline constexpr int64_t kDecodeSplitTokens = 32;  // at least so many in each
 
-// One layer's five stages, in buffers that all layers may share.
-struct DecodeLayer {
-  DecodeInput qkv_input, o_input, gate_up_input, down_input;
-  std::vector<RowMatrix> qkv, o, gate_up, down;
-  DecodeAttentionStage attention;  // writes what o_input reads
-  Tensor x, gated;                 // F32 [rows, D], which o and down add to; F32 [rows, F]
-};
-
-// All layers as one kernel.
-struct DecodeToken {
-  virtual ~DecodeToken() = default;
-  virtual void run() = 0;  // one token, from x to x
-};
-
 struct DecodeKernels {
   // y: F32; Store: [rows, Σ N]; Add, SiluMul: [rows, N]. Matrices of one form share a launch.
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
@@ -65,9 +49,6 @@ struct DecodeKernels {
   void (*attention)(const DecodeAttentionStage& s);
   // id [rows] = the first largest of logits [rows, V]; position += 1. NaN logits give −1.
   void (*greedy)(Tensor& id, Tensor& position, const Tensor& logits);
-  // The layers as one kernel; null where they do not fit it (their stages run them then). Shares
-  // the tensors of the layers, which are of one sequence.
-  std::unique_ptr<DecodeToken> (*token)(std::span<const DecodeLayer> layers);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
 };

@@ -1,7 +1,7 @@
 // The recipe that did best for such bits on docs/methods.md: a choice among the others, whose name
 // and line the recipe carries. Weights of two and three bits learn themselves; activations of few
-// bits want rotations behind the norms and codes solved for what is left (measured at W4A4). Weights
-// alone at four bits and more were not compared: learned clipping.
+// bits want rotations behind the norms and codes solved for what is left (measured at W4A4).
+// Weights alone at four bits and more were not compared: learned clipping.
 #include "quant/compose.h"
 
 namespace omq::quant {
