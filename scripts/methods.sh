@@ -50,7 +50,7 @@ device=("$@")
   row 110 --method quarot --wbits 4 --abits 4
   row 'quarot' --method quarot --rotate norms --wbits 4 --abits 4
   row 'quarot' --method quarot --rotate norms --clip lwc --train clip --wbits 4 --abits 4
-  row 'quarot' --method best --wbits 4 --abits 4
+  row 'quarot' --method quarot --rotate norms --round gptq --wbits 4 --abits 4
   row 'quarot' --method quarot --round gptq --wbits 4 --abits 4
   row 'quarot' --method quarot --clip lwc --train clip --wbits 4 --abits 4
   row 'quarot' --method flatquant --wbits 4 --abits 4

@@ -399,7 +399,8 @@ int quantize_checkpoint(const cli::Args& args) {
   for (const std::string& item : o.eval)
     read_file(item.substr(4));  // a missing text must not cost a whole run
   if (o.method == "best")
-    fmt::print(stderr, "best for {}: {} ({})\n", recipe.spec.to_string(), recipe.title,
+    fmt::print(stderr, "best for {}: {}{} ({})\n", recipe.spec.to_string(), recipe.title,
+               recipe.rotation && recipe.rotation->norms ? " --rotate norms" : "",
                recipe.line.to_string());
   fmt::print(stderr, "{} {} of {} ({}) on {}\n", recipe.title, recipe.spec.to_string(),
              o.model.string(), reader->container(), cli::device_text(o.device));

@@ -1,6 +1,6 @@
 // omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one), its
-// fields, and beside them GB/s and the share of the machine's read bandwidth, which bounds the
-// decoding of one sequence.
+// fields, and beside them GB/s and the share of the machine's read bandwidth (on a GPU: of what a
+// copy inside it moves), which bounds the decoding of one sequence.
 //
 // Bandwidth is measured in turn with the test, once a repetition, because shared machines drift;
 // the share is the median of one over the median of the other.
@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cmath>
 #include <ctime>
+#include <functional>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -17,6 +19,7 @@
 #include "tensor/bandwidth.h"
 #include "tensor/isa.h"
 #include "tensor/parallel.h"
+#include "tools/device_option.h"
 #include "tools/run_common.h"
 
 namespace omq::run {
@@ -51,9 +54,7 @@ bool parse(const cli::Args& args, Options& o) {
   app.add_option("-o,--output", o.output, "md (default), json, jsonl or csv")->type_name("FORM");
   app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
       ->type_name("N");
-  app.add_option("--device", o.model.device, "cpu or auto (default)")->type_name("DEVICE");
-  app.add_option("--gpu-layers", o.model.gpu_layers,
-                 "-ngl of llama.cpp: 0 is all that this build can do");
+  add_device_options(app, o.model);
   app.add_option("--isa", o.model.isa,
                  "instruction set of the packed kernels: avx512, avx2, scalar");
   app.add_flag("--no-warmup", o.no_warmup, "do not run each test once before measuring");
@@ -112,19 +113,32 @@ class Tokens {
   Xoshiro256 random_;
 };
 
-double run_once(const Model& model, const Test& test, int64_t batch) {
+// What a test uses again in every repetition.
+struct Prepared {
+  std::vector<nn::KVCache> caches;
+  std::optional<DecodePlan> plan;
+  Prepared(const Model& model, const Test& test) : caches(model.new_caches(1, test.tokens())) {
+    if (test.prompt == 0 && DecodePlan::supports(model)) plan.emplace(model, test.tokens());
+  }
+};
+
+// Seconds of `test`, whose tokens are at most those that `p` was made for.
+double run_once(const Model& model, Prepared& p, const Test& test, int64_t batch) {
   const NoGrad off;
   Tokens tokens(model.config().vocab_size);
-  auto caches = model.new_caches(1, test.tokens());
-  std::optional<DecodePlan> plan;
-  if (test.prompt == 0 && DecodePlan::supports(model)) plan.emplace(model, test.tokens());
+  std::vector<nn::KVCache>& caches = p.caches;
+  for (nn::KVCache& cache : caches) cache.truncate(0);
   const auto start = Clock::now();
-  if (plan) {
-    for (int64_t at = 0; at < test.tokens(); ++at) {
-      plan->step(tokens.next_id(), caches);
-      plan->logits();
-    }
+  const auto seconds = [&] {
+    device_api(model.device()).sync(model.device().index);
     return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  if (p.plan) {
+    for (int64_t at = 0; at < test.tokens(); ++at) {
+      p.plan->step(tokens.next_id(), caches);
+      p.plan->logits();
+    }
+    return seconds();
   }
   const int64_t step = test.prompt > 0 ? batch : 1;
   for (int64_t at = 0; at < test.tokens(); at += step) {
@@ -135,22 +149,45 @@ double run_once(const Model& model, const Test& test, int64_t batch) {
       model.logits(
           hidden.alias({1, hidden.dim(2)}, {hidden.stride(1), 1}, (n - 1) * hidden.stride(1)));
   }
-  return std::chrono::duration<double>(Clock::now() - start).count();
+  return seconds();
 }
 
-Samples measure(const Model& model, const Test& test, const Options& o, ReadBandwidth* bandwidth) {
+using Bandwidth = std::function<double()>;  // bytes/s, measured anew
+
+// Of a copy inside a GPU, larger than its caches: what is read and what is written.
+double copy_rate(Device device) {
+  constexpr int64_t kBytes = int64_t{256} << 20;
+  constexpr int kCopies = 8;
+  const Tensor from = Tensor::zeros({kBytes}, DType::U8, device),
+               to = Tensor::zeros({kBytes}, DType::U8, device);
+  const DeviceApi& api = device_api(device);
+  api.sync(device.index);
+  const auto start = Clock::now();
+  for (int i = 0; i < kCopies; ++i) api.copy(to.raw(), device, from.raw(), device, kBytes);
+  api.sync(device.index);
+  return 2.0 * kCopies * kBytes / std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+Bandwidth bandwidth_of(Device device) {
+  if (device.type != DeviceType::CPU) return [device] { return copy_rate(device); };
+  return [read = std::make_shared<ReadBandwidth>()] { return read->pass(); };
+}
+
+Samples measure(const Model& model, const Test& test, const Options& o,
+                const Bandwidth& bandwidth) {
   Samples s;
   set_num_threads(test.threads);
+  Prepared prepared(model, test);
   if (!o.no_warmup) {
     run_once(
-        model,
+        model, prepared,
         {.prompt = test.prompt, .gen = std::min<int64_t>(test.gen, 4), .threads = test.threads},
         o.batch);
-    if (bandwidth) bandwidth->pass();
+    if (bandwidth) bandwidth();
   }
   for (int i = 0; i < o.repetitions; ++i) {
-    s.seconds.push_back(run_once(model, test, o.batch));
-    if (bandwidth) s.bandwidth.push_back(bandwidth->pass());
+    s.seconds.push_back(run_once(model, prepared, test, o.batch));
+    if (bandwidth) s.bandwidth.push_back(bandwidth());
   }
   return s;
 }
@@ -168,10 +205,12 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
     ns.push_back(seconds * 1e9);
   }
   const nn::CacheQuant kept = cache_quant(m.model->config());
+  const bool gpu = m.model->device().type != DeviceType::CPU;
   json j = {{"build_version", OMQ_VERSION},
             {"cpu_info", cli::cpu_name()},
-            {"backends", "CPU"},
-            {"kernels", packed_isa_name()},
+            {"backends", gpu ? "CUDA" : "CPU"},
+            {"device", cli::device_text(m.model->device())},
+            {"kernels", gpu ? "cuda" : packed_isa_name()},
             {"model_filename", m.reader->path().string()},
             {"model_type", model_name(m)},
             {"model_size", m.size.bytes},
@@ -179,9 +218,9 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"bits_per_weight", m.size.bits_per_weight()},
             {"n_batch", o.batch},
             {"n_threads", test.threads},
-            {"type_k", cache_type(kept.k)},
-            {"type_v", cache_type(kept.v)},
-            {"n_gpu_layers", 0},
+            {"type_k", gpu ? "f16" : cache_type(kept.k)},
+            {"type_v", gpu ? "f16" : cache_type(kept.v)},
+            {"n_gpu_layers", gpu ? m.model->config().num_layers : 0},
             {"n_prompt", test.prompt},
             {"n_gen", test.gen},
             {"test_time", time},
@@ -288,8 +327,8 @@ int bench(const cli::Args& args) {
   const std::vector<Test> tests = tests_of(o);
   int64_t context = 0;
   for (const Test& t : tests) context = std::max(context, t.tokens());
-  std::unique_ptr<ReadBandwidth> bandwidth;
-  if (!o.no_bandwidth) bandwidth = std::make_unique<ReadBandwidth>();
+  Bandwidth bandwidth;
+  if (!o.no_bandwidth) bandwidth = bandwidth_of(device_of(o.model));
   bool first = true;
   const std::string models = o.model.model + ",";
   for (size_t at = 0, comma; (comma = models.find(',', at)) != models.npos; at = comma + 1) {
@@ -298,7 +337,7 @@ int bench(const cli::Args& args) {
     const OpenModel m = open_model(o.model, context);
     for (const Test& test : tests) {
       const std::string time = utc_now();
-      const Samples samples = measure(*m.model, test, o, test.gen > 0 ? bandwidth.get() : nullptr);
+      const Samples samples = measure(*m.model, test, o, test.gen > 0 ? bandwidth : Bandwidth{});
       show(row(m, o, test, samples, time), test.name(), o.output, first);
       first = false;
     }

@@ -27,6 +27,15 @@ const cli::Aliases kAliases = {
 
 // ---- the model ----
 
+void add_device_options(CLI::App& app, ModelOptions& o) {
+  app.add_option("--device", o.device,
+                 "cpu, cuda, cuda:N or auto (default: a GPU that this build can use, else the CPU)")
+      ->type_name("DEVICE");
+  app.add_option("--gpu-layers", o.gpu_layers,
+                 "-ngl of llama.cpp: 0 is --device cpu, more is --device cuda (all layers)")
+      ->type_name("N");
+}
+
 void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-m,--model,model", o.model,
@@ -35,12 +44,7 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
       ->type_name("MODEL");
   app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
       ->type_name("N");
-  app.add_option("--device", o.device,
-                 "cpu, cuda, cuda:N or auto (default: a GPU that this build can use, else the CPU)")
-      ->type_name("DEVICE");
-  app.add_option("--gpu-layers", o.gpu_layers,
-                 "-ngl of llama.cpp: 0 is --device cpu, more is --device cuda (all layers)")
-      ->type_name("N");
+  add_device_options(app, o);
   app.add_option("--isa", o.isa, "instruction set of the packed kernels: avx512, avx2, scalar")
       ->type_name("NAME");
   app.add_flag("-q,--quiet", o.quiet, "no notes about the model on stderr");
@@ -54,8 +58,15 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
       ->type_name("TYPE");
 }
 
+Device device_of(const ModelOptions& o) {
+  const bool named = o.device != "auto";
+  if (!named && o.gpu_layers == "0") return {};
+  return cli::device_from(!named && !o.gpu_layers.empty() ? "cuda" : o.device);
+}
+
 void apply(const ModelOptions& o) {
   using cli::UsageError;
+  device_of(o);  // what cannot be used is said before anything is read
   for (const std::string& type : {o.cache_k, o.cache_v})
     if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
   if (o.threads < 0 || o.threads > 1024)
@@ -68,12 +79,6 @@ void apply(const ModelOptions& o) {
       here += fmt::format("{}{}", here.empty() ? "" : ", ", name);
     throw UsageError(fmt::format("--isa {}: this machine runs {}", o.isa, here));
   }
-}
-
-Device device_of(const ModelOptions& o) {
-  const bool named = o.device != "auto";
-  if (!named && o.gpu_layers == "0") return {};
-  return cli::device_from(!named && !o.gpu_layers.empty() ? "cuda" : o.device);
 }
 
 namespace {

@@ -36,6 +36,10 @@ struct ModelOptions {
   std::string gpu_layers, cache_k = "f32", cache_v = "f32";
   bool quiet = false;
 };
+// What --device and -ngl ask for. Throws UsageError, or Error when that cannot be used.
+Device device_of(const ModelOptions& o);
+// Adds --device and -ngl.
+void add_device_options(CLI::App& app, ModelOptions& options);
 // Adds -m, -t, --device, --isa, -q and, with_context, -c and -ctk/-ctv.
 void add_model_options(CLI::App& app, ModelOptions& options, bool with_context = true);
 // Checks them and applies threads and instruction set. Throws UsageError.
@@ -48,10 +52,8 @@ struct OpenModel {
   ModelSize size;
   double seconds = 0;  // taken by loading
 };
-// context 0: the model's own, cut (and said so) where its key/value cache would not fit into free
-// memory.
-// What --device and -ngl ask for. Throws UsageError, or Error when that cannot be used.
-Device device_of(const ModelOptions& o);
+// On its device. context 0: the model's own, cut (and said so) where its key/value cache would not
+// fit into free memory.
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
 // "f32", or the bits of codes: "u4".

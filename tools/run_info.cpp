@@ -208,6 +208,8 @@ int info(const cli::Args& args) {
   app.add_flag("--sha256", hashes, "with the hashes of the files");
   if (!cli::parse(app, args, kAliases)) return 0;
   apply(options);
+  options.device = "cpu";  // where it is read; nothing is computed
+  options.gpu_layers.clear();
   options.quiet = true;
   const OpenModel m = open_model(options, 16);
   const json j = describe(m, hashes);

@@ -55,9 +55,10 @@ TEST_CASE("compose: best is one of the others, by bits") {
   CHECK(name("w2a16g64") == "efficientqat");
   CHECK(name("w3a16") == "efficientqat");
   CHECK(name("w4a16g128") == "omniquant");
-  CHECK(name("w4a4") == "quarot --round gptq");
-  CHECK(make_recipe("best", with({}, "w4a4")).rotation->norms);
-  CHECK(make_recipe("best", with({"", "mse", "nearest", ""}, "w4a4")).title == "quarot");
+  CHECK(name("w4a4") == "flatquant");
+  CHECK(name("w6a6") == "quarot --round gptq");
+  CHECK(make_recipe("best", with({}, "w6a6")).rotation->norms);
+  CHECK(make_recipe("best", with({"", "mse", "nearest", ""}, "w6a6")).title == "quarot");
   Options cache = with({}, "w2a16g64");
   cache.spec.k_bits = cache.spec.v_bits = 4;  // inputs of matrices stay as they are
   CHECK(make_recipe("best", cache).title == "efficientqat");

@@ -87,9 +87,8 @@ TEST_CASE("wrong usage: code 2, the flag named, the nearest one suggested") {
       {"generate -p hello", "required"},
       {"generate -m x -p a --temp hot", "--temp"},
       {"generate -m x -p a -f b", "excludes"},
-      {"generate -m x -p a --device cuda", "--device cuda: this build runs models on the CPU only"},
-      {"generate -m x -p a --device tpu", "--device tpu: there are cpu and auto"},
-      {"generate -m x -p a -ngl 99", "runs models on the CPU only"},
+      {"generate -m x -p a --device tpu", "--device tpu: cpu, cuda, cuda:N or auto wanted"},
+      {"generate -m x -p a --device cuda:x", "--device cuda:x: a number after cuda: wanted"},
       {"generate -m x -p a -ctk q8_0", "cache type q8_0: only f32 is there"},
       {"generate -m x -p a --isa z80", "--isa z80: this machine runs"},
       {"ppl -m x -f y --protocol wiki",
@@ -105,6 +104,13 @@ TEST_CASE("wrong usage: code 2, the flag named, the nearest one suggested") {
     CHECK(o.code == 2);
     CHECK(o.out.empty());
     CHECK(has(o.err, c.message));
+  }
+  // No machine has so many: one clear error in every build, before anything is read.
+  for (const char* gpu : {" --device cuda:100", " --device cuda:127 -ngl 99"}) {
+    const Outcome o = omq_run("generate -m nowhere -p a" + std::string(gpu));
+    CHECK(o.code == 1);
+    CHECK(has(o.err, "cuda:1"));
+    CHECK(!has(o.err, "nowhere"));
   }
   const Outcome range = omq_run("generate " + model() + " -p a --top-p 2");
   CHECK(range.code == 2);
