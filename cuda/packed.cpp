@@ -1,7 +1,7 @@
 // Products with packed and dense weights on a GPU: few rows go through the gemv kernels, which read
 // the weights as they are stored; many rows meet weights that were unpacked to F16 for the occasion
-// (4 bytes of traffic a weight against hundreds of multiplications). There x becomes F16 too, so that
-// a value beyond 65504 is lost; sums are F32 either way.
+// (4 bytes of traffic a weight against hundreds of multiplications). There x becomes F16 too, so
+// that a value beyond 65504 is lost; sums are F32 either way.
 #include "cuda/packed.h"
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 namespace omq::cuda {
 namespace {
 
-// The rows of x that one launch takes: those whose values fit, of four bytes (dense) or two (packed).
+// The rows of x that one launch takes: those whose values fit, of four bytes (dense) or two
+// (packed).
 int64_t rows_at_once(const RowMatrix& m, int64_t cols) {
   if (std::holds_alternative<PackedInt>(m.weight)) return packed_gemv_rows(cols);
   return dense_gemv_rows(cols);
