@@ -199,7 +199,7 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
     const auto kernel = packed_gemv_kernel<kBits, kUnit>;
     const size_t shared =
         static_cast<size_t>(kGemvWarps * ring_stages(kBits) * slot_bytes(kBits, kUnit) +
-                            a.in.rows * a.x_stride * 2 + a.per_round * part_bytes);
+                            a.in.rows * (a.x_stride + 8 * a.units) + a.per_round * part_bytes);
     check(shared <= info.shared_optin,
           "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
           a.in.rows, a.in.cols, shared, info.shared_optin);

@@ -112,6 +112,26 @@ TEST_CASE("devices: products with packed weights, few rows and many") {
   });
 }
 
+TEST_CASE("devices: several rows as wide as a large model's") {
+  on_devices(1, [](Rng& rng, Device d) {
+    for (const int bits : {2, 3, 4, 8}) {
+      CAPTURE(bits);
+      constexpr int64_t kRows = 16, kCols = 11008;
+      const Packed w = random_packed(rng, kRows, kCols, {.bits = bits, .group_size = 128}, d);
+      for (const int64_t m : {4, 5}) {
+        CAPTURE(m);
+        const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
+        Tensor want = floats({m, kRows}), dense = floats({kRows, kCols});
+        cpu::packed_dequantize(dense, w.cpu);
+        cpu::dense_matmul(want, x, dense);
+        Tensor got = floats({m, kRows}, d);
+        packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
+        CHECK(close(got, want, kRounded));
+      }
+    }
+  });
+}
+
 TEST_CASE("devices: products of codes with codes") {
   for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
     const Packed w = random_packed(rng, rows, cols, spec, d);
