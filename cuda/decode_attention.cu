@@ -39,55 +39,6 @@ __global__ void __launch_bounds__(kThreads)
                            static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
 }
 
-// ---- the largest logit ----
-
-constexpr int kPickThreads = 1024;
-
-struct Best {
-  float value;
-  int index;
-};
-struct Better {
-  __device__ Best operator()(Best a, Best b) const {
-    return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
-  }
-};
-
-__device__ Best best_of_block(Best best) {
-  __shared__ Best parts[kPickThreads / 32];
-  const auto fold = [&best] {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2)
-      best = Better{}(best, {__shfl_xor_sync(0xffffffffu, best.value, d),
-                             __shfl_xor_sync(0xffffffffu, best.index, d)});
-  };
-  fold();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = best;
-  __syncthreads();
-  best = parts[threadIdx.x % 32];
-  fold();
-  return best;
-}
-
-__global__ void __launch_bounds__(kPickThreads)
-    greedy_kernel(int32_t* id, int32_t* position, const float* logits, int vocabulary) {
-  let_next_start();
-  wait_for_previous();
-  const float* x = logits + static_cast<int64_t>(blockIdx.x) * vocabulary;
-  Best best{-INFINITY, vocabulary};
-  int broken = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < vocabulary; i += kPickThreads) {
-    const float v = x[i];
-    broken |= v != v;
-    best = Better{}(best, {v, i});
-  }
-  broken = __syncthreads_or(broken);
-  best = best_of_block(best);
-  if (threadIdx.x != 0) return;
-  id[blockIdx.x] = broken || best.index == vocabulary ? -1 : best.index;
-  if (blockIdx.x == 0) *position += 1;
-}
-
 }  // namespace
 
 // ---- launchers ----
@@ -139,13 +90,6 @@ void decode_attention(const DecodeAttentionStage& s) {
   if (a.dim <= 64) return run(decode_attention_kernel<H, 2>, decode_attention_kernel<float, 2>);
   if (a.dim <= 128) return run(decode_attention_kernel<H, 4>, decode_attention_kernel<float, 4>);
   run(decode_attention_kernel<H, 8>, decode_attention_kernel<float, 8>);
-}
-
-void decode_greedy(Tensor& id, Tensor& position, const Tensor& logits) {
-  prepare_shared(greedy_kernel, 0);
-  launch_chained("greedy", logits, greedy_kernel, static_cast<unsigned>(logits.dim(0)),
-                 kPickThreads, 0, id.data<int32_t>(), position.data<int32_t>(),
-                 logits.data<float>(), logits.dim(1));
 }
 
 }  // namespace omq::cuda

@@ -121,8 +121,7 @@ void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matric
 namespace omq {
 
 const DecodeKernels* cuda_decode_kernels() {
-  static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::decode_greedy,
-                                   cuda::unsupported};
+  static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::unsupported};
   return &table;
 }
 

@@ -29,7 +29,6 @@ inline int64_t row_count(const RowMatrix& m) {
 }
 
 void decode_attention(const DecodeAttentionStage& s);
-void decode_greedy(Tensor& id, Tensor& position, const Tensor& logits);
 
 // code − zero of every element, in the type of y [rows, cols].
 void codes_to_numbers(Tensor& y, const QuantizedRows& x);

@@ -47,8 +47,6 @@ struct DecodeKernels {
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
                    RowOutput output);
   void (*attention)(const DecodeAttentionStage& s);
-  // id [rows] = the first largest of logits [rows, V]; position += 1. NaN logits give −1.
-  void (*greedy)(Tensor& id, Tensor& position, const Tensor& logits);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
 };
