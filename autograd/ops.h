@@ -126,5 +126,7 @@ Tensor fake_quant_lwc_composed(const Tensor& x, const Tensor& u, const Tensor& l
 // Each row of x [..., N] on a grid of its own extremes (tensor/row_quant.h), which gradients reach.
 Tensor fake_quant_rows(const Tensor& x, RowQuant s);
 Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s);
+// The same with a share [1] of the range that gradients reach, in place of s.clip.
+Tensor fake_quant_rows(const Tensor& x, RowQuant s, const Tensor& share);
 
 }  // namespace omq

@@ -181,6 +181,13 @@ std::unique_ptr<LlamaBlock> load_block(const CheckpointReader& reader, int i, Lo
     nn::quantize_activations(*block, packed->activations.quant());
     for (const auto& [name, spec] : packed->online) load_online(reader, prefix, name, spec, *block);
     share_online(*block);
+    if (packed->activations.learned_clips)
+      for (auto& [name, layer] : block->linears()) {
+        const std::string stored = prefix + name + ".input_clip";
+        const double share = to(reader.get(stored, {1}), DType::F64).item<double>();
+        check(share > 0 && share <= 1, "{} = {}, above 0 and at most 1 wanted", stored, share);
+        layer->input_quant->clip = share;
+      }
   }
   return block;
 }

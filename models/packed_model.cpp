@@ -66,6 +66,7 @@ ActivationSpec read_activations(const json& j, const std::string& where) {
   return s;
 }
 
+constexpr const char* kLearnedClips = "learned_activation_clips";
 constexpr const char* kOnline = "online_transforms";
 
 OnlineSpec read_online(const json& j, const std::string& where) {
@@ -130,8 +131,8 @@ json PackedConfig::to_json() const {
   json j = matrix_json(weight);
   j["quant_method"] = "omq";
   // What runs otherwise than version 1 says, although its tensors look alike, is version 2.
-  const bool plain =
-      online.empty() && activations.activation_clip == 1 && activations.qkv_clip == 1;
+  const bool plain = online.empty() && activations.activation_clip == 1 &&
+                     activations.qkv_clip == 1 && !activations.learned_clips;
   j["omq_format"] = plain ? kVersion : kOnlineVersion;
   j["layout"] = "panel16";
   j["method"] = method;
@@ -139,6 +140,7 @@ json PackedConfig::to_json() const {
   j[kIncludeZero] = activations.include_zero;
   for (const auto& [key, field] : kClipKeys)
     if (activations.*field != 1) j[key] = activations.*field;
+  if (activations.learned_clips) j[kLearnedClips] = true;
   if (!plain) j[kOnline] = json::object();
   json rest = json::object();
   for (const auto& [module, spec] : exceptions) rest[module] = matrix_json(spec);
@@ -170,6 +172,11 @@ std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
   p.weight = read_matrix(j, where);
   if (j.contains("method") && j["method"].is_string()) p.method = j["method"].get<std::string>();
   p.activations = read_activations(j, where);
+  if (j.contains(kLearnedClips)) {
+    check(j[kLearnedClips].is_boolean(), "{}: {} is {}, true or false wanted", where, kLearnedClips,
+          j[kLearnedClips].dump());
+    p.activations.learned_clips = j[kLearnedClips].get<bool>() && p.activations.activation < 16;
+  }
   p.online = read_online_specs(j, where);
   if (j.contains("exceptions")) {
     check(j["exceptions"].is_object(), "{}: exceptions is not an object", where);

@@ -43,6 +43,8 @@ struct ActivationSpec {
   bool include_zero = true;    // of those ranges, as RowQuant
   // RowQuant::clip of matrices' inputs, and of q, k and v.
   double activation_clip = 1, qkv_clip = 1;
+  // In place of activation_clip each matrix has its own share, a tensor NAME.input_clip [1].
+  bool learned_clips = false;
   bool operator==(const ActivationSpec&) const = default;
   nn::ActivationQuant quant() const;
 };

@@ -26,8 +26,12 @@ namespace {
 
 Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
   const std::optional<RowQuant>& s = l.input_quant;
-  if (!l.is_packed())
-    return dense_linear(s ? x.simulated(*s) : x.tensor(), l.dense(), l.bias, write);
+  if (!l.is_packed()) {
+    const Tensor& in = !s                       ? x.tensor()
+                       : l.input_clip.defined() ? x.simulated(*s, l.input_clip)
+                                                : x.simulated(*s);
+    return dense_linear(in, l.dense(), l.bias, write);
+  }
   const auto& w = *std::get<std::shared_ptr<PackedWeight>>(l.weight);
   const Tensor y = s ? w.matmul(x.codes(*s)) : w.matmul(x.tensor());
   return l.bias.defined() ? add(y, l.bias) : y;
@@ -70,6 +74,7 @@ void Linear::visit(const VisitFn& v) {
   if (bias.defined()) v("bias", bias);
   if (online)
     online->visit([&](std::string_view name, Tensor& t) { v("online." + std::string(name), t); });
+  if (input_clip.defined()) v("input_clip", input_clip);
 }
 
 }  // namespace omq::nn

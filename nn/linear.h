@@ -25,6 +25,9 @@ struct Linear {
   // Every row of the input on its own grid: codes times codes where the weight is packed, simulated
   // (with gradients) where it is dense. None: the input as it is.
   std::optional<RowQuant> input_quant = {};
+  // A share [1] of each row's range that stands in for input_quant->clip while it learns. Beside a
+  // packed weight: the same number, for files.
+  Tensor input_clip = {};
 
   // [..., in] → [..., out]; `write` as in linear() of autograd/ops.h.
   Tensor operator()(const LinearInput& x, WriteAs write = WriteAs::Wide) const;
@@ -35,7 +38,7 @@ struct Linear {
   // The weight as a tensor. Throws Error when it is packed.
   const Tensor& dense() const;
   bool is_packed() const { return std::holds_alternative<std::shared_ptr<PackedWeight>>(weight); }
-  void visit(const VisitFn& v);  // weight (or packed), bias, online.left, online.right
+  void visit(const VisitFn& v);  // weight (or packed), bias, online.left, online.right, input_clip
 };
 
 // x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are

@@ -37,6 +37,14 @@ const Tensor& LinearInput::simulated(RowQuant s) const {
   return simulated_->value;
 }
 
+const Tensor& LinearInput::simulated(RowQuant s, const Tensor& share) const {
+  if (!share_.defined() || share_.raw() != share.raw()) {
+    clipped_ = fake_quant_rows(x_, s, share);
+    share_ = share;
+  }
+  return clipped_;
+}
+
 const LinearInput& LinearInput::transformed(const Kronecker& k) const {
   if (!by_ || !by_->same_as(k)) {
     transformed_ = std::make_shared<const LinearInput>(k(x_));

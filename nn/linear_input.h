@@ -25,6 +25,8 @@ class LinearInput {
   // first call, and again only when s changes.
   const QuantizedRows& codes(RowQuant s) const;
   const Tensor& simulated(RowQuant s) const;
+  // The latter with a share [1] of the range that learns (Linear::input_clip).
+  const Tensor& simulated(RowQuant s, const Tensor& share) const;
   // Its rows through k. Made at the first call, and again only for a k of other factors: those that
   // share one Storage are one.
   const LinearInput& transformed(const Kronecker& k) const;
@@ -37,6 +39,7 @@ class LinearInput {
   Tensor x_;
   mutable std::optional<Made<QuantizedRows>> codes_;
   mutable std::optional<Made<Tensor>> simulated_;
+  mutable Tensor share_, clipped_;  // the last such share, and what it gave
   mutable std::optional<Kronecker> by_;
   mutable std::shared_ptr<const LinearInput> transformed_;
 };

@@ -1,5 +1,6 @@
 // The recipe's pieces on one block: what is quantised while it learns, and what is committed.
 #include <algorithm>
+#include <cmath>
 
 #include "autograd/compute.h"
 #include "autograd/ops.h"
@@ -60,6 +61,7 @@ BlockMethod::BlockMethod(const Recipe& recipe, nn::Block& fp, const BlockStats& 
                           parameter(Tensor::full(gain.shape(), 1, gain.dtype(), gain.device()))});
       }
   }
+  if (plan.act_clips) start_act_clips(fp);
   const auto start = transformed(fp);
   for (const auto& [name, linear] : start->linears()) {
     const Tensor w = linear->dense();
@@ -82,6 +84,9 @@ void BlockMethod::each_group(
     if (plan.rounding)
       see(linears_[i], {.name = "rounding", .params = {offsets_[i]}, .names = {"offset"}});
   }
+  for (size_t i = 0; i < act_logits_.size(); ++i)
+    if (i == 0 || act_logits_[i].raw() != act_logits_[i - 1].raw())
+      see(linears_[i], {.name = "lac", .params = {act_logits_[i]}, .names = {"clip_logit"}});
   for (const Gain& g : gains_)
     see(g.norm, {.name = "norms", .params = {g.factor}, .names = {"gain"}});
 }
@@ -136,6 +141,52 @@ void BlockMethod::apply_gains(nn::Block& b) const {
   }
 }
 
+// From the share that is fixed elsewhere; the whole range as FlatQuant does, from σ(4).
+void BlockMethod::start_act_clips(nn::Block& fp) {
+  const double share = recipe_.spec.act_clip;
+  const double logit = share < 1 ? std::log(share / (1 - share)) : 4.0;
+  const std::vector<nn::Site> sites = fp.sites();
+  const auto read_alike = [&](const nn::Linear* a, const nn::Linear* b) {
+    return std::any_of(sites.begin(), sites.end(), [&](const nn::Site& s) {
+      const auto* norm = std::get_if<nn::NormToLinears>(&s);
+      const auto in = [&](const nn::Linear* l) {
+        return std::count(norm->consumers.begin(), norm->consumers.end(), l) > 0;
+      };
+      return norm && in(a) && in(b);
+    });
+  };
+  const nn::Linear* before = nullptr;
+  for (const auto& [name, linear] : fp.linears()) {
+    const Tensor& w = linear->dense();
+    const bool shared = before && read_alike(before, linear);
+    act_logits_.push_back(
+        shared ? act_logits_.back()
+               : parameter(Tensor::full({1}, logit, wide_dtype(w.dtype()), w.device())));
+    before = linear;
+  }
+}
+
+void BlockMethod::apply_act_clips(nn::Block& b) const {
+  const auto linears = b.linears();
+  Tensor share;
+  for (size_t i = 0; i < act_logits_.size(); ++i) {
+    if (i == 0 || act_logits_[i].raw() != act_logits_[i - 1].raw()) share = sigmoid(act_logits_[i]);
+    linears[i].linear->input_clip = share;
+  }
+}
+
+void BlockMethod::fix_act_clips(nn::Block& b) const {
+  const auto linears = b.linears();
+  for (size_t i = 0; i < act_logits_.size(); ++i) {
+    nn::Linear& l = *linears[i].linear;
+    const double share = to(l.input_clip.detach(), DType::F64).item<double>();
+    check(share > 0 && share <= 1, "{}: a share of {} of its input's range", linears[i].name,
+          share);
+    l.input_quant->clip = share;
+    l.input_clip = {};
+  }
+}
+
 std::unique_ptr<nn::Block> BlockMethod::transformed(const nn::Block& fp) const {
   auto block = fp.clone();
   for (const auto& t : transforms_) {
@@ -143,6 +194,7 @@ std::unique_ptr<nn::Block> BlockMethod::transformed(const nn::Block& fp) const {
     t->apply(*block);
   }
   quantize_activations(*block, recipe_.spec);
+  apply_act_clips(*block);
   return block;
 }
 
@@ -192,6 +244,9 @@ std::shared_ptr<nn::PackedWeight> BlockMethod::rounded(size_t linear, const Tens
 BlockMethod::Committed BlockMethod::round(const nn::Block& fp, const CommitData* data) const {
   Committed out{student(fp), nullptr};
   out.packed = out.simulated->clone();
+  fix_act_clips(*out.packed);
+  apply_act_clips(*out.packed);  // for the file
+  fix_act_clips(*out.simulated);
   const auto dense = out.simulated->linears(), packed = out.packed->linears();
   const auto store = [&](size_t i, const Tensor& hessian) {
     const auto weight = rounded(i, dense[i].linear->dense(), hessian);

@@ -55,6 +55,10 @@ class BlockMethod {
   // The matrix that is rounded on g: w, or with the offsets of learned rounding.
   Tensor with_offsets(size_t linear, const Tensor& w, const Grid& g) const;
   void apply_gains(nn::Block& b) const;
+  void start_act_clips(nn::Block& fp);
+  // The shares as they are now: tensors that learn, or numbers for good.
+  void apply_act_clips(nn::Block& b) const;
+  void fix_act_clips(nn::Block& b) const;
   std::shared_ptr<nn::PackedWeight> rounded(size_t linear, const Tensor& w,
                                             const Tensor& hessian) const;
   Committed round(const nn::Block& fp, const CommitData* data) const;
@@ -66,6 +70,8 @@ class BlockMethod {
   std::vector<std::unique_ptr<Clip>> clips_;  // in the order of Block::linears()
   std::vector<std::string> linears_;          // their names
   std::vector<Tensor> weights_;               // that learn, [out, in] of each linear; or empty
+  std::vector<Tensor> act_logits_;            // σ of them: RowQuant::clip, [1] of each linear
+                                              // (readers of one norm share it); or empty
   std::vector<Tensor> offsets_;               // of learned rounding, in steps; the same
   struct Gain {
     size_t site;  // in Block::sites()

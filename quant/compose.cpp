@@ -102,6 +102,14 @@ Recipe compose(const std::string& method, const Line& usual, const Options& o) {
   check_sense(line, method);
   Plan plan = plan_of(line, o);
   for (const auto& [group, rate] : o.rates) plan.train.lr[group] = rate;
+  if (o.learn_act_clip == 1) {
+    check(line.train == "clip" || line.train == "weights",
+          "--learn-act-clip: method {} has --train {}; add --train clip", method, line.train);
+    check(o.spec.activations().linear < 16,
+          "--learn-act-clip: inputs of matrices are not quantised; add --abits");
+    plan.train.act_clips = true;
+  }
+  if (o.learn_act_clip == 0) plan.train.act_clips = false;
   if (o.full_inputs >= 0) plan.train.full_inputs = o.full_inputs != 0;
   const bool augmented = plan.objective.wants_of_quant;
   GptqOptions solver{.act_order = o.act_order};

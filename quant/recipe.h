@@ -59,6 +59,7 @@ struct Options {
   uint64_t rotation_seed = 0;
   int rotate_norms = -1;  // behind each norm (1) or the residual stream (0); -1: the method's
   double act_clip = -1, qkv_clip = -1;  // QuantSpec's; below 0: the method's, mostly 1
+  int learn_act_clip = -1;              // TrainPlan's; -1: the method's
   int full_inputs = -1;                 // TrainPlan's; -1: the plan's
   Compute compute = Compute::F32;
 };
@@ -72,6 +73,7 @@ struct TrainPlan {
   // What learns. clips: what clips and transforms hold; weights: the matrices; norms: a factor for
   // each gain of the norms before linears; rounding: what is added to w/h before it is rounded.
   bool clips = true, weights = false, norms = false, rounding = false;
+  bool act_clips = false;  // shares of the ranges of matrices' inputs, from QuantSpec::act_clip
   bool after_rounding = false;  // norms alone, codes being fixed first
   RateShape rate_shape = RateShape::Constant;
   double last_rate = 0;       // share of the rates in the last step

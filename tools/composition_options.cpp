@@ -11,7 +11,7 @@ namespace {
 using cli::UsageError;
 
 // ParamGroup names (quant/block_method.cpp, clips and transforms).
-const std::vector<std::string> kGroups = {"lwc",   "let",     "kronecker", "grid",
+const std::vector<std::string> kGroups = {"lwc",   "let",     "kronecker", "lac",     "grid",
                                           "range", "weights", "norms",     "rounding"};
 
 }  // namespace
@@ -33,14 +33,14 @@ void add_composition_options(CLI::App& app, CompositionFlags& f) {
         "none; clip: what clip, transform and rounding learn; weights: these, weights and norms; "
         "norms, after rounding");
   app.add_option("--rate", f.rates,
-                 "learning rate of a group: lwc, let, kronecker, grid, range, weights, norms, "
+                 "learning rate of a group: lwc, lac, let, kronecker, grid, range, weights, norms, "
                  "rounding "
                  "(with --round learned all are for a whole run, divided by its steps)")
       ->type_name("GROUP=X")
       ->group(group);
   app.add_option("--train-inputs", f.inputs,
                  "what a block learns from: quantised, the outputs of the blocks before it "
-                 "(default), or full, those in full precision (flatquant's default)")
+                 "(default), or full, those in full precision (FlatQuant's paper)")
       ->type_name("WHICH")
       ->group(group);
   app.add_option("--damping", f.damping,

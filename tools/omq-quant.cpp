@@ -99,7 +99,8 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
                           .p = a.p,
                           .include_zero = !recipe.spec.official_range,
                           .activation_clip = recipe.spec.act_clip,
-                          .qkv_clip = recipe.spec.qkv_clip};
+                          .qkv_clip = recipe.spec.qkv_clip,
+                          .learned_clips = recipe.train.act_clips};
   e.packed.online = model.online();
   e.packed.untied = config.tie_word_embeddings && !model.tied();
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
@@ -173,6 +174,7 @@ json rates_json(const quant::Recipe& r) {
                                             {"grid", t.clips && r.line.clip == "free"},
                                             {"range", t.clips && r.line.clip == "scaled"},
                                             {"let", t.clips && r.let.has_value()},
+                                            {"lac", t.act_clips},
                                             {"kronecker", t.clips && r.kronecker.has_value()},
                                             {"weights", t.weights},
                                             {"norms", t.norms},
@@ -223,6 +225,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
   if (r.train.epochs > 0 && r.train.full_inputs) j["inputs"] = "full precision";
   if (r.spec.act_clip != 1) j["act_clip"] = r.spec.act_clip;
   if (r.spec.qkv_clip != 1) j["qkv_clip"] = r.spec.qkv_clip;
+  if (r.train.act_clips) j["learned_act_clips"] = true;
   if (r.train.epochs > 0) j["schedule"] = schedule_json(r.train);
   if (r.rounder->wants_hessian())
     j["solver"] = {

@@ -32,6 +32,11 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   option("--act-clip", f.act_clip, "X",
          "share of its range that a token's codes span at the input of matrices, above 0 to 1 "
          "(default 1; quarot 0.9)");
+  app.add_flag("--learn-act-clip", f.learn_act_clip,
+               "learn that share, one for each input of matrices; --act-clip is where it starts "
+               "(1: at 0.98; default with flatquant)")
+      ->group(group);
+  app.add_flag("--no-learn-act-clip", f.no_learn_act_clip, "leave it as it is")->group(group);
   option("--qkv-clip", f.qkv_clip, "X", "the same of q, k and v (default 1; quarot 0.95)");
   app.add_flag("--let", f.let, "learn the transformation (default when activations are quantised)")
       ->group(group);
@@ -97,6 +102,7 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
       throw UsageError(fmt::format("{}: above 0 and at most 1", name));
   o.act_clip = f.act_clip.value_or(-1);
   o.qkv_clip = f.qkv_clip.value_or(-1);
+  o.learn_act_clip = yes_or_no(f.learn_act_clip, f.no_learn_act_clip, "learn-act-clip");
   validate(o.spec);
   o.let = yes_or_no(f.let, f.no_let, "let");
   o.let_shift = yes_or_no(f.shift, f.no_shift, "let-shift");

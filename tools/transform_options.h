@@ -15,6 +15,7 @@ struct TransformFlags {
   std::optional<double> let_lr, alpha, act_clip, qkv_clip;
   std::optional<int64_t> rotation_seed;
   std::string rotate;
+  bool learn_act_clip = false, no_learn_act_clip = false;
   bool parity = false, untied = false, range = false, symmetric = false, signed_max = false,
        one_consumer = false;
 };

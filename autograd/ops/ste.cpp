@@ -179,13 +179,17 @@ struct RowsGrid {
   Tensor h, zero;  // [rows, 1]
 };
 
-// The grid of each row of x [rows, N] (tensor/row_quant.h); no gradient goes through zero.
-RowsGrid rows_grid(const Tensor& rows, RowQuant s) {
+// The grid of each row of x [rows, N] (tensor/row_quant.h); no gradient goes through zero. share:
+// undefined, or [1] in place of s.clip.
+RowsGrid rows_grid(const Tensor& rows, RowQuant s, const Tensor& share = {}) {
+  const auto clipped = [&](const Tensor& end) {
+    return share.defined() ? end * share : end * s.clip;
+  };
   const Range r = group_range(rows, {.include_zero = s.include_zero});
   const Tensor levels = Tensor::full({1, 1}, s.max_code(), rows.dtype(), rows.device());
   const double floor = s.include_zero ? 1e-30 : 1e-5, ceiling = s.include_zero ? 1e30 : 1e4;
-  const Tensor h = clamp((r.hi - r.lo) * s.clip / levels, floor, ceiling);
-  const Tensor z = -r.lo.detach() * s.clip / h.detach();
+  const Tensor h = clamp(clipped(r.hi - r.lo) / levels, floor, ceiling);
+  const Tensor z = -clipped(r.lo).detach() / h.detach();
   return {h, s.include_zero ? clamp(round(z), 0, s.max_code()) : round(clamp(z, -1e4, 1e4))};
 }
 
@@ -196,6 +200,14 @@ Tensor fake_quant_rows_composed(const Tensor& x, RowQuant s) {
   const RowsGrid g = rows_grid(rows, s);
   const GroupSpec spec{.bits = s.bits, .end_codes_learn = s.end_codes_learn};
   return reshape(fake_quant_composed(rows, g.h, g.zero, spec), x.shape());
+}
+
+Tensor fake_quant_rows(const Tensor& x, RowQuant s, const Tensor& share) {
+  check(share.numel() == 1, "fake_quant_rows: one share wanted, got {}", share.shape());
+  const Tensor rows = reshape(to(x, share.dtype()), {-1, x.dim(-1)});
+  const RowsGrid g = rows_grid(rows, s, share);
+  const GroupSpec spec{.bits = s.bits, .end_codes_learn = s.end_codes_learn};
+  return reshape(fake_quant(rows, g.h, g.zero, spec), x.shape());
 }
 
 Tensor fake_quant_rows(const Tensor& x, RowQuant s) {

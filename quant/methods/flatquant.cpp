@@ -1,7 +1,7 @@
 // FlatQuant (arXiv 2410.09426): learned affine transforms in front of every matrix, Kronecker
 // products where they have to stay in the running model (transform_kronecker.h), and learned clip
-// factors behind them. Ranges of activations are clipped at QuaRot's fixed shares; the paper learns
-// one a quantiser.
+// factors behind them. Shares of the ranges of matrices' inputs are learned, from QuaRot's fixed
+// one; those of q, k and v, which a cache has once for the whole model, stay there.
 #include <algorithm>
 
 #include "quant/compose.h"

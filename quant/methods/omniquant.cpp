@@ -29,6 +29,7 @@ Plan clip_plan(const Options& o) {
            .lr = {{"lwc", o.lwc_lr},
                   {"let", o.let_lr >= 0 ? o.let_lr : preset.let_lr},
                   {"kronecker", 5e-3},
+                  {"lac", o.lwc_lr},
                   {"grid", 1e-4},
                   {"range", 5e-3}},
            .weight_decay = o.weight_decay,

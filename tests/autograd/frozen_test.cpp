@@ -114,6 +114,9 @@ TEST_CASE("frozen rounding: gradients of quantised rows, and of rounding itself"
         check_frozen(
             [s](const std::vector<Tensor>& in) { return fake_quant_rows(in[0] * in[1], s); },
             {x, a});
+        check_frozen(
+            [s](const std::vector<Tensor>& in) { return fake_quant_rows(in[0], s, in[1]); },
+            {x, random_tensor(rng, {1}, DType::F64, 0.4, 1)});
         check_frozen([](const std::vector<Tensor>& in) { return square(round_ste(in[0] * 3.0)); },
                      {x});
       });

@@ -411,7 +411,13 @@ TEST_CASE("gradients of quantised rows equal the closed form") {
     CAPTURE(r.s.clip);
     CAPTURE(r.x.shape());
     CHECK(bit_equal(y, fake_quant_rows_composed(r.x, r.s)));
-    CHECK(close(backward(sum(y * r.upstream))[x], rows_closed_form(r.x, r.upstream, r.s), 1e-24));
+    const Tensor want = rows_closed_form(r.x, r.upstream, r.s);
+    CHECK(close(backward(sum(y * r.upstream))[x], want, 1e-24));
+    // The share as a tensor: the same codes, and the same gradient in x.
+    const Tensor share = parameter(Tensor::full({1}, r.s.clip, DType::F64));
+    const Tensor learned = fake_quant_rows(x, r.s, share);
+    CHECK(close(learned, y, 1e-24));
+    CHECK(close(backward(sum(learned * r.upstream))[x], want, 1e-24));
   });
 }
 

@@ -168,7 +168,7 @@ TEST_CASE("flatquant: it learns, packs what it simulates, and is better than its
                                                             }());
   CHECK(recipe.kronecker->query_key);
   CHECK(recipe.train.unit_loss);
-  CHECK(recipe.train.full_inputs);
+  CHECK_FALSE(recipe.train.full_inputs);
   const Run run(recipe), before(start);
   const NoGrad off;
   const Tensor x = normal_tensor(*std::make_unique<Rng>(9), {1, 12, kHidden}, DType::F32);
@@ -184,6 +184,47 @@ TEST_CASE("flatquant: it learns, packs what it simulates, and is better than its
   }
 }
 
+TEST_CASE("learned shares of activations: one a stage, and what is packed has them") {
+  Options o = w4a4(6);
+  CHECK_FALSE(make_recipe("omniquant", o).train.act_clips);
+  o.learn_act_clip = 0;
+  CHECK_FALSE(make_recipe("flatquant", o).train.act_clips);
+  o.learn_act_clip = 1;
+  const Recipe recipe = make_recipe("flatquant", o);
+  Rng rng(4);
+  LlamaBlock fp = random_block(rng);
+  const BlockMethod method(recipe, fp);
+  std::vector<std::string> names;
+  for (const Learnable& l : method.learnables())
+    if (l.name.ends_with("lac.clip_logit")) {
+      names.push_back(l.name.substr(0, l.name.find(".lac")));
+      CHECK(values(l.value)[0] == doctest::Approx(std::log(9.0)));  // σ of it: 0.9
+    }
+  CHECK(names == std::vector<std::string>{"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj",
+                                          "mlp.down_proj"});
+  const Run run(recipe);
+  const NoGrad off;
+  const Tensor x = normal_tensor(rng, {1, 12, kHidden}, DType::F32);
+  const nn::Positions at = nn::positions(0, 12, small_rope(12));
+  for (size_t i = 0; i < 2; ++i) {
+    CHECK(run.reports[i].packed_error < 1e-5);
+    LlamaBlock packed = run.packed_block(i), simulated = run.simulated_block(i);
+    for (size_t l = 0; l < 7; ++l) {
+      const nn::Linear &p = *packed.linears()[l].linear, &s = *simulated.linears()[l].linear;
+      CHECK(p.input_quant == s.input_quant);
+      CHECK(p.input_quant->clip != 0.9);
+      CHECK(values(p.input_clip)[0] == p.input_quant->clip);  // what the file will say
+      CHECK_FALSE(s.input_clip.defined());
+    }
+    CHECK(packed.self_attn.q_proj.input_quant == packed.self_attn.v_proj.input_quant);
+    CHECK(close(packed.forward(x, at), simulated.forward(x, at), 1e-6));
+  }
+  o.spec.abits = 16;
+  CHECK_THROWS_WITH_AS(make_recipe("flatquant", o), doctest::Contains("add --abits"), Error);
+  o.spec.abits = 4;
+  CHECK_THROWS_WITH_AS(make_recipe("rtn", o), doctest::Contains("add --train clip"), Error);
+}
+
 TEST_CASE("flatquant: what its options mean") {
   const auto spec = [](const char* bits) {
     Options o;
@@ -195,10 +236,12 @@ TEST_CASE("flatquant: what its options mean") {
   CHECK(spec("w4a16").spec.act_clip == 1);
   CHECK_FALSE(spec("w4a16").kronecker->query_key);
   CHECK(spec("w4a4").train.lr.at("lwc") == 5e-2);
+  CHECK(spec("w4a4").train.act_clips);
+  CHECK_FALSE(spec("w4a16").train.act_clips);
   Options o = w4a4(3);
-  o.full_inputs = 0;
+  o.full_inputs = 1;
   o.alpha = 0.5;
-  CHECK_FALSE(make_recipe("flatquant", o).train.full_inputs);
+  CHECK(make_recipe("flatquant", o).train.full_inputs);
   CHECK(make_recipe("flatquant", o).kronecker->alpha == 0.5);
   CHECK_FALSE(make_recipe("omniquant", w4a4(3)).train.full_inputs);
   // Weights alone, on quarot's rotated residual stream: there is nothing online in the way.

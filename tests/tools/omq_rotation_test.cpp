@@ -115,6 +115,40 @@ TEST_CASE("omq-quant: what is written of a rotation, and what reads it") {
   CHECK(run_program("omq-run", "info -m " + w.path("out")).code == 0);
 }
 
+TEST_CASE("omq-quant: learned transforms and learned shares of activations run as simulated") {
+  const Workshop w;
+  const Outcome o = w.quant(
+      w.quick(fmt::format("--force --method flatquant --abits 4 --batch-size 1 --train-inputs full "
+                          "--eval ppl:{} sim:{} --eval-context 64",
+                          w.path("test.txt"), w.path("test.txt"))));
+  CAPTURE(o.err);
+  REQUIRE(o.code == 0);
+  CHECK(contains(o.err, "online: "));
+  const json r = w.report(), config = json::parse(read_file(w.dir / "out/config.json"));
+  CHECK(config["quantization_config"]["omq_format"] == 2);
+  CHECK(config["quantization_config"]["learned_activation_clips"] == true);
+  CHECK(config["quantization_config"]["online_transforms"].size() == 9);
+  CHECK(r["recipe"]["learned_act_clips"] == true);
+  CHECK(r["recipe"]["learning_rates"].contains("lac"));
+  CHECK(r["recipe"]["inputs"] == "full precision");
+  const double packed = r["evaluation"][0]["perplexity"].get<double>(),
+               simulated = r["evaluation"][1]["perplexity"].get<double>();
+  CHECK(std::abs(packed - simulated) < 2e-3 * simulated);
+  CHECK(run_perplexity(w.path("out"), "-c 64 -f " + w.path("test.txt")) == packed);
+  for (const auto& [options, why] :
+       {std::pair{"--method flatquant --learn-act-clip", "inputs of matrices are not quantised"},
+        {"--method rtn --abits 4 --learn-act-clip", "has --train none"},
+        {"--method quarot --abits 4 --transform kronecker --clip lwc --train clip",
+         "take --method flatquant"},
+        {"--method flatquant --let", "exclude each other"},
+        {"--method rtn --train-inputs full", "method rtn learns nothing"}}) {
+    const Outcome refused = w.quant(w.quick(std::string("--force ") + options));
+    CAPTURE(refused.err);
+    CHECK(refused.code == 2);
+    CHECK(contains(refused.err, why));
+  }
+}
+
 TEST_CASE("omq-quant: the same seed gives the same bytes, resumed or not") {
   const Workshop w;
   const auto sha = [&](const std::string& more) {
