@@ -2,8 +2,8 @@
 // norms and rotation of the heads, their rounding where it is asked for, the new key and value into
 // the cache, and attention over all that is cached, split along the tokens.
 //
-//   block   (query head, split, sequence), 4 warps; a warp takes every fourth token of the split
-//   lane    elements lane, lane + 32, … of a head
+//   block   (query head, split, sequence), 8 warps; a warp takes every eighth token of the split
+//   lane    as many neighbouring elements of a head as make 32 lanes of it
 //
 // The split that holds the newest token uses it from shared memory, so nobody waits for the cache.
 // The last block of a head to arrive joins the splits in their order. Bytes: the cache once for
@@ -25,31 +25,31 @@ HeadForm head_form(const Tensor& gain, double eps, bool rotate, const std::optio
   return f;
 }
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 template <class T, int kEach>
 __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ AttentionArgs a) {
   __shared__ AttentionMemory<kEach, kWarps> memory;
   let_next_start();
-  wait_for_previous();
-  const int position = *a.position;
+  const int position = *a.position;  // not written in a step before its last kernel
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
   attend<T, kEach, kWarps>(a, memory, position, static_cast<int>(blockIdx.x),
                            static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
 }
 
-}  // namespace
+// Of a head, neighbours of a lane.
+int64_t elements_of(int64_t head_dim) { return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8; }
 
-// ---- launchers ----
-
+// Throws Error when the stage's tensors do not fit.
 AttentionArgs attention_args(const DecodeAttentionStage& s) {
   const int64_t rows = s.qkv.dim(0);
   check(s.keys.dtype() == s.values.dtype() &&
             (s.keys.dtype() == DType::F16 || s.keys.dtype() == DType::F32),
         "decode attention: a cache of {}", dtype_name(s.keys.dtype()));
   check(s.heads % s.kv_heads == 0 && s.head_dim <= 256 && s.keys.dim(0) == rows &&
-            s.keys.is_contiguous() && s.values.is_contiguous() && s.head_dim % 2 == 0,
+            s.keys.is_contiguous() && s.values.is_contiguous() &&
+            s.head_dim % elements_of(s.head_dim) == 0,
         "decode attention: {} heads of {}, {} of keys, cache {}", s.heads, s.head_dim, s.kv_heads,
         s.keys.shape());
   AttentionArgs a{};
@@ -76,6 +76,10 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
   return a;
 }
 
+}  // namespace
+
+// ---- launchers ----
+
 void decode_attention(const DecodeAttentionStage& s) {
   const AttentionArgs a = attention_args(s);
   const int64_t rows = s.qkv.dim(0);
@@ -87,8 +91,9 @@ void decode_attention(const DecodeAttentionStage& s) {
     launch_chained("decode_attention", s.y, kernel, grid, kThreads, 0, a);
   };
   using H = __half;
-  if (a.dim <= 64) return run(decode_attention_kernel<H, 2>, decode_attention_kernel<float, 2>);
-  if (a.dim <= 128) return run(decode_attention_kernel<H, 4>, decode_attention_kernel<float, 4>);
+  const int64_t each = elements_of(a.dim);
+  if (each == 2) return run(decode_attention_kernel<H, 2>, decode_attention_kernel<float, 2>);
+  if (each == 4) return run(decode_attention_kernel<H, 4>, decode_attention_kernel<float, 4>);
   run(decode_attention_kernel<H, 8>, decode_attention_kernel<float, 8>);
 }
 

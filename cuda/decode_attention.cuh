@@ -28,40 +28,71 @@ struct AttentionArgs {
   float scale;
 };
 
+// The rotation of a position: of a lane's pairs (lane + 32 j, lane + 32 j + d/2).
+template <int kPairs> struct Rotation {
+  float cos[kPairs], sin[kPairs];
+  __device__ __forceinline__ Rotation(const AttentionArgs& a, int position, int lane) {
+    const int half = a.dim / 2;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int64_t at = static_cast<int64_t>(position) * half + min(lane + 32 * j, half - 1);
+      cos[j] = a.cos[at], sin[j] = a.sin[at];
+    }
+  }
+};
+
 // One head by one warp: out[d] in shared memory.
-__device__ inline void prepare_head(float* out, const float* x, const HeadForm& f,
-                                    const AttentionArgs& a, int position, int lane) {
-  const int d = a.dim;
-  float r = 1;
+template <int kPairs>
+__device__ __forceinline__ void prepare_head(float* out, const float* x, const HeadForm& f,
+                                             const Rotation<kPairs>& turn, int d, int lane) {
+  const int half = d / 2;
+  float v[2][kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      v[h][j] = lane + 32 * j < half ? __ldcg(x + lane + 32 * j + h * half) : 0.0f;
   if (f.gain) {
     float squares = 0;
-    for (int i = lane; i < d; i += 32) squares += __ldcg(x + i) * __ldcg(x + i);
-    r = 1.0f / sqrtf(team_sum<32>(squares) / static_cast<float>(d) + f.eps);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) squares += v[0][j] * v[0][j] + v[1][j] * v[1][j];
+    const float r = rsqrtf(team_sum<32>(squares) / static_cast<float>(d) + f.eps);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) v[h][j] *= r * f.gain[min(lane + 32 * j, half - 1) + h * half];
   }
-  const auto normed = [&](int i) { return f.gain ? __ldcg(x + i) * r * f.gain[i] : __ldcg(x + i); };
   float hi = -INFINITY, lo = -INFINITY;
-  for (int i = lane; i < d; i += 32) {
-    float v = normed(i);
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const float first = v[0][j], second = v[1][j];
     if (f.rotate) {
-      const int half = d / 2, j = i < half ? i : i - half;
-      const float c = a.cos[static_cast<int64_t>(position) * half + j],
-                  s = a.sin[static_cast<int64_t>(position) * half + j];
-      v = i < half ? v * c - normed(i + half) * s : v * c + normed(j) * s;
+      v[0][j] = first * turn.cos[j] - second * turn.sin[j];
+      v[1][j] = second * turn.cos[j] + first * turn.sin[j];
     }
-    out[i] = v;
-    hi = fmaxf(hi, v);
-    lo = fmaxf(lo, -v);
+    if (lane + 32 * j >= half) continue;
+    hi = fmaxf(hi, fmaxf(v[0][j], v[1][j]));
+    lo = fmaxf(lo, -fminf(v[0][j], v[1][j]));
   }
-  if (!f.quantise) return;
-  const RowGrid<float> g = row_grid(team_max<32>(hi), -team_max<32>(lo), f.s);
-  const float top = static_cast<float>((1 << f.s.bits) - 1);
-  for (int i = lane; i < d; i += 32) out[i] = (row_code(out[i], g, top) - g.zero) * g.scale;
+  if (f.quantise) {
+    const RowGrid<float> g = row_grid(team_max<32>(hi), -team_max<32>(lo), f.s);
+    const float top = static_cast<float>((1 << f.s.bits) - 1);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) v[h][j] = (row_code(v[h][j], g, top) - g.zero) * g.scale;
+  }
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (lane + 32 * j < half) out[lane + 32 * j + h * half] = v[h][j];
 }
 
 // What a set of tokens gives: the largest score, Σ exp, and the weighted values of this lane.
 template <int kEach> struct Sums {
   float top = -INFINITY, weight = 0, value[kEach] = {};
-  __device__ void add(float score, float other_weight, const float (&v)[kEach]) {
+  __device__ __forceinline__ void add(float score, float other_weight, const float (&v)[kEach]) {
     const float t = fmaxf(top, score);
     if (t == -INFINITY) return;
     const float keep = exp2_fast(top - t), in = exp2_fast(score - t);
@@ -72,8 +103,8 @@ template <int kEach> struct Sums {
   }
 };
 
-// The arguments of a stage. Throws Error when its tensors do not fit.
-AttentionArgs attention_args(const DecodeAttentionStage& s);
+// A lane's kEach neighbouring elements of a head, in one load.
+template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
 
 // How the tokens of a cache are shared out.
 struct SplitTokens {
@@ -89,87 +120,93 @@ template <int kEach, int kWarps> struct AttentionMemory {  // shared
   int last;
 };
 
-// All of the block's kWarps warps call it; a barrier must stand between two calls. T: of the cache.
+// All of the block's kWarps warps call it. T: of the cache; a head has kEach elements a lane, a
+// multiple of kEach in all.
 template <class T, int kEach, int kWarps>
-__device__ void attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m, int position,
-                       int head, int split, int row) {
+__device__ __forceinline__ void attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m,
+                                       int position, int head, int split, int row) {
   constexpr int kTokens = kAttentionTokens;
+  using Part = Elements<T, kEach>;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int group = a.heads / a.kv_heads, kv = head / group, d = a.dim;
   const int tokens = position + 1;
   const SplitTokens of(tokens, a.splits);
-  const int per = of.per, active = of.count;
+  const int active = of.count;
   if (split >= active) return;
-  const int begin = split * per, end = min(tokens, begin + per);
-  const float* qkv = a.qkv + static_cast<int64_t>(row) * (a.heads + 2 * a.kv_heads) * d;
+  const int begin = split * of.per, end = min(tokens, begin + of.per);
   const int64_t step = static_cast<int64_t>(a.kv_heads) * d;  // from token to token
   const int64_t first =
       static_cast<int64_t>(row) * a.capacity * step + static_cast<int64_t>(kv) * d;
-  if (warp == 0) prepare_head(m.q, qkv + head * d, a.q, a, position, lane);
-  if (end == tokens) {
-    const float *k = qkv + (a.heads + kv) * d, *v = k + static_cast<int64_t>(a.kv_heads) * d;
-    if (warp == 1) prepare_head(m.k_new, k, a.k, a, position, lane);
-    if (warp == 2) prepare_head(m.v_new, v, a.v, a, position, lane);
-    if (head % group == 0 && (warp == 1 || warp == 2)) {
+  const bool mine = lane * kEach < d;
+  Part k_raw[kTokens], v_raw[kTokens];
+  const auto fetch = [&](int t0) {  // all loads first, none behind a condition
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      const int64_t at = first + min(t0 + u * kWarps, end - 1) * step + (mine ? lane * kEach : 0);
+      k_raw[u] = *reinterpret_cast<const Part*>(static_cast<const T*>(a.keys.data) + at);
+      v_raw[u] = *reinterpret_cast<const Part*>(static_cast<const T*>(a.values.data) + at);
+    }
+  };
+  // Older tokens' keys and values were there before this step began; the newest one's are not
+  // taken from the cache.
+  fetch(begin + warp);
+  const Rotation<kEach / 2> turn(a, position, lane);
+  wait_for_previous();
+  const float* qkv = a.qkv + static_cast<int64_t>(row) * (a.heads + 2 * a.kv_heads) * d;
+  if (warp == 0 || (warp <= 2 && end == tokens)) {  // q; and the new k and v, by a warp each
+    const HeadForm& form = warp == 0 ? a.q : warp == 1 ? a.k : a.v;
+    float* out = warp == 0 ? m.q : warp == 1 ? m.k_new : m.v_new;
+    const int at = warp == 0 ? head : warp == 1 ? a.heads + kv : a.heads + a.kv_heads + kv;
+    prepare_head(out, qkv + at * d, form, turn, d, lane);
+    if (warp > 0 && head % group == 0) {
       __syncwarp();
+#pragma unroll 1
       for (int i = lane; i < d; i += 32)
-        store(warp == 1 ? a.keys : a.values, first + position * step + i,
-              warp == 1 ? m.k_new[i] : m.v_new[i]);
+        store(warp == 1 ? a.keys : a.values, first + position * step + i, out[i]);
     }
   }
   __syncthreads();
-  float mine[kEach];
+  float q[kEach];
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) mine[j] = lane + 32 * j < d ? m.q[lane + 32 * j] * a.scale : 0.0f;
+  for (int j = 0; j < kEach; ++j) q[j] = mine ? m.q[lane * kEach + j] * a.scale : 0.0f;
   Sums<kEach> sums;
-  for (int t0 = begin + warp; t0 < end; t0 += kWarps * kTokens) {
-    float k[kTokens][kEach], v[kTokens][kEach], score[kTokens];
-    T k_raw[kTokens][kEach], v_raw[kTokens][kEach];  // all loads first, none behind a condition
+#pragma unroll 1
+  for (int t0 = begin + warp; t0 < end;) {
+    float score[kTokens], v[kTokens][kEach];
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      const int64_t at = first + min(t0 + u * kWarps, end - 1) * step;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = min(lane + 32 * j, d - 1);
-        k_raw[u][j] = static_cast<const T*>(a.keys.data)[at + i];
-        v_raw[u][j] = static_cast<const T*>(a.values.data)[at + i];
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kTokens; ++u) {
-      const bool fresh = t0 + u * kWarps == position;  // its cache may not be written yet
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = min(lane + 32 * j, d - 1);
-        const bool there = lane + 32 * j < d;
-        k[u][j] = fresh ? m.k_new[i] : static_cast<float>(k_raw[u][j]);
-        v[u][j] = !there ? 0.0f : fresh ? m.v_new[i] : static_cast<float>(v_raw[u][j]);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kTokens; ++u) {
+      const bool fresh = t0 + u * kWarps == position;
       float s = 0;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) s += mine[j] * k[u][j];
-      score[u] = team_sum<32>(s);
+      for (int j = 0; j < kEach; ++j) {
+        const int i = lane * kEach + j;  // inside the arrays for every lane
+        s += q[j] * (fresh ? m.k_new[i] : static_cast<float>(k_raw[u].v[j]));
+        v[u][j] = fresh ? m.v_new[i] : static_cast<float>(v_raw[u].v[j]);
+      }
+      score[u] = mine ? s : 0.0f;
     }
+    const int now = t0;
+    t0 += kWarps * kTokens;
+    if (t0 < end) fetch(t0);
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) score[u] = team_sum<32>(score[u]);
 #pragma unroll
     for (int u = 0; u < kTokens; ++u)
-      if (t0 + u * kWarps < end) sums.add(score[u], 1.0f, v[u]);
+      if (now + u * kWarps < end) sums.add(score[u], 1.0f, v[u]);
   }
   if (lane == 0) m.tops[warp] = sums.top, m.weights[warp] = sums.weight;
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) m.values[warp][lane + 32 * j] = sums.value[j];
+  for (int j = 0; j < kEach; ++j) m.values[warp][lane * kEach + j] = sums.value[j];
   __syncthreads();
   if (warp != 0) return;
   Sums<kEach> all;
+#pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     float v[kEach];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) v[j] = m.values[w][lane + 32 * j];
+    for (int j = 0; j < kEach; ++j) v[j] = m.values[w][lane * kEach + j];
     all.add(m.tops[w], m.weights[w], v);
   }
-  float* y = a.y + (static_cast<int64_t>(row) * a.heads + head) * d;
   if (active > 1) {
     const int64_t at = static_cast<int64_t>(row) * a.heads + head;
     float* parts = a.parts + at * a.splits * (d + 2);
@@ -177,7 +214,7 @@ __device__ void attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m
     if (lane == 0) part[d] = all.top, part[d + 1] = all.weight;
 #pragma unroll
     for (int j = 0; j < kEach; ++j)
-      if (lane + 32 * j < d) part[lane + 32 * j] = all.value[j];
+      if (mine) part[lane * kEach + j] = all.value[j];
     __threadfence();
     __syncwarp();
     if (lane == 0) m.last = atomicAdd(a.arrived + at, 1) == active - 1;
@@ -185,18 +222,28 @@ __device__ void attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m
     if (!m.last) return;
     __threadfence();
     all = {};
-    for (int s = 0; s < active; ++s) {
-      const float* p = parts + static_cast<int64_t>(s) * (d + 2);
-      float v[kEach];
+    constexpr int kParts = 4;  // under way together
+#pragma unroll 1
+    for (int s0 = 0; s0 < active; s0 += kParts) {
+      float top[kParts], weight[kParts], v[kParts][kEach];
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) v[j] = lane + 32 * j < d ? __ldcg(p + lane + 32 * j) : 0.0f;
-      all.add(__ldcg(p + d), __ldcg(p + d + 1), v);
+      for (int u = 0; u < kParts; ++u) {
+        const float* p = parts + static_cast<int64_t>(min(s0 + u, active - 1)) * (d + 2);
+        top[u] = __ldcg(p + d);
+        weight[u] = __ldcg(p + d + 1);
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) v[u][j] = __ldcg(p + (mine ? lane * kEach + j : 0));
+      }
+#pragma unroll
+      for (int u = 0; u < kParts; ++u)
+        if (s0 + u < active) all.add(top[u], weight[u], v[u]);
     }
     if (lane == 0) a.arrived[at] = 0;
   }
+  float* y = a.y + (static_cast<int64_t>(row) * a.heads + head) * d;
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
-    if (lane + 32 * j < d) y[lane + 32 * j] = all.value[j] / all.weight;
+    if (mine) y[lane * kEach + j] = all.value[j] / all.weight;
 }
 
 }  // namespace omq::cuda

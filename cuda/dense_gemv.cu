@@ -71,8 +71,8 @@ template <class T> __device__ float one(const T* p) {
 }
 
 // kRows: the most rows of x.
-template <class T, int kRows>
-__global__ void __launch_bounds__(kGemvThreads)
+template <class T, int kRows, bool kIntegers>
+__global__ void __launch_bounds__(kGemvThreads, 1)
     dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kAhead = ahead_of<T>();
   extern __shared__ __align__(16) float x[];  // [rows, x_stride]
@@ -97,8 +97,10 @@ __global__ void __launch_bounds__(kGemvThreads)
   };
   let_next_start();
   if (at < a.work) fetch(RowPair<T>(a, at), 0);
+  float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
+  stage_gains(a.in, gains);
   wait_for_previous();
-  stage_input(a.in, scales, [&](int n, int c, float4 v) {
+  stage_input<kIntegers>(a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
     if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
   });
   __syncthreads();
@@ -188,19 +190,30 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   const DeviceInfo& info = device_info(y.device().index);
   const auto blocks =
       static_cast<unsigned>(std::min((a.work + kGemvWarps - 1) / kGemvWarps, info.sms));
-  const size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
+  size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
   check(shared <= info.shared_optin,
         "dense_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
         a.in.rows, a.in.cols, shared, info.shared_optin);
-  const auto run = [&](auto one_row, auto more_rows) {
-    const auto kernel = a.in.rows == 1 ? one_row : more_rows;
+  if (const size_t gains = static_cast<size_t>(a.x_stride) * 4;
+      a.in.gain && shared + gains <= info.shared_optin) {
+    a.row_floats = a.x_stride;
+    shared += gains;
+  }
+  const auto run = [&](auto kernel) {
     prepare_shared(kernel, shared);
     launch_chained("dense_gemv", y, kernel, blocks, kGemvThreads, shared, a);
   };
-  if (type == DType::F32) return run(dense_gemv_kernel<float, 1>, dense_gemv_kernel<float, 8>);
-  if (type == DType::F16) return run(dense_gemv_kernel<__half, 1>, dense_gemv_kernel<__half, 8>);
+  const auto of_rows = [&](auto t) {
+    using T = decltype(t);
+    if (a.in.codes || a.in.quantise)
+      return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true>)
+                            : run(dense_gemv_kernel<T, 8, true>);
+    a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, false>) : run(dense_gemv_kernel<T, 8, false>);
+  };
+  if (type == DType::F32) return of_rows(float{});
+  if (type == DType::F16) return of_rows(__half{});
   check(type == DType::BF16, "dense_matmul: w of {}", dtype_name(type));
-  run(dense_gemv_kernel<__nv_bfloat16, 1>, dense_gemv_kernel<__nv_bfloat16, 8>);
+  of_rows(__nv_bfloat16{});
 }
 
 }  // namespace omq::cuda

@@ -43,9 +43,10 @@ __global__ void numbers_kernel(T* y, const uint8_t* codes, const float2* grid, i
     y[i] = static_cast<T>(static_cast<float>(codes[i]) - grid[divide(i, cols)].y);
 }
 
-__global__ void scale_rows_kernel(float* y, const float2* grid, int64_t rows, int64_t cols) {
+__global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid, int64_t rows,
+                                  int64_t cols) {
   for (int64_t i = grid_index(); i < rows * cols; i += grid_stride())
-    y[i] *= grid[divide(i, cols)].x;
+    store(y, i, x[i] * grid[divide(i, cols)].x);
 }
 
 constexpr int kThreads = 256;
@@ -84,9 +85,10 @@ void codes_to_numbers(Tensor& y, const QuantizedRows& x) {
          reinterpret_cast<const float2*>(x.grid.data<float>()), y.dim(0), y.dim(1));
 }
 
-void scale_rows(Tensor& y, const Tensor& grid) {
+void scale_rows(Tensor& y, const Tensor& x, const Tensor& grid) {
   launch("scale_rows", y, scale_rows_kernel, blocks_for(y.numel(), kThreads), kThreads, 0,
-         y.data<float>(), reinterpret_cast<const float2*>(grid.data<float>()), y.dim(0), y.dim(1));
+         operand("scale_rows", y), x.data<float>(),
+         reinterpret_cast<const float2*>(grid.data<float>()), y.dim(0), y.dim(1));
 }
 
 }  // namespace omq::cuda

@@ -41,101 +41,173 @@ struct GemvArgs {
   int64_t y_stride = 0;
   int work = 0;       // panels (or row pairs) of all matrices; pairs of panels for SiluMul
   int per_round = 0;  // panels whose sums fit the shared memory together
-  int units = 0, units_per_group = 1, groups = 1, x_stride = 0;
+  int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
+  int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
+  int row_floats = 0;    // room for a row of x, and for gains, in shared memory; 0: none
 };
 
-// Four neighbouring columns c … c + 3 of row n, normed; 0 past the end.
-__device__ __forceinline__ float4 load_columns(const GemvInput& in, int n, int c, float r) {
-  if (in.codes) {
-    const uint8_t* p = in.codes + static_cast<int64_t>(n) * in.cols + c;
-    const float zero = in.grid[n].y;
-    float v[4];
+// n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this
+// thread's squares. Loads of a turn come first: kTurn of them are under way together.
+template <class Load>
+__device__ __forceinline__ float to_shared(float* to, int n, bool by_fours, Load&& load) {
+  constexpr int kTurn = 3;
+  float squares = 0;
+  if (!by_fours) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kGemvThreads) {
+      const float v = load(i, 0.0f);
+      squares += v * v;
+      to[i] = v;
+    }
+    return squares;
+  }
+#pragma unroll 1
+  for (int first = 4 * static_cast<int>(threadIdx.x); first < n;
+       first += kTurn * 4 * kGemvThreads) {
+    float4 v[kTurn];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = c + j < in.cols ? static_cast<float>(p[j]) - zero : 0.0f;
-    return make_float4(v[0], v[1], v[2], v[3]);
-  }
-  const float* p = in.x + static_cast<int64_t>(n) * in.cols + c;
-  if (in.by_fours) {
-    if (c >= in.cols) return float4{};
-    float4 v = __ldcg(reinterpret_cast<const float4*>(p));
-    if (!in.gain) return v;
-    const float4 g = *reinterpret_cast<const float4*>(in.gain + c);
-    v = make_float4(v.x * r * g.x, v.y * r * g.y, v.z * r * g.z, v.w * r * g.w);
-    if (!in.shift) return v;
-    const float4 b = *reinterpret_cast<const float4*>(in.shift + c);
-    return make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w);
-  }
-  float v[4];
+    for (int j = 0; j < kTurn; ++j)
+      if (const int i = first + j * 4 * kGemvThreads; i < n) v[j] = load(i, float4{});
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    v[j] = c + j < in.cols ? p[j] : 0.0f;
-    if (in.gain && c + j < in.cols)
-      v[j] = v[j] * r * in.gain[c + j] + (in.shift ? in.shift[c + j] : 0.0f);
+    for (int j = 0; j < kTurn; ++j)
+      if (const int i = first + j * 4 * kGemvThreads; i < n) {
+        *reinterpret_cast<float4*>(to + i) = v[j];
+        squares += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+      }
   }
-  return make_float4(v[0], v[1], v[2], v[3]);
+  return squares;
 }
 
-// Calls f(c, value of columns c … c + 3) so that each warp takes 128 neighbouring columns at a
-// time, lane l four of them, up to `columns` (a multiple of 128).
-template <class F>
-__device__ __forceinline__ void for_columns(const GemvInput& in, int n, float r, int columns,
-                                            F&& f) {
-#pragma unroll 2
-  for (int c = 4 * static_cast<int>(threadIdx.x); c < columns; c += 4 * kGemvThreads)
-    f(c, load_columns(in, n, c, r));
+// The block's sum of v, for all of it; what the block wrote to shared memory before is seen after.
+__device__ __forceinline__ float block_sum(float v) {
+  __shared__ __align__(16) float parts[kGemvWarps];
+  v = team_sum<32>(v);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  const float4* p = reinterpret_cast<const float4*>(parts);
+  float4 all = p[0];
+#pragma unroll
+  for (int i = 1; i < kGemvWarps / 4; ++i)
+    all = make_float4(all.x + p[i].x, all.y + p[i].y, all.z + p[i].z, all.w + p[i].w);
+  return all.x + all.y + (all.z + all.w);
+}
+
+// What no kernel writes and staging needs: the gains, into shared memory while the kernel in front
+// still runs. gains: [cols], null: they stay where they are.
+__device__ __forceinline__ void stage_gains(const GemvInput& in, float* gains) {
+  if (!in.gain || !gains) return;
+  to_shared(gains, in.cols, in.by_fours, [&](int i, auto kind) {
+    return *reinterpret_cast<const decltype(kind)*>(in.gain + i);
+  });
 }
 
 // Every row of x: put(n, c, values of columns c … c + 3), to be multiplied by scales[n] afterwards;
-// columns past the end are 0. To be called by all of the block,
-// before a barrier of the caller.
-template <class Put>
-__device__ __forceinline__ void stage_input(const GemvInput& in, float* scales, Put&& put) {
-  const int columns = (in.cols + 127) / 128 * 128;
+// columns past the end are 0. Warp w takes columns 128 w …, + 2048 …, lane l four of them, up to a
+// multiple of 128. To be called by all of the block, before a barrier of the caller. row: room for
+// row n in shared memory at row + n · row_stride, where put may write the same columns, or null;
+// gains: of stage_gains. kIntegers: rows may be codes, or are to
+// become whole numbers.
+//
+// The loops are not unrolled and `put` stands here once: a kernel runs for a few µs, and code that
+// has to be fetched costs more than a loop's turns.
+template <bool kIntegers, class Put>
+__device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int row_stride,
+                                            const float* gains, float* scales, Put&& put) {
+  const int columns = (in.cols + 127) / 128 * 128, first = 4 * static_cast<int>(threadIdx.x);
+  const float* gain = gains ? gains : in.gain;
+#pragma unroll 1
   for (int n = 0; n < in.rows; ++n) {
-    if (in.codes) {
-      for_columns(in, n, 1.0f, columns, [&](int c, float4 v) { put(n, c, v); });
-      if (threadIdx.x == 0) scales[n] = in.grid[n].x;
-      continue;
+    const float* x = in.x + static_cast<int64_t>(n) * in.cols;
+    const uint8_t* codes =
+        kIntegers && in.codes ? in.codes + static_cast<int64_t>(n) * in.cols : nullptr;
+    float squares = 0;
+    if (row && !codes) {
+      float* own = row + n * row_stride;
+      if (n > 0) __syncthreads();  // the last row, and its sum's parts, have been read
+      squares = to_shared(own, in.cols, in.by_fours, [&](int i, auto kind) {
+        return __ldcg(reinterpret_cast<const decltype(kind)*>(x + i));
+      });
+      x = own;
     }
+    const auto load = [&](const float* p, int c) {
+      if (in.by_fours) return c < in.cols ? *reinterpret_cast<const float4*>(p + c) : float4{};
+      const auto at = [&](int j) { return c + j < in.cols ? p[c + j] : 0.0f; };
+      return make_float4(at(0), at(1), at(2), at(3));
+    };
     float r = 1;
     if (in.gain) {
-      GemvInput plain = in;
-      plain.gain = nullptr;
-      float squares = 0;
-      for_columns(plain, n, 1.0f, columns,
-                  [&](int, float4 v) { squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; });
-      squares = team_sum<kGemvThreads>(squares);
-      r = 1.0f / sqrtf(squares / static_cast<float>(in.cols) + in.eps);
+      if (!row) {
+        if (n > 0) __syncthreads();
+#pragma unroll 1
+        for (int c = first; c < columns; c += 4 * kGemvThreads) {
+          const float4 v = load(x, c);
+          squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
+      }
+      r = rsqrtf(block_sum(squares) / static_cast<float>(in.cols) + in.eps);
+    } else {
+      __syncthreads();
     }
-    if (!in.quantise) {
-      for_columns(in, n, r, columns, [&](int c, float4 v) { put(n, c, v); });
-      if (threadIdx.x == 0) scales[n] = 1;
-      continue;
-    }
-    float hi = -INFINITY, lo = -INFINITY;  // lo: the largest of −v; NaN stays
-    const auto see = [&](float v) {
-      hi = v > hi || v != v ? v : hi;
-      lo = -v > lo || v != v ? -v : lo;
+    const auto normed = [&](int c) {
+      float4 v = load(x, c);
+      if (in.gain) {
+        const float4 g = load(gain, c);
+        v = make_float4(v.x * r * g.x, v.y * r * g.y, v.z * r * g.z, v.w * r * g.w);
+      }
+      if (in.shift) {
+        const float4 b = load(in.shift, c);
+        v = make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w);
+      }
+      return v;
     };
-    for_columns(in, n, r, columns, [&](int c, float4 v) {
-      if (c < in.cols) see(v.x);
-      if (c + 1 < in.cols) see(v.y);
-      if (c + 2 < in.cols) see(v.z);
-      if (c + 3 < in.cols) see(v.w);
-    });
-    hi = team_max<kGemvThreads>(hi);
-    lo = -team_max<kGemvThreads>(lo);
-    const RowGrid<float> g = row_grid(hi, lo, in.s);
+    float scale = 1, inside = 1, zero = 0;
+    RowGrid<float> g{};
+    if constexpr (kIntegers) {
+      if (codes) scale = in.grid[n].x, zero = in.grid[n].y;
+      if (in.quantise) {
+        float hi = -INFINITY, lo = -INFINITY;  // lo: the largest of −v; NaN stays
+#pragma unroll 1
+        for (int c = first; c < columns; c += 4 * kGemvThreads) {
+          const float4 v = normed(c);
+          const float of[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (c + j >= in.cols) continue;
+            hi = of[j] > hi || of[j] != of[j] ? of[j] : hi;
+            lo = -of[j] > lo || of[j] != of[j] ? -of[j] : lo;
+          }
+        }
+        hi = team_max<kGemvThreads>(hi);
+        lo = -team_max<kGemvThreads>(lo);
+        g = row_grid(hi, lo, in.s);
+        // Whole numbers, unless the zero point is none of the codes and may be large.
+        if (in.s.include_zero)
+          scale = g.scale;
+        else
+          inside = g.scale;
+      }
+    }
     const float top = static_cast<float>((1 << in.s.bits) - 1);
-    // Whole numbers, unless the zero point is none of the codes and may be large.
-    const float inside = in.s.include_zero ? 1.0f : g.scale;
-    for_columns(in, n, r, columns, [&](int c, float4 v) {
-      const auto coded = [&](float x, int j) {
-        return c + j < in.cols ? (row_code(x, g, top) - g.zero) * inside : 0.0f;
-      };
-      put(n, c, make_float4(coded(v.x, 0), coded(v.y, 1), coded(v.z, 2), coded(v.w, 3)));
-    });
-    if (threadIdx.x == 0) scales[n] = in.s.include_zero ? g.scale : 1.0f;
+#pragma unroll 1
+    for (int c = first; c < columns; c += 4 * kGemvThreads) {
+      float4 v;
+      if (codes) {
+        const auto at = [&](int j) {
+          return c + j < in.cols ? static_cast<float>(codes[c + j]) - zero : 0.0f;
+        };
+        v = make_float4(at(0), at(1), at(2), at(3));
+      } else {
+        v = normed(c);
+        if (kIntegers && in.quantise) {
+          const auto coded = [&](float f, int j) {
+            return c + j < in.cols ? (row_code(f, g, top) - g.zero) * inside : 0.0f;
+          };
+          v = make_float4(coded(v.x, 0), coded(v.y, 1), coded(v.z, 2), coded(v.w, 3));
+        }
+      }
+      put(n, c, v);
+    }
+    if (threadIdx.x == 0) scales[n] = scale;
   }
 }
 

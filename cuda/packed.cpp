@@ -38,11 +38,14 @@ bool same_form(const RowMatrix& a, const RowMatrix& b) {
   return std::get<Tensor>(a.weight).dtype() == std::get<Tensor>(b.weight).dtype();
 }
 
-// x in 16 bits, and the product with w [N, K] in 16 bits.
-void many_rows(Tensor& y, const Tensor& x, const Tensor& w16) {
-  Tensor x16 = Tensor::empty(x.shape(), w16.dtype(), x.device());
-  copy(x16, x);
-  matmul(y, x16, w16.alias({w16.dim(1), w16.dim(0)}, {1, w16.dim(1)}, 0));
+// The product with w [N, K], x in the type of w.
+void many_rows(Tensor& y, const Tensor& x, const Tensor& w) {
+  Tensor same = x;
+  if (x.dtype() != w.dtype()) {
+    same = Tensor::empty(x.shape(), w.dtype(), x.device());
+    copy(same, x);
+  }
+  matmul(y, same, w.alias({w.dim(1), w.dim(0)}, {1, w.dim(1)}, 0));
 }
 
 Tensor unpacked(const PackedInt& w) {
@@ -50,8 +53,6 @@ Tensor unpacked(const PackedInt& w) {
   packed_dequantize(w16, w);
   return w16;
 }
-
-constexpr int64_t kFewRows = 16;  // from here on unpacking pays
 
 }  // namespace
 
@@ -67,8 +68,9 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   if (x.codes.dim(0) > kFewRows) {  // codes less zero points are whole numbers: exact in F16
     Tensor values = Tensor::empty({x.codes.dim(0), x.cols}, DType::F16, y.device());
     codes_to_numbers(values, x);
-    many_rows(y, values, unpacked(w));
-    return scale_rows(y, x.grid);
+    Tensor sums = Tensor::empty(y.shape(), DType::F32, y.device());
+    many_rows(sums, values, unpacked(w));
+    return scale_rows(y, sums, x.grid);
   }
   const RowMatrix m{w, {}};
   few_rows("packed_matmul_rows", y, {}, &x, {&m, 1}, RowOutput::Store);
@@ -121,7 +123,8 @@ void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matric
 namespace omq {
 
 const DecodeKernels* cuda_decode_kernels() {
-  static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::unsupported};
+  static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::choose,
+                                   cuda::unsupported};
   return &table;
 }
 

@@ -29,10 +29,11 @@ inline int64_t row_count(const RowMatrix& m) {
 }
 
 void decode_attention(const DecodeAttentionStage& s);
+void choose(Tensor& state, Tensor& told, const Tensor& logits);
 
 // code − zero of every element, in the type of y [rows, cols].
 void codes_to_numbers(Tensor& y, const QuantizedRows& x);
-// Row i of y [rows, n] times grid[i][0].
-void scale_rows(Tensor& y, const Tensor& grid);
+// y [rows, n], row i of x times grid[i][0]; x F32.
+void scale_rows(Tensor& y, const Tensor& x, const Tensor& grid);
 
 }  // namespace omq::cuda

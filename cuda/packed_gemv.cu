@@ -20,80 +20,108 @@
 namespace omq::cuda {
 namespace {
 
-// Slots of a warp's ring: enough bytes under way for the memory's latency.
-constexpr int ring_stages(int bits) { return bits == 8 ? 3 : bits == 4 ? 4 : bits == 3 ? 5 : 7; }
+// Slots of a warp's ring: enough bytes under way for the memory's latency. More of them would stand
+// in x's way when a kernel begins.
+constexpr int ring_stages(int bits) { return bits == 8 ? 3 : bits == 2 ? 3 : 2; }
 
-// A place in the block's units.
-struct Cursor {
-  int panel = 0, unit = 0;  // panel: local number
+// The panels of a round, one a lane: where their codes and grids begin.
+struct RoundPanels {
   const uint8_t* codes = nullptr;
   const __half2* grids = nullptr;
+  __device__ __forceinline__ RoundPanels(const GemvArgs& a, int p0, int p1, int64_t panel_bytes,
+                                         int lane) {
+    if (p0 + lane >= p1) return;
+    const bool pairs = a.output == RowOutput::SiluMul;
+    const int panel = p0 + lane;
+    int at =
+        static_cast<int>(blockIdx.x) + (pairs ? panel / 2 : panel) * static_cast<int>(gridDim.x);
+    const int i = pairs ? panel % 2 : find_matrix(a, at);
+    codes = static_cast<const uint8_t*>(a.m[i].data) + at * panel_bytes;
+    grids = a.m[i].grids + static_cast<int64_t>(at) * a.groups * 16;
+  }
 };
-
-__device__ __forceinline__ void enter_panel(const GemvArgs& a, Cursor& c, int64_t panel_bytes) {
-  const bool pairs = a.output == RowOutput::SiluMul;
-  int at =
-      static_cast<int>(blockIdx.x) + (pairs ? c.panel / 2 : c.panel) * static_cast<int>(gridDim.x);
-  const int i = pairs ? c.panel % 2 : find_matrix(a, at);
-  c.codes = static_cast<const uint8_t*>(a.m[i].data) + at * panel_bytes;
-  c.grids = a.m[i].grids + static_cast<int64_t>(at) * a.groups * 16;
+template <class T> __device__ __forceinline__ const T* pointer_of(const T* p, int lane) {
+  return reinterpret_cast<const T*>(
+      __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(p), lane));
 }
 
-// x and its sums, row by row.
-template <int kUnit>
-__device__ __forceinline__ void stage_bytes(const GemvArgs& a, const StagedX& x, float* scales) {
-  const bool whole = a.in.codes || (a.in.quantise && a.in.s.include_zero);
-  stage_input(a.in, scales, [&](int n, int c, float4 v) {
-    put_bytes<kUnit>({x.bytes + n * a.x_stride, x.scale + n * a.units, x.sum + n * a.units},
-                     a.units, c, v, whole);
-  });
+__device__ __forceinline__ int group_of(const GemvArgs& a, int unit) {
+  return a.group_shift >= 0 ? unit >> a.group_shift : unit / a.units_per_group;
 }
 
-// The warps' sums of panels p0 … p1 − 1 into y.
-__device__ __forceinline__ void write_panels(const GemvArgs& a, const float* parts,
-                                             const float* scales, int p0, int p1) {
-  const bool pairs = a.output == RowOutput::SiluMul;
-  const int rows = a.in.rows, each = 16 * rows, items = (p1 - p0) / (pairs ? 2 : 1) * each;
-  for (int i = static_cast<int>(threadIdx.x); i < items; i += kGemvThreads) {
-    const int local = i / each, row = i % each / rows, n = i % rows;
+// Where the i-th sum of a round goes. Sums of a panel: [rows of x, 16].
+struct Place {
+  int local, n, row, matrix, out;  // local: which panel (or pair) of the round
+  float* y = nullptr;              // null: there is no such row
+  __device__ __forceinline__ Place(const GemvArgs& a, int i, int p0) {
+    const bool pairs = a.output == RowOutput::SiluMul;
+    row = i % 16, local = i / 16, n = 0;
+    if (a.in.rows > 1) n = local % a.in.rows, local /= a.in.rows;
     int at = static_cast<int>(blockIdx.x) +
              ((pairs ? p0 / 2 : p0) + local) * static_cast<int>(gridDim.x);
-    const int first = pairs ? 0 : find_matrix(a, at);
-    const int out = at * 16 + row;
-    if (out >= a.m[first].rows) continue;
-    const auto sum = [&](int panel, int matrix) {
-      float v = 0;
+    matrix = pairs ? 0 : find_matrix(a, at);
+    out = at * 16 + row;
+    if (out < a.m[matrix].rows) y = a.m[matrix].y + n * a.y_stride + out;
+  }
+};
+
+__device__ __forceinline__ int sums_of(const GemvArgs& a, int count) {
+  return (a.output == RowOutput::SiluMul ? count / 2 : count) * 16 * a.in.rows;
+}
+
+// What this thread's first sum of a round is added to.
+__device__ __forceinline__ float addend(const GemvArgs& a, int p0, int count) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (a.output != RowOutput::Add || i >= sums_of(a, count)) return 0;
+  const Place at(a, i, p0);
+  return at.y ? __ldcg(at.y) : 0.0f;
+}
+
+// The warps' sums of `count` panels from p0 on into y. before: addend().
+__device__ __forceinline__ void write_panels(const GemvArgs& a, const float* parts,
+                                             const float* scales, float before, int p0, int count) {
+  const int each = 16 * a.in.rows, sums = sums_of(a, count);
+  const bool pairs = a.output == RowOutput::SiluMul;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < sums; i += kGemvThreads) {
+    const Place at(a, i, p0);
+    if (!at.y) continue;
+    float v[2] = {};
+#pragma unroll 1
+    for (int half = 0; half <= (pairs ? 1 : 0); ++half) {
+      const float* from = parts + (pairs ? 2 * at.local + half : at.local) * (kGemvWarps * each) +
+                          at.n * 16 + at.row;
+      float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kGemvWarps; ++w)
-        v += parts[(panel * kGemvWarps + w) * each + row * rows + n];
-      v *= scales[n];
-      return a.m[matrix].bias ? v + a.m[matrix].bias[out] : v;
-    };
-    float* y = a.m[first].y + n * a.y_stride + out;
-    if (pairs)
-      *y = silu(sum(2 * local, 0)) * sum(2 * local + 1, 1);
-    else if (a.output == RowOutput::Add)
-      *y += sum(local, first);
-    else
-      *y = sum(local, first);
+      for (int w = 0; w < kGemvWarps; ++w) sum += from[w * each];
+      const float* bias = a.m[pairs ? half : at.matrix].bias;
+      sum = sum * scales[at.n] + (bias ? bias[at.out] : 0.0f);
+      v[0] = half == 0 ? sum : v[0];
+      v[1] = sum;
+    }
+    if (a.output == RowOutput::Add) v[0] += i < kGemvThreads ? before : *at.y;
+    *at.y = pairs ? silu(v[0]) * v[1] : v[0];
   }
 }
 
-template <int kBits, int kUnit>
+template <int kBits, int kUnit, bool kIntegers>
 __global__ void __launch_bounds__(kGemvThreads, 1)
     packed_gemv_kernel(const __grid_constant__ GemvArgs a) {
-  constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit);
+  constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit),
+                kUnitBytes = unit_words(kBits, kUnit) * 128, kSpan = slot_units(kBits);
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int rows = a.in.rows, each = 16 * rows;
+  const int spans = (a.units + kSpan - 1) / kSpan;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
   StagedX x;
   x.bytes = shared + kGemvWarps * kStages * kSlot;
-  x.scale = reinterpret_cast<float*>(x.bytes + rows * a.x_stride);
-  x.sum = reinterpret_cast<int*>(x.scale + rows * a.units);
-  float* parts = reinterpret_cast<float*>(x.sum + rows * a.units);
+  x.units = reinterpret_cast<UnitScale*>(x.bytes + rows * a.x_stride);
+  float* parts = reinterpret_cast<float*>(x.units + rows * a.x_units);
+  float* row = a.row_floats > 0 ? parts + a.per_round * kGemvWarps * each : nullptr;
+  float* gains = a.row_floats > 0 ? row + a.row_floats : nullptr;
   __shared__ float scales[kDecodeRows];
-  const int64_t panel_bytes = int64_t{a.units} * (unit_words(kBits, kUnit) * 128);
+  const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
   const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
                    static_cast<int>(gridDim.x);
   const int panels = a.output == RowOutput::SiluMul ? 2 * mine : mine;
@@ -101,67 +129,99 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   const char* x_lane = x.bytes + (lane / 8 < rows ? lane / 8 : 0) * a.x_stride +
                        lane / 4 % 2 * PlanePlace<kUnit>::lo_after +
                        lane % 4 * PlanePlace<kUnit>::kRun;
-  const int x_units = (lane % 4 < rows ? lane % 4 : 0) * a.units;
+  const UnitScale* x_units = x.units + (lane % 4 < rows ? lane % 4 : 0) * a.x_units;
   let_next_start();
+#pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
-    const int p1 = min(panels, p0 + a.per_round);
-    Cursor ahead, here;
-    const auto seek = [&](Cursor& c, int unit) {
-      c.unit += unit;
-      const int before = c.panel;
-      while (c.unit >= a.units && c.panel < p1) c.unit -= a.units, ++c.panel;
-      if (c.panel != before && c.panel < p1) enter_panel(a, c, panel_bytes);
+    const int count = min(panels - p0, a.per_round);
+    const RoundPanels of(a, p0, p0 + count, panel_bytes, lane);
+    // The span that is fetched next, and the one that is multiplied next: of which of the round's
+    // panels, and the how manieth of it.
+    int ahead_panel = 0, ahead = warp, panel = 0, span = warp;
+    const auto wrap = [&](int& p, int& u) {
+      const int before = p;
+      while (u >= spans) u -= spans, ++p;
+      return p != before;
     };
-    ahead.panel = here.panel = p0;
-    enter_panel(a, ahead, panel_bytes);
-    seek(ahead, warp);
-    seek(here, warp);
+    wrap(ahead_panel, ahead);
+    wrap(panel, span);
+    const uint8_t* codes = pointer_of(of.codes, ahead_panel & 31);
+    const __half2* grids = pointer_of(of.grids, ahead_panel & 31);
     const auto fill = [&](int slot) {
-      if (ahead.panel < p1) {
-        copy_unit<kBits, kUnit>(
-            ahead.codes + static_cast<int64_t>(ahead.unit) * (unit_words(kBits, kUnit) * 128),
-            ahead.grids + static_cast<int64_t>(ahead.unit / a.units_per_group) * 16,
-            shared_address(ring + slot * kSlot), lane);
-        seek(ahead, kGemvWarps);
+      if (ahead_panel < count) {
+        const uint32_t to = shared_address(ring + slot * kSlot);
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) {
+          // Behind an odd panel's last unit stands that unit again; x is 0 there.
+          const int unit = min(ahead * kSpan + i, a.units - 1);
+          copy_unit<kBits, kUnit>(codes + static_cast<int64_t>(unit) * kUnitBytes,
+                                  grids + group_of(a, unit) * 16, to + i * kUnitBytes,
+                                  to + kSpan * kUnitBytes + i * 64, lane);
+        }
+        ahead += kGemvWarps;
+        if (wrap(ahead_panel, ahead)) {
+          codes = pointer_of(of.codes, ahead_panel & 31);
+          grids = pointer_of(of.grids, ahead_panel & 31);
+        }
       }
       copy_async_commit();
     };
+#pragma unroll 1
     for (int s = 0; s < kStages; ++s) fill(s);
     if (p0 == 0) {
+      stage_gains(a.in, gains);
       wait_for_previous();
-      stage_bytes<kUnit>(a, x, scales);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < (p1 - p0) * kGemvWarps * each;
-         i += kGemvThreads)
+    const float before = addend(a, p0, count);
+    if (p0 == 0) {
+      const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
+      stage_input<kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
+        put_bytes<kUnit>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, c, v, whole);
+      });
+      if (kSpan > 1 && a.units % kSpan != 0)  // one unit more, of zeros
+        for (int n = warp; n < rows; n += kGemvWarps) {
+          for (int i = lane; i < 2 * kUnit; i += 32)
+            x.bytes[n * a.x_stride + a.units * (2 * kUnit) + i] = 0;
+          x.units[n * a.x_units + a.units] = {0.0f, 0};
+        }
+    }
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < count * kGemvWarps * each; i += kGemvThreads)
       parts[i] = 0;
     __syncthreads();
     float total[2] = {};
-    const auto flush = [&](int panel) {
-      float* to = parts + ((panel - p0) * kGemvWarps + warp) * each;
+    const auto flush = [&](int p) {
+      float* to = parts + (p * kGemvWarps + warp) * each;
       const int n = lane % 4, r = lane / 4;
-      if (n < rows) to[r * rows + n] = total[0], to[(r + 8) * rows + n] = total[1];
+      if (n < rows) to[n * 16 + r] = total[0], to[n * 16 + r + 8] = total[1];
       total[0] = total[1] = 0;
     };
-    int slot = 0, panel = here.panel;
-    while (here.panel < p1) {
+    int slot = 0, last = panel;
+#pragma unroll 1
+    while (panel < count) {
       copy_async_wait<kStages - 1>();
       __syncwarp();
-      if (here.panel != panel) {
-        flush(panel);
-        panel = here.panel;
+      if (panel != last) {
+        flush(last);
+        last = panel;
       }
-      multiply_unit<kBits, kUnit>(total, ring + slot * kSlot, x_lane + here.unit * (2 * kUnit),
-                                  x.scale[x_units + here.unit], x.sum[x_units + here.unit], lane);
+      const char* from = ring + slot * kSlot;
+      const __half2* grid = reinterpret_cast<const __half2*>(from + kSpan * kUnitBytes);
+      const int unit = span * kSpan;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i)
+        multiply_unit<kBits, kUnit>(total, from + i * kUnitBytes, grid + i * 16,
+                                    x_lane + (unit + i) * (2 * kUnit), x_units[unit + i], lane);
       __syncwarp();
       fill(slot);
       slot = slot + 1 == kStages ? 0 : slot + 1;
-      here.unit += kGemvWarps;
-      while (here.unit >= a.units) here.unit -= a.units, ++here.panel;
+      span += kGemvWarps;
+      wrap(panel, span);
     }
-    if (panel < p1) flush(panel);
+    if (last < count) flush(last);
     copy_async_wait<0>();
     __syncthreads();
-    write_panels(a, parts, scales, p0, p1);
+    write_panels(a, parts, scales, before, p0, count);
     __syncthreads();
   }
 }
@@ -187,19 +247,32 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   a.units = v.units;
   a.units_per_group = v.units_per_group;
   a.groups = v.groups;
-  a.x_stride = 2 * v.units * v.unit;
+  while ((1 << (a.group_shift + 1)) <= a.units_per_group) ++a.group_shift;
+  if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
+  if (v.groups == 1) a.group_shift = 31;
+  const int spare = v.units % slot_units(v.bits);
+  a.x_stride = 2 * (v.units + spare) * v.unit;
+  a.x_units = (v.units + 1) / 2 * 2;  // the rows keep to 16 bytes
   const DeviceInfo& info = device_info(y.device().index);
   const auto blocks = static_cast<unsigned>(std::min(a.work, info.sms));
   const int panels = (a.work + static_cast<int>(blocks) - 1) / static_cast<int>(blocks) *
                      (a.output == RowOutput::SiluMul ? 2 : 1);
   const int part_bytes = kGemvWarps * 16 * a.in.rows * 4;
-  a.per_round = std::min(panels, std::max(2, 24 * 1024 / part_bytes / 2 * 2));
+  a.per_round = std::min({panels, 32, std::max(2, 24 * 1024 / part_bytes / 2 * 2)});
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;
-    const auto kernel = packed_gemv_kernel<kBits, kUnit>;
-    const size_t shared =
+    const bool integers = a.in.codes || a.in.quantise;
+    const auto kernel =
+        integers ? packed_gemv_kernel<kBits, kUnit, true> : packed_gemv_kernel<kBits, kUnit, false>;
+    auto shared =
         static_cast<size_t>(kGemvWarps * ring_stages(kBits) * slot_bytes(kBits, kUnit) +
-                            a.in.rows * (a.x_stride + 8 * a.units) + a.per_round * part_bytes);
+                            a.in.rows * (a.x_stride + 8 * a.x_units) + a.per_round * part_bytes);
+    const int row_floats = (a.in.cols + 3) / 4 * 4;
+    const size_t room = static_cast<size_t>(row_floats) * (a.in.gain ? 8 : 4);
+    if (!a.in.codes && shared + room <= info.shared_optin) {
+      a.row_floats = row_floats;
+      shared += room;
+    }
     check(shared <= info.shared_optin,
           "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
           a.in.rows, a.in.cols, shared, info.shared_optin);

@@ -7,12 +7,16 @@
 
 namespace omq::cuda {
 
-constexpr int slot_bytes(int bits, int unit) { return unit_words(bits, unit) * 128 + 64; }
+// A slot holds so many neighbouring units of a panel: their codes, then their grids.
+constexpr int slot_units(int bits) { return bits == 8 ? 1 : 2; }
+constexpr int slot_bytes(int bits, int unit) {
+  return slot_units(bits) * (unit_words(bits, unit) * 128 + 64);
+}
 
-// Copies a unit's codes and its group's grid into a slot, by one warp, asynchronously.
+// Copies a unit's codes and its group's grid, by one warp, asynchronously.
 template <int kBits, int kUnit>
 __device__ __forceinline__ void copy_unit(const uint8_t* codes, const __half2* grid, uint32_t slot,
-                                          int lane) {
+                                          uint32_t grid_slot, int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
 #pragma unroll
   for (int i = 0; i < kFours; i += 4)
@@ -21,38 +25,48 @@ __device__ __forceinline__ void copy_unit(const uint8_t* codes, const __half2* g
     copy_async8(slot + kFours * 128 + lane * 8, codes + kFours * 128 + lane * 8);
   if constexpr (kWords % 2 == 1)
     copy_async4(slot + (kWords - 1) * 128 + lane * 4, codes + (kWords - 1) * 128 + lane * 4, true);
-  if (lane < 4) copy_async16(slot + kWords * 128 + lane * 16, grid + lane * 4, true);
+  if (lane < 4) copy_async16(grid_slot + lane * 16, grid + lane * 4, true);
 }
 
 // Rows of x in shared memory: bytes, and what each unit's whole numbers stand for.
+struct UnitScale {
+  float scale;
+  int sum;  // of the whole numbers
+};
 struct StagedX {
-  char* bytes;   // [rows, bytes of a row]
-  float* scale;  // [rows, units]
-  int* sum;      // [rows, units], of the whole numbers
+  char* bytes;       // [rows, bytes of a row]
+  UnitScale* units;  // [rows, units]
 };
 
-// Columns c … c + 3 of a row whose bytes, scales and sums begin at x. A unit's lanes call together.
+// The lanes of the team of kTeam neighbours that this lane is in.
+template <int kTeam> __device__ __forceinline__ uint32_t team_mask() {
+  if constexpr (kTeam == 32) return 0xffffffffu;
+  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
+}
+
+// Columns c … c + 3 of a row whose bytes and units begin at x. A unit's lanes call together.
 // whole: the values are whole numbers of less than two bytes already.
 template <int kUnit>
 __device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, float4 v,
                                           bool whole) {
   constexpr int kTeam = kUnit / 4;  // lanes that hold a unit
   constexpr float kTop = 127 * 256 + 127;
-  float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  const bool broken = v.x != v.x || v.y != v.y || v.z != v.z || v.w != v.w;
-  if (broken) largest = INFINITY;
-  largest = team_max<kTeam>(largest);
-  const float up = whole ? 1.0f : largest > 0 ? kTop / largest : 0.0f;
+  // Bits of |v| as whole numbers: their order is that of the values, and NaN is the largest.
+  const auto bits = [](float f) { return __float_as_uint(f) & 0x7fffffffu; };
+  const uint32_t top = __reduce_max_sync(team_mask<kTeam>(),
+                                         max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w))));
+  const bool finite = top < 0x7f800000u;
+  const float largest = __uint_as_float(top);
+  const float up = whole ? 1.0f : finite && top > 0 ? __fdividef(kTop, largest) : 0.0f;
   const auto number = [&](float f) { return __float2int_rn(f * up); };
   const int i[4] = {number(v.x), number(v.y), number(v.z), number(v.w)};
-  uint32_t hi = 0, lo = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int h = (i[j] + 128) >> 8;
-    hi |= (static_cast<uint32_t>(h) & 255) << (8 * j);
-    lo |= (static_cast<uint32_t>(i[j] - h * 256) & 255) << (8 * j);
-  }
-  const int sum = team_sum<kTeam>(i[0] + i[1] + i[2] + i[3]);
+  // i = 256 · hi + lo, both signed: lo is the last byte of i, hi the one above it of i + 128.
+  const auto bytes = [](int a, int b, int c, int d, uint32_t pick) {
+    return __byte_perm(__byte_perm(a, b, pick), __byte_perm(c, d, pick), 0x5410);
+  };
+  const uint32_t lo = bytes(i[0], i[1], i[2], i[3], 0x0040),
+                 hi = bytes(i[0] + 128, i[1] + 128, i[2] + 128, i[3] + 128, 0x0051);
+  const int sum = __reduce_add_sync(team_mask<kTeam>(), i[0] + i[1] + i[2] + i[3]);
   const int unit = c / kUnit;
   if (unit >= units) return;
   char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(c % kUnit);
@@ -60,14 +74,19 @@ __device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, fl
   *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = lo;
   if (c % kUnit != 0) return;
   // Infinite or not a number: so is the result.
-  x.scale[unit] = isinf(largest) ? __int_as_float(0x7fc00000) : whole ? 1.0f : largest / kTop;
-  x.sum[unit] = sum;
+  x.units[unit] = {!finite ? __int_as_float(0x7fc00000) : whole ? 1.0f : largest * (1 / kTop), sum};
 }
 
-// total: of rows r and r + 8 and row q of x. x: the lane's bytes of the unit; scale, sum: of it.
+// A whole number of 0 … 1023, without a conversion's quarter rate: it is the last bits of 1024 + v.
+__device__ __forceinline__ int whole(__half v) {
+  return __half_as_ushort(__hadd(v, __ushort_as_half(0x6400))) & 1023;
+}
+
+// total: of rows r and r + 8 and row q of x. x: the lane's bytes of the unit.
 template <int kBits, int kUnit>
-__device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slot, const char* x,
-                                              float x_scale, int x_sum, int lane) {
+__device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slot,
+                                              const __half2* grid, const char* x, UnitScale x_unit,
+                                              int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
   uint32_t w[kWords];
 #pragma unroll
@@ -81,22 +100,23 @@ __device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slo
   }
   if constexpr (kWords % 2 == 1)
     w[kWords - 1] = *reinterpret_cast<const uint32_t*>(slot + (kWords - 1) * 128 + lane * 4);
-  const __half2* grid = reinterpret_cast<const __half2*>(slot + kWords * 128);
-  const float2 upper = __half22float2(grid[lane / 4]), lower = __half22float2(grid[lane / 4 + 8]);
-  int32_t sums[4] = {};
+  const __half2 upper = grid[lane / 4], lower = grid[lane / 4 + 8];
+  int32_t sums[2][4] = {};  // two chains: a product waits for the one before the last
 #pragma unroll
   for (int s = 0; s < kUnit / 32; ++s) {
     const uint32_t a[4] = {
         four_codes<kBits, kUnit>(w, 0, 2 * s), four_codes<kBits, kUnit>(w, 1, 2 * s),
         four_codes<kBits, kUnit>(w, 0, 2 * s + 1), four_codes<kBits, kUnit>(w, 1, 2 * s + 1)};
     const uint2 b = *reinterpret_cast<const uint2*>(x + s / 2 * 128 + s % 2 * 8);
-    multiply_bytes(sums, a, b.x, b.y);
+    multiply_bytes(sums[s % 2], a, b.x, b.y);
   }
-  const auto dot = [&](int hi, int lo, float zero) {
-    return static_cast<float>(hi * 256 + lo - static_cast<int>(zero) * x_sum) * x_scale;
+  const auto dot = [&](int i, __half2 g) {
+    const int hi = sums[0][i] + sums[1][i], lo = sums[0][i + 1] + sums[1][i + 1];
+    return static_cast<float>(hi * 256 + lo - whole(__high2half(g)) * x_unit.sum) * x_unit.scale *
+           __low2float(g);
   };
-  total[0] += upper.x * dot(sums[0], sums[1], upper.y);
-  total[1] += lower.x * dot(sums[2], sums[3], lower.y);
+  total[0] += dot(0, upper);
+  total[1] += dot(2, lower);
 }
 
 }  // namespace omq::cuda

@@ -27,19 +27,22 @@ Rows rows_view(const char* op, const Tensor& x) {
   return r;
 }
 
+template <class T>
 __global__ void quantize_rows_kernel(uint8_t* codes, Rows code_rows, float* grid, Rows grid_rows,
-                                     const float* x, Rows x_rows, int64_t rows, int n, RowQuant s,
+                                     const T* x, Rows x_rows, int64_t rows, int n, RowQuant s,
                                      bool paired) {
   const float top = static_cast<float>((1 << s.bits) - 1);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int64_t row = grid_index() / 32; row < rows; row += grid_stride() / 32) {
-    const float* from = x + x_rows.at(row);
+    const T* values = x + x_rows.at(row);
+    const auto from = [values](int i) { return static_cast<float>(values[i]); };
     float hi = -INFINITY, lo = -INFINITY;
     int finite = 1;
     for (int i = lane; i < n; i += 32) {
-      hi = fmaxf(hi, from[i]);
-      lo = fmaxf(lo, -from[i]);
-      finite &= isfinite(from[i]);
+      const float v = from(i);
+      hi = fmaxf(hi, v);
+      lo = fmaxf(lo, -v);
+      finite &= isfinite(v);
     }
     hi = team_max<32>(hi);
     lo = -team_max<32>(lo);
@@ -47,7 +50,7 @@ __global__ void quantize_rows_kernel(uint8_t* codes, Rows code_rows, float* grid
     const RowGrid<float> g = row_grid(hi, lo, s);
     uint8_t* to = codes + code_rows.at(row);
     const auto code = [&](int i) {
-      return finite && i < n ? static_cast<uint8_t>(row_code(from[i], g, top)) : uint8_t{0};
+      return finite && i < n ? static_cast<uint8_t>(row_code(from(i), g, top)) : uint8_t{0};
     };
     if (paired)
       for (int i = lane; i < (n + 1) / 2; i += 32)
@@ -86,10 +89,15 @@ constexpr int kThreads = 256;
 
 void quantize_rows(QuantizedRows& q, const Tensor& x) {
   const int64_t rows = rows_of(x);
-  launch("quantize_rows", x, quantize_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
-         q.codes.data<uint8_t>(), rows_view("quantize_rows", q.codes), q.grid.data<float>(),
-         rows_view("quantize_rows", q.grid), x.data<float>(), rows_view("quantize_rows", x), rows,
-         q.cols, q.spec, q.paired);
+  const auto run = [&](const auto* values, auto kernel) {
+    launch("quantize_rows", x, kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
+           q.codes.data<uint8_t>(), rows_view("quantize_rows", q.codes), q.grid.data<float>(),
+           rows_view("quantize_rows", q.grid), values, rows_view("quantize_rows", x), rows, q.cols,
+           q.spec, q.paired);
+  };
+  if (x.dtype() == DType::F16)
+    return run(static_cast<const __half*>(x.raw()), quantize_rows_kernel<__half>);
+  run(x.data<float>(), quantize_rows_kernel<float>);
 }
 
 void dequantize_rows(Tensor& y, const QuantizedRows& q) {

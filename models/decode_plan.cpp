@@ -67,7 +67,7 @@ DecodePlan::DecodePlan(const Model& model, int64_t capacity)
 DecodePlan::~DecodePlan() = default;
 DecodePlan::DecodePlan(DecodePlan&&) noexcept = default;
 
-void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
+int64_t DecodePlan::check_step(int32_t token, const std::vector<nn::KVCache>& caches) const {
   check(caches.size() == blocks_ && !caches.empty() && caches.front().batch() == 1,
         "decode: {} caches for {} blocks, of one sequence each", caches.size(), blocks_);
   const int64_t at = caches.front().length();
@@ -76,7 +76,18 @@ void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
         std::min(caches.front().capacity(), context_));
   check(token >= 0 && token < vocabulary_,
         "decode: token {} is outside the model's vocabulary of {}", token, vocabulary_);
-  impl_->step(token, at, caches);
+  return at;
+}
+
+void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
+  impl_->step(token, check_step(token, caches), caches);
+}
+
+int32_t DecodePlan::greedy(int32_t token, std::vector<nn::KVCache>& caches) {
+  const int64_t at = check_step(token, caches);
+  const int32_t id = impl_->greedy(token, at, caches);
+  check(id >= 0, "decode: a logit behind token {} at position {} is NaN", token, at);
+  return id;
 }
 
 std::span<const float> DecodePlan::logits() { return impl_->logits(); }

@@ -37,10 +37,17 @@ class DecodePlan {
   void step(int32_t token, std::vector<nn::KVCache>& caches);
   // Of the token after the last step: [V], valid until the next call.
   std::span<const float> logits();
+  // step(), and the id of the largest logit behind it, the lowest among equals. A GPU chooses by
+  // itself and has begun the step of that id when this returns, so that it does not wait for the
+  // host; what it writes into the caches counts only when that step is asked for. Throws Error when
+  // a logit is NaN.
+  int32_t greedy(int32_t token, std::vector<nn::KVCache>& caches);
 
   struct Impl;
 
  private:
+  int64_t check_step(int32_t token, const std::vector<nn::KVCache>& caches) const;
+
   int64_t vocabulary_;
   size_t blocks_;
   int64_t context_;

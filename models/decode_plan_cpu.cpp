@@ -1,4 +1,5 @@
 // The DecodePlan of the CPU: stages shared out to the pool.
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -42,6 +43,7 @@ struct CpuPlan final : DecodePlan::Impl {
   CpuPlan(const Model& m, int64_t capacity);
   void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
+  int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
   void embed(int32_t token);
   void attend(const nn::Attention& a, nn::KVCache& cache);
   void layer(Layer& l, nn::KVCache& cache);
@@ -130,6 +132,17 @@ void CpuPlan::step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) 
 std::span<const float> CpuPlan::logits() {
   head(normed, scores.data<float>());
   return {scores.data<float>(), static_cast<size_t>(scores.numel())};
+}
+
+int32_t CpuPlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
+  step(token, at, caches);
+  const std::span<const float> all = logits();
+  size_t best = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (std::isnan(all[i])) return -1;
+    if (all[i] > all[best]) best = i;
+  }
+  return static_cast<int32_t>(best);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // hand and replayed for every token.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <optional>
 #include <utility>
 
@@ -36,12 +38,16 @@ int64_t splits_of(int64_t heads, int64_t capacity) {
 class DevicePlan final : public DecodePlan::Impl {
  public:
   DevicePlan(const Model& model, int64_t capacity);
+  ~DevicePlan() override;
   void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
+  int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
 
  private:
   void bind(std::vector<nn::KVCache>& caches);
   void run();  // a token, for the caches bound_
+  void set_state(int32_t token, int64_t at);
+  int32_t told(int64_t at) const;  // waits for the token behind position `at`
   DecodeAttentionStage attention(const nn::Attention& a, const nn::KVCache& cache) const;
   DecodeInput behind(const nn::RMSNorm& n, const Product& p) const {
     return {x_, n.weight, n.bias, n.eps, p.quant};
@@ -57,9 +63,14 @@ class DevicePlan final : public DecodePlan::Impl {
   Tensor x_, qkv_, attended_, gated_, logits_;
   Tensor parts_, arrived_;                     // of attention
   Tensor host_;                                // logits, page-locked
+  Tensor told_;                                // page-locked, see DecodeKernels::choose
   std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
   const void* bound_memory_ = nullptr;
-  std::optional<StepGraph> graph_;
+  std::optional<StepGraph> graph_, greedy_graph_;
+  // The greedy step that was begun before it was asked for: at this position, of the token that
+  // the step before it chose. −1: none.
+  int64_t ahead_ = -1;
+  int32_t ahead_token_ = -1;
 };
 
 DevicePlan::DevicePlan(const Model& m, int64_t capacity)
@@ -90,6 +101,14 @@ DevicePlan::DevicePlan(const Model& m, int64_t capacity)
   parts_ = floats({1, H, S, d + 2});
   arrived_ = Tensor::zeros({1, H}, DType::I32, device_);
   host_ = empty_pinned(logits_.shape(), DType::F32, device_);
+  told_ = empty_pinned({16}, DType::U8, device_);
+}
+
+DevicePlan::~DevicePlan() {
+  try {
+    device_api(device_).sync(device_.index);  // a step that was begun ahead writes into told_
+  } catch (const Error&) {                    // it was reported where it arose
+  }
 }
 
 DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVCache& cache) const {
@@ -117,7 +136,12 @@ void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
   if (bound_ == &caches && bound_memory_ == keys.raw()) return;
   bound_ = &caches;
   bound_memory_ = keys.raw();
+  ahead_ = -1;
   graph_.emplace(device_, [this] { run(); });
+  greedy_graph_.emplace(device_, [this] {
+    run();
+    kernels_.choose(state_, told_, logits_);
+  });
 }
 
 void DevicePlan::run() {
@@ -142,10 +166,45 @@ void DevicePlan::run() {
 
 void DevicePlan::step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
   bind(caches);
-  const std::array<int32_t, 2> state{token, static_cast<int32_t>(at)};
-  device_api(device_).copy(state_.raw(), device_, state.data(), Device{}, sizeof state);
+  set_state(token, at);
   graph_->run();
   for (nn::KVCache& cache : caches) cache.advance(1);
+}
+
+void DevicePlan::set_state(int32_t token, int64_t at) {
+  ahead_ = -1;
+  const std::array<int32_t, 2> state{token, static_cast<int32_t>(at)};
+  device_api(device_).copy(state_.raw(), device_, state.data(), Device{}, sizeof state);
+}
+
+int32_t DevicePlan::told(int64_t at) const {
+  // The device writes page-locked memory while the host looks; an error of the device would leave
+  // it waiting, so now and then it asks.
+  const std::atomic_ref<int64_t> word(static_cast<int64_t*>(told_.raw())[at % 2]);
+  for (auto since = std::chrono::steady_clock::now();;) {
+    const int64_t w = word.load(std::memory_order_acquire);
+    if (w >> 32 == at) return static_cast<int32_t>(w);
+    if (std::chrono::steady_clock::now() - since < std::chrono::seconds(1)) continue;
+    device_api(device_).sync(device_.index);
+    since = std::chrono::steady_clock::now();
+  }
+}
+
+int32_t DevicePlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
+  bind(caches);
+  if (ahead_ != at || ahead_token_ != token) {
+    set_state(token, at);
+    device_api(device_).sync(device_.index);  // nothing is on its way that would write told_
+    std::fill_n(static_cast<int64_t*>(told_.raw()), 2, int64_t{-1});
+    greedy_graph_->run();
+  }
+  const bool room = at + 1 < std::min(caches.front().capacity(), model_.context());
+  if (room) greedy_graph_->run();
+  const int32_t id = told(at);
+  ahead_ = room ? at + 1 : -1;
+  ahead_token_ = id;
+  for (nn::KVCache& cache : caches) cache.advance(1);
+  return id;
 }
 
 std::span<const float> DevicePlan::logits() {
@@ -163,7 +222,8 @@ std::string device_plan_unsupported(const Model& model) {
   const DecodeKernels* kernels = decode_kernels(model.device());
   if (!kernels) return fmt::format("{} has no kernels for it", to_string(model.device()));
   const ModelConfig& c = model.config();
-  if (c.head_dim > 256 || c.head_dim % 2 != 0) return fmt::format("heads of {}", c.head_dim);
+  if (c.head_dim > 256 || c.head_dim % (c.head_dim <= 64 ? 2 : c.head_dim <= 128 ? 4 : 8) != 0)
+    return fmt::format("heads of {}", c.head_dim);
   for (const auto& block : model.blocks) {
     const nn::MLP& mlp = block->mlp;
     const Product pair{&mlp.gate_proj, &mlp.up_proj};

@@ -16,6 +16,8 @@ struct DecodePlan::Impl {
   // The token, which stands at position `at`, is known and the caches have room.
   virtual void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
   virtual std::span<const float> logits() = 0;
+  // step(), then the id of the largest logit; −1 when one is NaN.
+  virtual int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
 };
 
 std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity);

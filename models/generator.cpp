@@ -136,6 +136,17 @@ std::span<const float> Generator::push(std::span<const int32_t> ids, bool wanted
   }
 }
 
+int32_t Generator::push_greedy(int32_t id) {
+  try {
+    const int32_t next = plan_->greedy(id, caches_);
+    cached_.push_back(id);
+    return next;
+  } catch (...) {
+    truncate(cached_.size());
+    throw;
+  }
+}
+
 Generator::Prefill Generator::prefill(std::span<const int32_t> prompt, int64_t batch,
                                       const std::atomic<bool>* cancel) {
   check(!prompt.empty(), "generate: the prompt is empty");
@@ -193,6 +204,7 @@ FinishReason Generator::decode(std::span<const float> logits, std::span<const in
                                const GenerateOptions& options,
                                const std::function<bool(int32_t)>& write, GenerateResult& result) {
   Sampler sampler(sampling_of(options, *this, model_.config().vocab_size));
+  const bool greedy = plan_ && sampler.options().takes_largest();
   // The context ends it at the latest, one token behind its last place.
   const int64_t room = context_ - static_cast<int64_t>(prompt.size()) + 1;
   const int64_t limit =
@@ -203,14 +215,18 @@ FinishReason Generator::decode(std::span<const float> logits, std::span<const in
   history.assign(prompt.begin(), prompt.end());
   while (static_cast<int64_t>(result.tokens.size()) < limit) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
+    std::optional<int32_t> next;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
       const auto start = Clock::now();
-      logits = push({&result.tokens.back(), 1});
+      if (greedy)
+        next = push_greedy(result.tokens.back());
+      else
+        logits = push({&result.tokens.back(), 1});
       result.stats.decode_seconds += seconds_since(start);
       ++result.stats.decode_steps;
     }
-    const int32_t id = sampler.sample(logits, history);
+    const int32_t id = next ? *next : sampler.sample(logits, history);
     result.tokens.push_back(id);
     history.push_back(id);
     if (ends_text(id)) return FinishReason::EndOfText;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 #include "models/packed_model.h"
 
@@ -52,12 +53,32 @@ Model Model::assemble(ModelConfig config, ModelEnds ends,
   return m;
 }
 
+namespace {
+
+// The type in which `rows` rows are multiplied. On a GPU weights that are not F32 meet many rows in
+// F16 (cuda/packed.cpp): then attention works in it too, and what is written to be multiplied is
+// written in it.
+Compute compute_of(const Model& m, int64_t rows) {
+  if (m.device().type == DeviceType::CPU || rows <= kFewRows || m.blocks.empty())
+    return Compute::F32;
+  const auto linears = m.blocks.front()->linears();
+  const bool wide = std::any_of(linears.begin(), linears.end(), [](const auto& l) {
+    return !l.linear->is_packed() && l.linear->dense().dtype() == DType::F32;
+  });
+  return wide ? Compute::F32 : Compute::F16;
+}
+
+}  // namespace
+
 Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>* caches) const {
   check(ids.ndim() == 2, "model: ids of shape {}, [B,T] wanted", ids.shape());
   const nn::Positions at = nn::positions(first, ids.dim(1), rope_);
   Tensor x = ends.embed_tokens(ids.device() == device() ? ids : to(ids, device()));
-  for (size_t i = 0; i < blocks.size(); ++i)
-    x = blocks[i]->forward(x, at, caches ? &(*caches)[i] : nullptr);
+  {
+    const ComputeScope compute(compute_of(*this, ids.numel()));
+    for (size_t i = 0; i < blocks.size(); ++i)
+      x = blocks[i]->forward(x, at, caches ? &(*caches)[i] : nullptr);
+  }
   return ends.norm(x);
 }
 

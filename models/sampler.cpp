@@ -58,6 +58,11 @@ void keep_min_p(std::vector<Candidate>& list, double p) {
 
 }  // namespace
 
+bool SamplerOptions::takes_largest() const {
+  const bool penalties = repeat_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+  return temperature == 0 && logit_bias.empty() && (!penalties || repeat_last_n == 0);
+}
+
 void SamplerOptions::validate(int64_t vocab_size) const {
   // Written so that NaN fails too.
   check(temperature >= 0 && temperature <= 1000, "--temp {} is outside 0…1000", temperature);

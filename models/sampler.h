@@ -28,6 +28,8 @@ struct SamplerOptions {
   std::vector<std::pair<int32_t, double>> logit_bias;  // token, added; −infinity forbids the token
   uint64_t seed = 0;
 
+  // Whether the largest logit is taken as it is.
+  bool takes_largest() const;
   // Throws Error naming the option that is out of range; ids are checked against `vocab_size`.
   void validate(int64_t vocab_size) const;
 };

@@ -1,6 +1,7 @@
 // KVCache: append is one of the three in-place writers of the library.
 #include "nn/kv_cache.h"
 
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 #include "nn/linear_input.h"
 
@@ -63,8 +64,9 @@ void KVCache::Store::write(int64_t at, const Tensor& x) {
 }
 
 Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
-  return floats.defined() ? to(tokens(floats, begin, end), DType::F32)
-                          : dequantized(tokens(codes, begin, end));
+  if (!floats.defined()) return dequantized(tokens(codes, begin, end));
+  const bool device = floats.device().type != DeviceType::CPU;
+  return to(tokens(floats, begin, end), device ? operand_dtype(DType::F32) : DType::F32);
 }
 
 KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,

@@ -27,11 +27,11 @@ class KVCache {
   // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
   void append(const Tensor& k, const Tensor& v);
   struct View {
-    Tensor k, v;  // F32 [B, end − begin, K, d]
+    Tensor k, v;  // [B, end − begin, K, d], F32; on a GPU of the ComputeScope's type
   };
   // Counts tokens that somebody has written into keys() and values() himself.
   void advance(int64_t tokens);
-  // Tokens begin … end − 1: in place where they are stored as F32, made where they are not.
+  // Tokens begin … end − 1: in place where they are stored in that type, made where they are not.
   View window(int64_t begin, int64_t end) const;
   const CacheQuant& quant() const { return quant_; }
   int64_t length() const { return length_; }

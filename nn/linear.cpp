@@ -2,6 +2,7 @@
 // smaller.
 #include "nn/linear.h"
 
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq::nn {
@@ -14,7 +15,10 @@ Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias, WriteA
     return linear(x, to(w, x.dtype()), bias);
   check(x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
   const Tensor rows = reshape(x, {-1, w.dim(1)});
-  Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, DType::F32, x.device());
+  const bool narrow =
+      write == WriteAs::Operand && !bias.defined() && x.device().type != DeviceType::CPU;
+  Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, narrow ? operand_dtype(DType::F32) : DType::F32,
+                           x.device());
   packed_on(x).dense_matmul(y, rows, contiguous(w));
   Shape shape = x.shape();
   shape[shape.n - 1] = w.dim(0);
@@ -33,7 +37,8 @@ Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
     return dense_linear(in, l.dense(), l.bias, write);
   }
   const auto& w = *std::get<std::shared_ptr<PackedWeight>>(l.weight);
-  const Tensor y = s ? w.matmul(x.codes(*s)) : w.matmul(x.tensor());
+  if (l.bias.defined()) write = WriteAs::Wide;
+  const Tensor y = s ? w.matmul(x.codes(*s), write) : w.matmul(x.tensor(), write);
   return l.bias.defined() ? add(y, l.bias) : y;
 }
 

@@ -1,34 +1,47 @@
 // PackedIntWeight: shapes around the packed kernels.
 #include "nn/packed_weight.h"
 
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 #include "nn/linear_input.h"
 
 namespace omq::nn {
 
-Tensor PackedWeight::matmul(const QuantizedRows& x) const { return matmul(dequantized(x)); }
+namespace {
 
-Tensor PackedIntWeight::matmul(const Tensor& x) const {
+// An empty result [rows, cols] on a device.
+Tensor result(int64_t rows, int64_t cols, Device device, WriteAs write) {
+  const bool narrow = write == WriteAs::Operand && device.type != DeviceType::CPU;
+  return Tensor::empty({rows, cols}, narrow ? operand_dtype(DType::F32) : DType::F32, device);
+}
+
+}  // namespace
+
+Tensor PackedWeight::matmul(const QuantizedRows& x, WriteAs write) const {
+  return matmul(dequantized(x), write);
+}
+
+Tensor PackedIntWeight::matmul(const Tensor& x, WriteAs write) const {
   check(x.dim(-1) == w_.cols, "packed matmul: x {} against a weight [{}, {}]", x.shape(), w_.rows,
         w_.cols);
   check(!needs_grad(x),
         "packed matmul: no gradient goes through packed weights; dequantize() to train");
   const Tensor rows = reshape(x, {-1, w_.cols});
-  Tensor y = Tensor::empty({rows.dim(0), w_.rows}, DType::F32, x.device());
+  Tensor y = result(rows.dim(0), w_.rows, x.device(), write);
   packed_on(x).packed_matmul(y, rows, w_);
   Shape shape = x.shape();
   shape[shape.n - 1] = w_.rows;
   return reshape(y, shape);
 }
 
-Tensor PackedIntWeight::matmul(const QuantizedRows& x) const {
-  if (!x.spec.include_zero) return PackedWeight::matmul(x);
+Tensor PackedIntWeight::matmul(const QuantizedRows& x, WriteAs write) const {
+  if (!x.spec.include_zero) return PackedWeight::matmul(x, write);
   check(x.cols == w_.cols, "packed matmul: codes {} against a weight [{}, {}]", x.codes.shape(),
         w_.rows, w_.cols);
   QuantizedRows rows = x;
   rows.codes = reshape(x.codes, {-1, w_.cols});
   rows.grid = reshape(x.grid, {-1, 2});
-  Tensor y = Tensor::empty({rows.codes.dim(0), w_.rows}, DType::F32, x.codes.device());
+  Tensor y = result(rows.codes.dim(0), w_.rows, x.codes.device(), write);
   packed_on(y).packed_matmul_rows(y, rows, w_);
   Shape shape = x.codes.shape();
   shape[shape.n - 1] = w_.rows;

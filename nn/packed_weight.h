@@ -8,6 +8,7 @@
 #include <memory>
 #include <string_view>
 
+#include "autograd/ops.h"
 #include "tensor/packed.h"
 #include "tensor/row_quant.h"
 
@@ -19,9 +20,10 @@ struct PackedWeight {
   virtual ~PackedWeight() = default;
   virtual int64_t rows() const = 0;
   virtual int64_t cols() const = 0;
-  virtual Tensor matmul(const Tensor& x) const = 0;  // x [..., cols] → [..., rows], no gradient
+  // x [..., cols] → [..., rows], no gradient; `write` as in linear() of autograd/ops.h.
+  virtual Tensor matmul(const Tensor& x, WriteAs write) const = 0;
   // The same of codes, one a byte; here: of the floats that they stand for.
-  virtual Tensor matmul(const QuantizedRows& x) const;
+  virtual Tensor matmul(const QuantizedRows& x, WriteAs write) const;
   virtual Tensor dequantize() const = 0;                  // F32 [rows, cols]
   virtual Tensor embedding(const Tensor& ids) const = 0;  // I32 [...] → F32 [..., cols]
   // The same weight on a device; null where that has no form for it.
@@ -37,9 +39,9 @@ class PackedIntWeight final : public PackedWeight {
   explicit PackedIntWeight(PackedInt w) : w_(std::move(w)) {}
   int64_t rows() const override { return w_.rows; }
   int64_t cols() const override { return w_.cols; }
-  Tensor matmul(const Tensor& x) const override;
+  Tensor matmul(const Tensor& x, WriteAs write) const override;
   // In integers, unless zero points of x need not be codes (RowQuant::include_zero).
-  Tensor matmul(const QuantizedRows& x) const override;
+  Tensor matmul(const QuantizedRows& x, WriteAs write) const override;
   Tensor dequantize() const override;
   Tensor embedding(const Tensor& ids) const override;
   std::shared_ptr<PackedWeight> on_device(Device device) const override;

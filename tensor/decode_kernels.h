@@ -47,6 +47,10 @@ struct DecodeKernels {
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
                    RowOutput output);
   void (*attention)(const DecodeAttentionStage& s);
+  // The token of the largest logit, the lowest id among equals: state (I32 [2]: token, position)
+  // becomes it and the next position; word position % 2 of told (U8 [16], page-locked,
+  // two 64-bit words) becomes position · 2³² + id, or + (2³² − 1) when a logit is NaN.
+  void (*choose)(Tensor& state, Tensor& told, const Tensor& logits);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
 };

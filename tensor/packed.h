@@ -34,6 +34,9 @@
 namespace omq {
 
 inline constexpr int64_t kPanelRows = 16;
+// Up to so many rows of activations a GPU reads packed and 16-bit weights as they are stored; more
+// rows meet them in F16.
+inline constexpr int64_t kFewRows = 16;
 
 // Quantisation grid of a weight matrix: what the codes mean. group_size 0 = one group per row.
 struct GroupSpec {
