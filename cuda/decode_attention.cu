@@ -6,8 +6,9 @@
 //   lane    as many neighbouring elements of a head as make 32 lanes of it
 //
 // The split that holds the newest token uses it from shared memory, so nobody waits for the cache.
-// The last block of a head to arrive joins the splits in their order. Bytes: the cache once for
-// each query head (from the L2 cache after the first of a group).
+// The splits of a head are joined in their order: in the shared memory of a cluster of blocks,
+// where the device has that and eight are enough, else by the last block to arrive. Bytes: the
+// cache once for each query head (from the L2 cache after the first of a group).
 #include "cuda/decode_attention.cuh"
 
 #include "cuda/packed.h"
@@ -27,15 +28,23 @@ HeadForm head_form(const Tensor& gain, double eps, bool rotate, const std::optio
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-template <class T, int kEach>
+// kCluster: the splits of a head are a cluster.
+template <class T, int kEach, bool kCluster>
 __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ AttentionArgs a) {
   __shared__ AttentionMemory<kEach, kWarps> memory;
   let_next_start();
   const int position = *a.position;  // not written in a step before its last kernel
+  const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y),
+            row = static_cast<int>(blockIdx.z);
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
-  attend<T, kEach, kWarps>(a, memory, position, static_cast<int>(blockIdx.x),
-                           static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
+  const SplitTokens of(position + 1, a.splits);
+  Sums<kEach> mine;
+  if (split < of.count) mine = attend<T>(a, memory, position, head, of, split, row);
+  if constexpr (kCluster) return join_in_cluster(a, memory, mine, head, split, of.count, row);
+  if (split >= of.count || threadIdx.x >= 32) return;
+  if (of.count == 1) return write_head(a, mine, head, row, static_cast<int>(threadIdx.x));
+  join_by_arrival(a, memory, mine, head, split, of.count, row);
 }
 
 // Of a head, neighbours of a lane.
@@ -85,16 +94,26 @@ void decode_attention(const DecodeAttentionStage& s) {
   const int64_t rows = s.qkv.dim(0);
   const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.splits),
                   static_cast<unsigned>(rows));
-  const auto run = [&](auto in_halves, auto in_floats) {
-    const auto kernel = s.keys.dtype() == DType::F16 ? in_halves : in_floats;
+  constexpr int kPortableCluster = 8;  // blocks
+  const bool cluster =
+      a.splits > 1 && a.splits <= kPortableCluster && device_info(s.y.device().index).major >= 9;
+  const auto run = [&](auto kernel) {
     prepare_shared(kernel, 0);
-    launch_chained("decode_attention", s.y, kernel, grid, kThreads, 0, a);
+    launch_chained("decode_attention", s.y, kernel, grid, kThreads, 0, cluster ? a.splits : 1, a);
   };
-  using H = __half;
+  const auto of_each = [&](auto each) {
+    constexpr int kEach = decltype(each)::value;
+    const bool halves = s.keys.dtype() == DType::F16;
+    if (cluster)
+      return halves ? run(decode_attention_kernel<__half, kEach, true>)
+                    : run(decode_attention_kernel<float, kEach, true>);
+    halves ? run(decode_attention_kernel<__half, kEach, false>)
+           : run(decode_attention_kernel<float, kEach, false>);
+  };
   const int64_t each = elements_of(a.dim);
-  if (each == 2) return run(decode_attention_kernel<H, 2>, decode_attention_kernel<float, 2>);
-  if (each == 4) return run(decode_attention_kernel<H, 4>, decode_attention_kernel<float, 4>);
-  run(decode_attention_kernel<H, 8>, decode_attention_kernel<float, 8>);
+  if (each == 2) return of_each(Int<2>{});
+  if (each == 4) return of_each(Int<4>{});
+  of_each(Int<8>{});
 }
 
 }  // namespace omq::cuda

@@ -117,22 +117,21 @@ struct SplitTokens {
 template <int kEach, int kWarps> struct AttentionMemory {  // shared
   float q[32 * kEach], k_new[32 * kEach], v_new[32 * kEach];
   float tops[kWarps], weights[kWarps], values[kWarps][32 * kEach];
+  float top, weight, value[32 * kEach];  // of the split
   int last;
 };
 
-// All of the block's kWarps warps call it. T: of the cache; a head has kEach elements a lane, a
-// multiple of kEach in all.
+// What the split's tokens give, in the block's warp 0 (all of its kWarps warps call it). T: of the
+// cache; a head has kEach elements a lane, a multiple of kEach in all.
 template <class T, int kEach, int kWarps>
-__device__ __forceinline__ void attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m,
-                                       int position, int head, int split, int row) {
+__device__ __forceinline__ Sums<kEach> attend(const AttentionArgs& a,
+                                              AttentionMemory<kEach, kWarps>& m, int position,
+                                              int head, const SplitTokens& of, int split, int row) {
   constexpr int kTokens = kAttentionTokens;
   using Part = Elements<T, kEach>;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int group = a.heads / a.kv_heads, kv = head / group, d = a.dim;
   const int tokens = position + 1;
-  const SplitTokens of(tokens, a.splits);
-  const int active = of.count;
-  if (split >= active) return;
   const int begin = split * of.per, end = min(tokens, begin + of.per);
   const int64_t step = static_cast<int64_t>(a.kv_heads) * d;  // from token to token
   const int64_t first =
@@ -198,52 +197,106 @@ __device__ __forceinline__ void attend(const AttentionArgs& a, AttentionMemory<k
 #pragma unroll
   for (int j = 0; j < kEach; ++j) m.values[warp][lane * kEach + j] = sums.value[j];
   __syncthreads();
-  if (warp != 0) return;
   Sums<kEach> all;
+  if (warp == 0) {
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    float v[kEach];
+    for (int w = 0; w < kWarps; ++w) {
+      float v[kEach];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) v[j] = m.values[w][lane * kEach + j];
-    all.add(m.tops[w], m.weights[w], v);
-  }
-  if (active > 1) {
-    const int64_t at = static_cast<int64_t>(row) * a.heads + head;
-    float* parts = a.parts + at * a.splits * (d + 2);
-    float* part = parts + static_cast<int64_t>(split) * (d + 2);
-    if (lane == 0) part[d] = all.top, part[d + 1] = all.weight;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j)
-      if (mine) part[lane * kEach + j] = all.value[j];
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) m.last = atomicAdd(a.arrived + at, 1) == active - 1;
-    __syncwarp();
-    if (!m.last) return;
-    __threadfence();
-    all = {};
-    constexpr int kParts = 4;  // under way together
-#pragma unroll 1
-    for (int s0 = 0; s0 < active; s0 += kParts) {
-      float top[kParts], weight[kParts], v[kParts][kEach];
-#pragma unroll
-      for (int u = 0; u < kParts; ++u) {
-        const float* p = parts + static_cast<int64_t>(min(s0 + u, active - 1)) * (d + 2);
-        top[u] = __ldcg(p + d);
-        weight[u] = __ldcg(p + d + 1);
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) v[u][j] = __ldcg(p + (mine ? lane * kEach + j : 0));
-      }
-#pragma unroll
-      for (int u = 0; u < kParts; ++u)
-        if (s0 + u < active) all.add(top[u], weight[u], v[u]);
+      for (int j = 0; j < kEach; ++j) v[j] = m.values[w][lane * kEach + j];
+      all.add(m.tops[w], m.weights[w], v);
     }
-    if (lane == 0) a.arrived[at] = 0;
   }
-  float* y = a.y + (static_cast<int64_t>(row) * a.heads + head) * d;
+  return all;
+}
+
+// The head's result, by a warp.
+template <int kEach>
+__device__ __forceinline__ void write_head(const AttentionArgs& a, const Sums<kEach>& all, int head,
+                                           int row, int lane) {
+  float* y = a.y + (static_cast<int64_t>(row) * a.heads + head) * a.dim;
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
-    if (mine) y[lane * kEach + j] = all.value[j] / all.weight;
+    if (lane * kEach < a.dim) y[lane * kEach + j] = all.value[j] / all.weight;
+}
+
+// Joins the splits of a head, in their order: get(s, top, weight, value) reads what split s gave.
+template <int kEach, class Get>
+__device__ __forceinline__ Sums<kEach> join_splits(int active, Get&& get) {
+  constexpr int kParts = 4;  // under way together
+  Sums<kEach> all;
+#pragma unroll 1
+  for (int s0 = 0; s0 < active; s0 += kParts) {
+    float top[kParts], weight[kParts], v[kParts][kEach];
+#pragma unroll
+    for (int u = 0; u < kParts; ++u) get(min(s0 + u, active - 1), top[u], weight[u], v[u]);
+#pragma unroll
+    for (int u = 0; u < kParts; ++u)
+      if (s0 + u < active) all.add(top[u], weight[u], v[u]);
+  }
+  return all;
+}
+
+// Through device memory, by warp 0 of each block: the last of a head to arrive joins.
+template <int kEach, int kWarps>
+__device__ __forceinline__ void join_by_arrival(const AttentionArgs& a,
+                                                AttentionMemory<kEach, kWarps>& m,
+                                                const Sums<kEach>& mine, int head, int split,
+                                                int active, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, d = a.dim;
+  const bool there = lane * kEach < d;
+  const int64_t at = static_cast<int64_t>(row) * a.heads + head;
+  float* parts = a.parts + at * a.splits * (d + 2);
+  float* part = parts + static_cast<int64_t>(split) * (d + 2);
+  if (lane == 0) part[d] = mine.top, part[d + 1] = mine.weight;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j)
+    if (there) part[lane * kEach + j] = mine.value[j];
+  __threadfence();
+  __syncwarp();
+  if (lane == 0) m.last = atomicAdd(a.arrived + at, 1) == active - 1;
+  __syncwarp();
+  if (!m.last) return;
+  __threadfence();
+  const auto get = [&](int s, float& top, float& weight, float(&v)[kEach]) {
+    const float* p = parts + static_cast<int64_t>(s) * (d + 2);
+    top = __ldcg(p + d);
+    weight = __ldcg(p + d + 1);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = __ldcg(p + (there ? lane * kEach + j : 0));
+  };
+  write_head(a, join_splits<kEach>(active, get), head, row, lane);
+  if (lane == 0) a.arrived[at] = 0;
+}
+
+// Through the shared memory of a cluster (compute capability 9.0), whose blocks are the splits of a
+// head: the first block joins. All threads of all its blocks call it.
+template <int kEach, int kWarps>
+__device__ __forceinline__ void join_in_cluster(const AttentionArgs& a,
+                                                AttentionMemory<kEach, kWarps>& m,
+                                                const Sums<kEach>& mine, int head, int split,
+                                                int active, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool first_warp = threadIdx.x < 32;
+  if (first_warp && split < active) {
+    if (lane == 0) m.top = mine.top, m.weight = mine.weight;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) m.value[lane * kEach + j] = mine.value[j];
+  }
+  cluster_barrier();
+  if (first_warp && split == 0) {
+    const uint32_t top_at = shared_address(&m.top), weight_at = shared_address(&m.weight),
+                   value_at = shared_address(m.value + lane * kEach);
+    const auto get = [&](int s, float& top, float& weight, float(&v)[kEach]) {
+      const auto block = static_cast<uint32_t>(s);
+      top = load_from_cluster(top_at, block);
+      weight = load_from_cluster(weight_at, block);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) v[j] = load_from_cluster(value_at + 4 * j, block);
+    };
+    write_head(a, join_splits<kEach>(active, get), head, row, lane);
+  }
+  cluster_barrier();  // nobody leaves while its memory is read
 }
 
 }  // namespace omq::cuda

@@ -8,6 +8,7 @@
 namespace omq::cuda {
 namespace {
 
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kPairRows = 2;  // rows of a warp
 // Pieces of 8 columns of each row under way.
 template <class T> constexpr int ahead_of() { return sizeof(T) == 4 ? 2 : 4; }
@@ -72,13 +73,13 @@ template <class T> __device__ float one(const T* p) {
 
 // kRows: the most rows of x.
 template <class T, int kRows, bool kIntegers>
-__global__ void __launch_bounds__(kGemvThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kAhead = ahead_of<T>();
   extern __shared__ __align__(16) float x[];  // [rows, x_stride]
   __shared__ float scales[kDecodeRows];
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warps = static_cast<int>(gridDim.x) * kGemvWarps;
+  const int warps = static_cast<int>(gridDim.x) * kWarps;
   int at = static_cast<int>(blockIdx.x) +
            static_cast<int>(threadIdx.x) / 32 * static_cast<int>(gridDim.x);
   const int pieces = a.groups;  // of 8 columns; 0: columns one by one
@@ -98,9 +99,9 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   let_next_start();
   if (at < a.work) fetch(RowPair<T>(a, at), 0);
   float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
-  stage_gains(a.in, gains);
+  stage_gains<kThreads>(a.in, gains);
   wait_for_previous();
-  stage_input<kIntegers>(a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
+  stage_input<kThreads, kIntegers>(a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
     if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
   });
   __syncthreads();
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
       for (int i = 0; i < kPairRows; ++i)
         if (rows.y[i]) {
           float* y = rows.y[i] + n * a.y_stride;
-          *y = a.output == RowOutput::Add ? *y + v[i] : v[i];
+          *y = a.output == RowOutput::Add ? __ldcg(y) + v[i] : v[i];
         }
     }
   }
@@ -166,9 +167,9 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
 
 // ---- launchers ----
 
-int64_t dense_gemv_rows(int64_t cols) {
-  constexpr int64_t kShared = 160 * 1024;  // of the rows
-  return std::clamp<int64_t>(kShared / (4 * (cols + 4)), 1, kDecodeRows);
+int64_t dense_gemv_rows(int64_t cols, int device) {
+  const auto limit = static_cast<int64_t>(device_info(device).shared_optin) - 1024;
+  return std::clamp<int64_t>(limit / (4 * (cols + 4)), 0, kDecodeRows);
 }
 
 void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
@@ -188,8 +189,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   a.groups = whole ? a.in.cols / 8 : 0;
   a.x_stride = (a.in.cols + 3) / 4 * 4;
   const DeviceInfo& info = device_info(y.device().index);
-  const auto blocks =
-      static_cast<unsigned>(std::min((a.work + kGemvWarps - 1) / kGemvWarps, info.sms));
+  const auto blocks = static_cast<unsigned>(std::min((a.work + kWarps - 1) / kWarps, info.sms));
   size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
   check(shared <= info.shared_optin,
         "dense_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
@@ -201,7 +201,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   }
   const auto run = [&](auto kernel) {
     prepare_shared(kernel, shared);
-    launch_chained("dense_gemv", y, kernel, blocks, kGemvThreads, shared, a);
+    launch_chained("dense_gemv", y, kernel, blocks, kThreads, shared, 1, a);
   };
   const auto of_rows = [&](auto t) {
     using T = decltype(t);

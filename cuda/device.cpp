@@ -28,7 +28,7 @@ bool set(const char* variable, bool otherwise) {
 }
 
 struct State {
-  DeviceInfo info;
+  DeviceInfo info, whole_info;                      // as launches see the device; as it is
   cudaStream_t stream = nullptr, copies = nullptr;  // copies: of copy_ahead
   cudaEvent_t reached = nullptr, copied = nullptr;  // where copies may begin; where they are done
   cudaMemPool_t pool = nullptr;
@@ -79,6 +79,7 @@ std::unique_ptr<State> open_device(int index) {
   s->info.l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize, index));
   s->info.shared_optin =
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  s->whole_info = s->info;
   OMQ_CUDA(cudaSetDevice(index));
   current = index;
   check(attribute(cudaDevAttrMemoryPoolsSupported, index) != 0,
@@ -298,6 +299,16 @@ std::string cuda_describe(int index) {
                      static_cast<double>(properties.totalGlobalMem) / double{1 << 30});
 }
 
+void cuda_set_plain_path(bool on, int index) {
+  State& s = use(index);
+  OMQ_CUDA(cudaStreamSynchronize(s.stream));
+  s.info = s.whole_info;
+  if (!on) return;
+  constexpr size_t kPlainShared = size_t{99} << 10;
+  s.info.major = 8, s.info.minor = 6;
+  s.info.shared_optin = std::min(s.info.shared_optin, kPlainShared);
+}
+
 const DeviceApi kCudaApi{.alloc = cuda_alloc,
                          .free = cuda_free,
                          .copy = cuda_copy,
@@ -313,6 +324,7 @@ const DeviceApi kCudaApi{.alloc = cuda_alloc,
                          .join_ahead = cuda_join_ahead,
                          .memory_limit = cuda_memory_limit,
                          .set_memory_limit = cuda_set_memory_limit,
+                         .set_plain_path = cuda_set_plain_path,
                          .describe = cuda_describe};
 
 }  // namespace

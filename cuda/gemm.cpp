@@ -1,4 +1,5 @@
-// The dense product by cuBLASLt: [..,M,K] · [..,K,N] of F32, BF16 or F16, sums in F32.
+// The dense product by cuBLASLt: [..,M,K] · [..,K,N] of F32, BF16 or F16, sums in F32; or of I8,
+// sums in I32.
 //
 // cuBLASLt thinks in columns: our row-major y = a b is its yᵀ = bᵀ aᵀ, so b is its first operand.
 // Row and column strides become transposes and leading dims, leading dims of the tensors one batch
@@ -88,8 +89,10 @@ Tensor usable(const Tensor& x, Operand* out) {
 }
 
 cudaDataType blas_type(DType t) {
+  if (t == DType::I8) return CUDA_R_8I;
+  if (t == DType::I32) return CUDA_R_32I;
   check(t == DType::F32 || t == DType::BF16 || t == DType::F16,
-        "matmul: F32, BF16 or F16 wanted on a GPU, got {}", dtype_name(t));
+        "matmul: F32, BF16, F16 or I8 wanted on a GPU, got {}", dtype_name(t));
   return t == DType::F32 ? CUDA_R_32F : t == DType::BF16 ? CUDA_R_16BF : CUDA_R_16F;
 }
 
@@ -162,7 +165,10 @@ cublasLtMatrixLayout_t layout(const Operand& x, cudaDataType type, int64_t rows,
 Plan describe_product(const Call& c) {
   Plan p;
   const int64_t m = c.key[kM], n = c.key[kN], k = c.key[kK], batches = c.key[kBatches];
-  OMQ_BLAS(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  if (c.in == CUDA_R_8I)
+    OMQ_BLAS(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32I, CUDA_R_32I));
+  else
+    OMQ_BLAS(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
   const cublasOperation_t first = c.b.by_rows ? CUBLAS_OP_N : CUBLAS_OP_T,
                           second = c.a.by_rows ? CUBLAS_OP_N : CUBLAS_OP_T;
   OMQ_BLAS(
@@ -207,7 +213,11 @@ std::vector<cublasLtMatmulHeuristicResult_t> proposals(Handle& h, const Plan& p,
 cublasStatus_t multiply(Handle& h, const Plan& p, const cublasLtMatmulAlgo_t& algorithm,
                         const Call& c, cudaStream_t stream) {
   const float one = 1.0f, zero = 0.0f;
-  return cublasLtMatmul(h.blas, p.product, &one, c.b.data, p.first, c.a.data, p.second, &zero, c.y,
+  const int32_t whole_one = 1, whole_zero = 0;
+  const bool whole = c.in == CUDA_R_8I;  // then factors are whole numbers too
+  const void *alpha = whole ? static_cast<const void*>(&whole_one) : &one,
+             *beta = whole ? static_cast<const void*>(&whole_zero) : &zero;
+  return cublasLtMatmul(h.blas, p.product, alpha, c.b.data, p.first, c.a.data, p.second, beta, c.y,
                         p.result, c.y, p.result, &algorithm, h.workspace, kWorkspace, stream);
 }
 
@@ -291,10 +301,12 @@ void matmul(Tensor& y, const Tensor& a_any, const Tensor& b_any) {
   if (y.numel() == 0) return;
   const int64_t m = a_any.dim(-2), k = a_any.dim(-1), n = b_any.dim(-1);
   if (k == 0) return fill(y, 0);
-  check(a_any.dtype() == b_any.dtype() && y.is_contiguous() &&
-            (y.dtype() == DType::F32 || y.dtype() == a_any.dtype()),
-        "matmul: {} · {} into {}", dtype_name(a_any.dtype()), dtype_name(b_any.dtype()),
-        dtype_name(y.dtype()));
+  const bool whole = a_any.dtype() == DType::I8;
+  check(
+      a_any.dtype() == b_any.dtype() && y.is_contiguous() &&
+          (whole ? y.dtype() == DType::I32 : y.dtype() == DType::F32 || y.dtype() == a_any.dtype()),
+      "matmul: {} · {} into {}", dtype_name(a_any.dtype()), dtype_name(b_any.dtype()),
+      dtype_name(y.dtype()));
   Call c;
   const Tensor a = usable(a_any, &c.a), b = usable(b_any, &c.b);  // alive until the launch
   c.y = y.raw();

@@ -11,7 +11,6 @@
 
 namespace omq::cuda {
 
-constexpr int kGemvThreads = 512, kGemvWarps = kGemvThreads / 32;
 constexpr int kMaxMatrices = 3;
 
 struct GemvInput {
@@ -27,7 +26,7 @@ struct GemvInput {
 
 struct GemvMatrix {
   const void* data = nullptr;  // codes, or rows of a dense matrix
-  const __half2* grids = nullptr;
+  const GridWord* grids = nullptr;
   const float* bias = nullptr;
   float* y = nullptr;  // [rows of x, y_stride]
   int rows = 0, panels = 0;
@@ -48,13 +47,13 @@ struct GemvArgs {
 
 // n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this
 // thread's squares. Loads of a turn come first: kTurn of them are under way together.
-template <class Load>
+template <int kThreads, class Load>
 __device__ __forceinline__ float to_shared(float* to, int n, bool by_fours, Load&& load) {
   constexpr int kTurn = 3;
   float squares = 0;
   if (!by_fours) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kGemvThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
       const float v = load(i, 0.0f);
       squares += v * v;
       to[i] = v;
@@ -62,15 +61,14 @@ __device__ __forceinline__ float to_shared(float* to, int n, bool by_fours, Load
     return squares;
   }
 #pragma unroll 1
-  for (int first = 4 * static_cast<int>(threadIdx.x); first < n;
-       first += kTurn * 4 * kGemvThreads) {
+  for (int first = 4 * static_cast<int>(threadIdx.x); first < n; first += kTurn * 4 * kThreads) {
     float4 v[kTurn];
 #pragma unroll
     for (int j = 0; j < kTurn; ++j)
-      if (const int i = first + j * 4 * kGemvThreads; i < n) v[j] = load(i, float4{});
+      if (const int i = first + j * 4 * kThreads; i < n) v[j] = load(i, float4{});
 #pragma unroll
     for (int j = 0; j < kTurn; ++j)
-      if (const int i = first + j * 4 * kGemvThreads; i < n) {
+      if (const int i = first + j * 4 * kThreads; i < n) {
         *reinterpret_cast<float4*>(to + i) = v[j];
         squares += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
       }
@@ -79,38 +77,38 @@ __device__ __forceinline__ float to_shared(float* to, int n, bool by_fours, Load
 }
 
 // The block's sum of v, for all of it; what the block wrote to shared memory before is seen after.
-__device__ __forceinline__ float block_sum(float v) {
-  __shared__ __align__(16) float parts[kGemvWarps];
+template <int kThreads> __device__ __forceinline__ float block_sum(float v) {
+  __shared__ __align__(16) float parts[kThreads / 32];
   v = team_sum<32>(v);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
   const float4* p = reinterpret_cast<const float4*>(parts);
   float4 all = p[0];
 #pragma unroll
-  for (int i = 1; i < kGemvWarps / 4; ++i)
+  for (int i = 1; i < kThreads / 128; ++i)
     all = make_float4(all.x + p[i].x, all.y + p[i].y, all.z + p[i].z, all.w + p[i].w);
   return all.x + all.y + (all.z + all.w);
 }
 
 // What no kernel writes and staging needs: the gains, into shared memory while the kernel in front
 // still runs. gains: [cols], null: they stay where they are.
+template <int kThreads>
 __device__ __forceinline__ void stage_gains(const GemvInput& in, float* gains) {
   if (!in.gain || !gains) return;
-  to_shared(gains, in.cols, in.by_fours, [&](int i, auto kind) {
+  to_shared<kThreads>(gains, in.cols, in.by_fours, [&](int i, auto kind) {
     return *reinterpret_cast<const decltype(kind)*>(in.gain + i);
   });
 }
 
 // Every row of x: put(n, c, values of columns c … c + 3), to be multiplied by scales[n] afterwards;
-// columns past the end are 0. Warp w takes columns 128 w …, + 2048 …, lane l four of them, up to a
-// multiple of 128. To be called by all of the block, before a barrier of the caller. row: room for
-// row n in shared memory at row + n · row_stride, where put may write the same columns, or null;
-// gains: of stage_gains. kIntegers: rows may be codes, or are to
-// become whole numbers.
+// columns past the end are 0. Warp w takes columns 128 w …, + 4 kThreads …, lane l four of them, up
+// to a multiple of 128. To be called by all of the block, before a barrier of the caller. row: room
+// for row n in shared memory at row + n · row_stride, where put may write the same columns, or
+// null; gains: of stage_gains. kIntegers: rows may be codes, or are to become whole numbers.
 //
 // The loops are not unrolled and `put` stands here once: a kernel runs for a few µs, and code that
 // has to be fetched costs more than a loop's turns.
-template <bool kIntegers, class Put>
+template <int kThreads, bool kIntegers, class Put>
 __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int row_stride,
                                             const float* gains, float* scales, Put&& put) {
   const int columns = (in.cols + 127) / 128 * 128, first = 4 * static_cast<int>(threadIdx.x);
@@ -124,7 +122,7 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
     if (row && !codes) {
       float* own = row + n * row_stride;
       if (n > 0) __syncthreads();  // the last row, and its sum's parts, have been read
-      squares = to_shared(own, in.cols, in.by_fours, [&](int i, auto kind) {
+      squares = to_shared<kThreads>(own, in.cols, in.by_fours, [&](int i, auto kind) {
         return __ldcg(reinterpret_cast<const decltype(kind)*>(x + i));
       });
       x = own;
@@ -139,12 +137,12 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
       if (!row) {
         if (n > 0) __syncthreads();
 #pragma unroll 1
-        for (int c = first; c < columns; c += 4 * kGemvThreads) {
+        for (int c = first; c < columns; c += 4 * kThreads) {
           const float4 v = load(x, c);
           squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         }
       }
-      r = rsqrtf(block_sum(squares) / static_cast<float>(in.cols) + in.eps);
+      r = rsqrtf(block_sum<kThreads>(squares) / static_cast<float>(in.cols) + in.eps);
     } else {
       __syncthreads();
     }
@@ -167,7 +165,7 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
       if (in.quantise) {
         float hi = -INFINITY, lo = -INFINITY;  // lo: the largest of −v; NaN stays
 #pragma unroll 1
-        for (int c = first; c < columns; c += 4 * kGemvThreads) {
+        for (int c = first; c < columns; c += 4 * kThreads) {
           const float4 v = normed(c);
           const float of[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -177,8 +175,8 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
             lo = -of[j] > lo || of[j] != of[j] ? -of[j] : lo;
           }
         }
-        hi = team_max<kGemvThreads>(hi);
-        lo = -team_max<kGemvThreads>(lo);
+        hi = team_max<kThreads>(hi);
+        lo = -team_max<kThreads>(lo);
         g = row_grid(hi, lo, in.s);
         // Whole numbers, unless the zero point is none of the codes and may be large.
         if (in.s.include_zero)
@@ -189,7 +187,7 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
     }
     const float top = static_cast<float>((1 << in.s.bits) - 1);
 #pragma unroll 1
-    for (int c = first; c < columns; c += 4 * kGemvThreads) {
+    for (int c = first; c < columns; c += 4 * kThreads) {
       float4 v;
       if (codes) {
         const auto at = [&](int j) {

@@ -13,19 +13,27 @@ namespace omq::cuda {
 namespace {
 
 // The rows of x that one launch takes: those whose values fit, of four bytes (dense) or two
-// (packed).
-int64_t rows_at_once(const RowMatrix& m, int64_t cols) {
-  if (std::holds_alternative<PackedInt>(m.weight)) return packed_gemv_rows(cols);
-  return dense_gemv_rows(cols);
+// (packed). 0: not even one.
+int64_t rows_at_once(const RowMatrix& m, int64_t cols, Device device) {
+  if (const auto* packed = std::get_if<PackedInt>(&m.weight))
+    return packed_gemv_rows(*packed, device.index);
+  return dense_gemv_rows(cols, device.index);
 }
 
 void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRows* codes,
               std::span<const RowMatrix> matrices, RowOutput output) {
   const int64_t rows = codes ? codes->codes.dim(0) : x.x.dim(0);
   const int64_t cols = codes ? codes->cols : x.x.dim(1);
-  const int64_t at_once = rows_at_once(matrices[0], cols);
+  const int64_t at_once = rows_at_once(matrices[0], cols, y.device());
+  check(at_once > 0, "{}: a row of {} columns does not fit the shared memory of {}", op, cols,
+        to_string(y.device()));
   for (int64_t first = 0; first < rows; first += at_once)
     gemv(op, y, {x, codes, first, std::min(at_once, rows - first)}, matrices, output);
+}
+
+// Whether the rows meet weights that are unpacked, or in 16 bits.
+bool many(int64_t rows, const RowMatrix& m, int64_t cols, Device device) {
+  return rows > kFewRows || rows_at_once(m, cols, device) == 0;
 }
 
 bool same_form(const RowMatrix& a, const RowMatrix& b) {
@@ -58,33 +66,35 @@ Tensor unpacked(const PackedInt& w) {
 
 void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
   if (y.numel() == 0) return;
-  if (x.dim(0) > kFewRows) return many_rows(y, x, unpacked(w));
   const RowMatrix m{w, {}};
+  if (many(x.dim(0), m, w.cols, y.device())) return many_rows(y, x, unpacked(w));
   few_rows("packed_matmul", y, {.x = x}, nullptr, {&m, 1}, RowOutput::Store);
 }
 
 void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   if (y.numel() == 0) return;
-  if (x.codes.dim(0) > kFewRows) {  // codes less zero points are whole numbers: exact in F16
+  const RowMatrix m{w, {}};
+  const bool unpack = many(x.codes.dim(0), m, w.cols, y.device());
+  if (unpack && integer_matmul_takes(w)) return integer_matmul(y, x, w);
+  if (unpack) {  // codes less zero points are whole numbers: exact in F16
     Tensor values = Tensor::empty({x.codes.dim(0), x.cols}, DType::F16, y.device());
     codes_to_numbers(values, x);
     Tensor sums = Tensor::empty(y.shape(), DType::F32, y.device());
     many_rows(sums, values, unpacked(w));
     return scale_rows(y, sums, x.grid);
   }
-  const RowMatrix m{w, {}};
   few_rows("packed_matmul_rows", y, {}, &x, {&m, 1}, RowOutput::Store);
 }
 
 void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
   if (y.numel() == 0) return;
-  if (x.dim(0) > kFewRows) {
+  const RowMatrix m{w, {}};
+  if (many(x.dim(0), m, w.dim(1), y.device())) {
     if (w.dtype() != DType::BF16) return many_rows(y, x, w);
     Tensor w16 = Tensor::empty(w.shape(), DType::F16, w.device());  // x keeps 11 bits so
     copy(w16, w);
     return many_rows(y, x, w16);
   }
-  const RowMatrix m{w, {}};
   few_rows("dense_matmul", y, {.x = x}, nullptr, {&m, 1}, RowOutput::Store);
 }
 
@@ -93,9 +103,13 @@ void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
 namespace {
 
 const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
-  for (const RowMatrix& m : matrices)
-    if (const auto* dense = std::get_if<Tensor>(&m.weight); dense && !dense->is_contiguous())
-      return "a dense weight that is not contiguous";
+  for (const RowMatrix& m : matrices) {
+    const auto* packed = std::get_if<PackedInt>(&m.weight);
+    const Tensor& stored = packed ? packed->data : std::get<Tensor>(m.weight);
+    if (!stored.is_contiguous()) return "a dense weight that is not contiguous";
+    if (rows_at_once(m, packed ? packed->cols : stored.dim(1), stored.device()) == 0)
+      return "rows that do not fit the shared memory of the device";
+  }
   if (output == RowOutput::SiluMul && !same_form(matrices[0], matrices[1]))
     return "gate and up are stored differently";
   return nullptr;

@@ -19,9 +19,9 @@ struct GemvRows {
 // y [M, …] of those rows; matrices are all packed in one layout, or all dense of one dtype.
 void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
           RowOutput output);
-// Rows that one launch takes.
-int64_t packed_gemv_rows(int64_t cols);
-int64_t dense_gemv_rows(int64_t cols);
+// Rows that one launch on a device takes; 0: its shared memory does not hold one.
+int64_t packed_gemv_rows(const PackedInt& w, int device);
+int64_t dense_gemv_rows(int64_t cols, int device);
 
 inline int64_t row_count(const RowMatrix& m) {
   if (const auto* p = std::get_if<PackedInt>(&m.weight)) return p->rows;
@@ -30,6 +30,10 @@ inline int64_t row_count(const RowMatrix& m) {
 
 void decode_attention(const DecodeAttentionStage& s);
 void choose(Tensor& state, Tensor& told, const Tensor& logits);
+
+// y [M, N] = rows of codes times packed weights in int8, exact; for matrices that it takes.
+bool integer_matmul_takes(const PackedInt& w);
+void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w);
 
 // code − zero of every element, in the type of y [rows, cols].
 void codes_to_numbers(Tensor& y, const QuantizedRows& x);

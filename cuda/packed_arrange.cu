@@ -61,7 +61,7 @@ __global__ void arrange_codes_kernel(uint32_t* out, PanelSource s, PackedView v)
   }
 }
 
-__global__ void arrange_grids_kernel(__half2* out, PanelSource s, PackedView v) {
+__global__ void arrange_grids_kernel(GridWord* out, PanelSource s, PackedView v) {
   const int64_t total = int64_t{v.panels} * v.groups * 16;
   for (int64_t at = grid_index(); at < total; at += grid_stride()) {
     const int row = static_cast<int>(at % 16), group = static_cast<int>(at / 16 % v.groups);
@@ -69,9 +69,9 @@ __global__ void arrange_grids_kernel(__half2* out, PanelSource s, PackedView v) 
     const uint8_t* grid = s.data + panel * s.panel_bytes + group * s.block_bytes +
                           int64_t{16} * panel_columns(s, group) * s.bits / 8;
     const __half scale = reinterpret_cast<const __half*>(grid)[row];
-    const __half zero = s.symmetric ? __float2half(static_cast<float>(1 << (s.bits - 1)))
-                                    : reinterpret_cast<const __half*>(grid)[16 + row];
-    out[at] = __halves2half2(scale, zero);
+    const float zero = s.symmetric ? static_cast<float>(1 << (s.bits - 1))
+                                   : __half2float(reinterpret_cast<const __half*>(grid)[16 + row]);
+    out[at] = grid_word(scale, zero);
   }
 }
 
@@ -110,12 +110,13 @@ __global__ void dequantize_kernel(Operand y, PackedView v, bool wide) {
     const int panel = static_cast<int>(at / v.units), k = static_cast<int>(at % v.units);
     const LaneUnit<kBits, kUnit> unit(
         reinterpret_cast<const uint32_t*>(v.codes) + at * unit_words(kBits, kUnit) * 32, lane);
-    const __half2* grid = v.grids + (int64_t{panel} * v.groups + k / v.units_per_group) * 16;
+    const GridWord* grid = v.grids + (int64_t{panel} * v.groups + k / v.units_per_group) * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = panel * 16 + r + 8 * half;
       if (row >= v.rows) continue;
-      const float scale = __low2float(grid[r + 8 * half]), zero = __high2float(grid[r + 8 * half]);
+      const GridWord g = grid[r + 8 * half];
+      const float scale = grid_scale(g), zero = static_cast<float>(grid_zero(g));
       const int64_t start = row * int64_t{v.cols};
       float value[8];
 #pragma unroll
@@ -140,6 +141,50 @@ __global__ void dequantize_kernel(Operand y, PackedView v, bool wide) {
   }
 }
 
+// The same into halves whose rows are whole packs: through shared memory, so that a warp's stores
+// cover whole lines.
+template <int kBits, int kUnit>
+__global__ void __launch_bounds__(kThreads) dequantize_halves_kernel(__half* y, PackedView v) {
+  constexpr int kRowBytes = 2 * kUnit + 16;  // 16 more: rows begin in different banks
+  __shared__ __align__(16) char tiles[kThreads / 32][16 * kRowBytes];
+  const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
+  char* tile = tiles[threadIdx.x / 32];
+  const int64_t total = int64_t{v.panels} * v.units;
+  for (int64_t at = grid_index() / 32; at < total; at += grid_stride() / 32) {
+    const int panel = static_cast<int>(divide(at, v.units)),
+              k = static_cast<int>(at - int64_t{panel} * v.units);
+    const LaneUnit<kBits, kUnit> unit(
+        reinterpret_cast<const uint32_t*>(v.codes) + at * unit_words(kBits, kUnit) * 32, lane);
+    const GridWord* grid = v.grids + (int64_t{panel} * v.groups + k / v.units_per_group) * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const GridWord g = grid[r + 8 * half];
+      const float scale = grid_scale(g), zero = static_cast<float>(grid_zero(g));
+#pragma unroll
+      for (int f = 0; f < kUnit / 16; ++f) {
+        const uint32_t codes = four_codes<kBits, kUnit>(unit.words, half, f);
+        const auto value = [&](int j) {
+          return (static_cast<float>(codes >> (8 * j) & 255) - zero) * scale;
+        };
+        *reinterpret_cast<uint2*>(tile + (r + 8 * half) * kRowBytes + q * (kUnit / 2) + 8 * f) =
+            make_uint2(two_16bit(value(0), value(1), DType::F16),
+                       two_16bit(value(2), value(3), DType::F16));
+      }
+    }
+    __syncwarp();
+    constexpr int kPacks = kUnit / kPack;  // of a row
+#pragma unroll
+    for (int i = 0; i < 16 * kPacks / 32; ++i) {
+      const int n = i * 32 + lane, in_panel = n / kPacks, pack = n % kPacks;
+      const int row = panel * 16 + in_panel, col = k * kUnit + pack * kPack;
+      if (row < v.rows && col < v.cols)
+        *reinterpret_cast<uint4*>(y + static_cast<int64_t>(row) * v.cols + col) =
+            *reinterpret_cast<const uint4*>(tile + in_panel * kRowBytes + pack * 16);
+    }
+    __syncwarp();
+  }
+}
+
 // A warp a unit of one looked-up row: the lanes whose r is the row's write.
 template <int kBits, int kUnit>
 __global__ void packed_embedding_kernel(float* y, PackedView v, const int32_t* ids, int64_t count) {
@@ -154,9 +199,9 @@ __global__ void packed_embedding_kernel(float* y, PackedView v, const int32_t* i
         reinterpret_cast<const uint32_t*>(v.codes) +
             (int64_t{panel} * v.units + k) * unit_words(kBits, kUnit) * 32,
         lane);
-    const __half2 grid = v.grids[(int64_t{panel} * v.groups + k / v.units_per_group) * 16 + row];
-    const float scale = known ? __low2float(grid) : __int_as_float(0x7fc00000),
-                zero = __high2float(grid);
+    const GridWord grid = v.grids[(int64_t{panel} * v.groups + k / v.units_per_group) * 16 + row];
+    const float scale = known ? grid_scale(grid) : __int_as_float(0x7fc00000),
+                zero = static_cast<float>(grid_zero(grid));
 #pragma unroll
     for (int f = 0; f < kUnit / 16; ++f) {
       const uint32_t upper = four_codes<kBits, kUnit>(unit.words, 0, f),
@@ -189,7 +234,7 @@ void packed_arrange(PackedInt& y, const PackedInt& x) {
          reinterpret_cast<uint32_t*>(out.raw()), source, v);
   launch("packed_arrange", out, arrange_grids_kernel,
          blocks_for(int64_t{v.panels} * v.groups * 16, kThreads), kThreads, 0,
-         const_cast<__half2*>(v.grids), source, v);
+         const_cast<GridWord*>(v.grids), source, v);
   y.data = std::move(out);
 }
 
@@ -198,6 +243,11 @@ void packed_dequantize(Tensor& y, const PackedInt& w) {
   const Operand out = operand("packed_dequantize", y);
   const bool wide = in_packs(v.cols, out);
   with_layout(v, [&](auto bits, auto unit) {
+    if (wide && y.dtype() == DType::F16)
+      return launch("packed_dequantize", y,
+                    dequantize_halves_kernel<decltype(bits)::value, decltype(unit)::value>,
+                    blocks_for(int64_t{v.panels} * v.units, kThreads / 32), kThreads, 0,
+                    static_cast<__half*>(y.raw()), v);
     launch("packed_dequantize", y, dequantize_kernel<decltype(bits)::value, decltype(unit)::value>,
            blocks_for(int64_t{v.panels} * v.units, kThreads / 32), kThreads, 0, out, v, wide);
   });

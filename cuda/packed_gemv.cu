@@ -2,8 +2,8 @@
 // byte of the codes is read once, 4.25 bits a weight at 4 bits and groups of 128.
 //
 //   block    16 warps, one block a processor; its panels are blockIdx, + gridDim, + 2 gridDim …
-//   warp     units w, w + 16, … of all of the block's panels, through a ring in shared memory that
-//            copies fill ahead: no register waits for memory, no warp for another
+//   warp     pairs of units w, w + 16, … of all of the block's panels, through a ring in shared
+//            memory that copies fill ahead: no register waits for memory, no warp for another
 //   unit     16 rows × U columns: U / 32 integer products on tensor cores, the codes as the 16-row
 //            operand as they are stored; of the 8 columns two belong to a row of x, its values
 //            being whole numbers of two bytes in units of the largest of U columns
@@ -11,23 +11,25 @@
 //   sums     exact in a unit, zero point by the sum of x; F32 from unit to unit; the warps' sums of
 //            a panel are added in order at the end
 //
-// The first copies are issued before the kernel in front has ended (weights depend on nothing).
-// Floor of instructions, a lane and unit of 64 weights: 24 to unpack 4 bits (20, 34 and 0 for 2, 3
-// and 8), 4 products, 4 loads, about 25 around them.
+// The first copies are issued before the kernel in front has ended (weights depend on nothing), but
+// not more than a ring's: they would stand in x's way. The code is kept short for the sake of the
+// instruction cache, see stage_input. Instructions of a lane for two units of 64 weights: 48 to
+// unpack 4 bits (56 and 68 for 2 and 3), about 60 to multiply, 40 to copy the next two.
 #include "cuda/packed.h"
 #include "cuda/packed_unit.cuh"
 
 namespace omq::cuda {
 namespace {
 
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 // Slots of a warp's ring: enough bytes under way for the memory's latency. More of them would stand
 // in x's way when a kernel begins.
-constexpr int ring_stages(int bits) { return bits == 8 ? 3 : bits == 2 ? 3 : 2; }
+constexpr int ring_stages(int bits) { return bits == 2 ? 3 : 2; }
 
 // The panels of a round, one a lane: where their codes and grids begin.
 struct RoundPanels {
   const uint8_t* codes = nullptr;
-  const __half2* grids = nullptr;
+  const GridWord* grids = nullptr;
   __device__ __forceinline__ RoundPanels(const GemvArgs& a, int p0, int p1, int64_t panel_bytes,
                                          int lane) {
     if (p0 + lane >= p1) return;
@@ -83,29 +85,29 @@ __device__ __forceinline__ void write_panels(const GemvArgs& a, const float* par
   const int each = 16 * a.in.rows, sums = sums_of(a, count);
   const bool pairs = a.output == RowOutput::SiluMul;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < sums; i += kGemvThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < sums; i += kThreads) {
     const Place at(a, i, p0);
     if (!at.y) continue;
     float v[2] = {};
 #pragma unroll 1
     for (int half = 0; half <= (pairs ? 1 : 0); ++half) {
-      const float* from = parts + (pairs ? 2 * at.local + half : at.local) * (kGemvWarps * each) +
-                          at.n * 16 + at.row;
+      const float* from =
+          parts + (pairs ? 2 * at.local + half : at.local) * (kWarps * each) + at.n * 16 + at.row;
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kGemvWarps; ++w) sum += from[w * each];
+      for (int w = 0; w < kWarps; ++w) sum += from[w * each];
       const float* bias = a.m[pairs ? half : at.matrix].bias;
       sum = sum * scales[at.n] + (bias ? bias[at.out] : 0.0f);
       v[0] = half == 0 ? sum : v[0];
       v[1] = sum;
     }
-    if (a.output == RowOutput::Add) v[0] += i < kGemvThreads ? before : *at.y;
+    if (a.output == RowOutput::Add) v[0] += i < kThreads ? before : __ldcg(at.y);
     *at.y = pairs ? silu(v[0]) * v[1] : v[0];
   }
 }
 
 template <int kBits, int kUnit, bool kIntegers>
-__global__ void __launch_bounds__(kGemvThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     packed_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit),
                 kUnitBytes = unit_words(kBits, kUnit) * 128, kSpan = slot_units(kBits);
@@ -115,10 +117,10 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   const int spans = (a.units + kSpan - 1) / kSpan;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
   StagedX x;
-  x.bytes = shared + kGemvWarps * kStages * kSlot;
+  x.bytes = shared + kWarps * kStages * kSlot;
   x.units = reinterpret_cast<UnitScale*>(x.bytes + rows * a.x_stride);
   float* parts = reinterpret_cast<float*>(x.units + rows * a.x_units);
-  float* row = a.row_floats > 0 ? parts + a.per_round * kGemvWarps * each : nullptr;
+  float* row = a.row_floats > 0 ? parts + a.per_round * kWarps * each : nullptr;
   float* gains = a.row_floats > 0 ? row + a.row_floats : nullptr;
   __shared__ float scales[kDecodeRows];
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
@@ -146,19 +148,17 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
     wrap(ahead_panel, ahead);
     wrap(panel, span);
     const uint8_t* codes = pointer_of(of.codes, ahead_panel & 31);
-    const __half2* grids = pointer_of(of.grids, ahead_panel & 31);
+    const GridWord* grids = pointer_of(of.grids, ahead_panel & 31);
     const auto fill = [&](int slot) {
       if (ahead_panel < count) {
-        const uint32_t to = shared_address(ring + slot * kSlot);
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) {
-          // Behind an odd panel's last unit stands that unit again; x is 0 there.
-          const int unit = min(ahead * kSpan + i, a.units - 1);
-          copy_unit<kBits, kUnit>(codes + static_cast<int64_t>(unit) * kUnitBytes,
-                                  grids + group_of(a, unit) * 16, to + i * kUnitBytes,
-                                  to + kSpan * kUnitBytes + i * 64, lane);
-        }
-        ahead += kGemvWarps;
+        const uint32_t to = shared_address(ring) + slot * kSlot;
+        const int unit = ahead * kSpan;
+        copy_codes<kBits, kUnit>(codes + static_cast<int64_t>(unit) * kUnitBytes, to, lane);
+        if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind an odd panel's end the last
+          copy_async16(to + kSpan * kUnitBytes + lane * 16,
+                       grids + group_of(a, min(unit + lane / 4, a.units - 1)) * 16 + lane % 4 * 4,
+                       true);
+        ahead += kWarps;
         if (wrap(ahead_panel, ahead)) {
           codes = pointer_of(of.codes, ahead_panel & 31);
           grids = pointer_of(of.grids, ahead_panel & 31);
@@ -169,29 +169,29 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) fill(s);
     if (p0 == 0) {
-      stage_gains(a.in, gains);
+      stage_gains<kThreads>(a.in, gains);
       wait_for_previous();
     }
     const float before = addend(a, p0, count);
     if (p0 == 0) {
       const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
-      stage_input<kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
+      stage_input<kThreads, kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
         put_bytes<kUnit>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, c, v, whole);
       });
       if (kSpan > 1 && a.units % kSpan != 0)  // one unit more, of zeros
-        for (int n = warp; n < rows; n += kGemvWarps) {
+        for (int n = warp; n < rows; n += kWarps) {
           for (int i = lane; i < 2 * kUnit; i += 32)
             x.bytes[n * a.x_stride + a.units * (2 * kUnit) + i] = 0;
           x.units[n * a.x_units + a.units] = {0.0f, 0};
         }
     }
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < count * kGemvWarps * each; i += kGemvThreads)
+    for (int i = static_cast<int>(threadIdx.x); i < count * kWarps * each; i += kThreads)
       parts[i] = 0;
     __syncthreads();
     float total[2] = {};
     const auto flush = [&](int p) {
-      float* to = parts + (p * kGemvWarps + warp) * each;
+      float* to = parts + (p * kWarps + warp) * each;
       const int n = lane % 4, r = lane / 4;
       if (n < rows) to[n * 16 + r] = total[0], to[n * 16 + r + 8] = total[1];
       total[0] = total[1] = 0;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
         last = panel;
       }
       const char* from = ring + slot * kSlot;
-      const __half2* grid = reinterpret_cast<const __half2*>(from + kSpan * kUnitBytes);
+      const GridWord* grid = reinterpret_cast<const GridWord*>(from + kSpan * kUnitBytes);
       const int unit = span * kSpan;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i)
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
       __syncwarp();
       fill(slot);
       slot = slot + 1 == kStages ? 0 : slot + 1;
-      span += kGemvWarps;
+      span += kWarps;
       wrap(panel, span);
     }
     if (last < count) flush(last);
@@ -230,9 +230,30 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
 
 // ---- launchers ----
 
-int64_t packed_gemv_rows(int64_t cols) {
-  constexpr int64_t kShared = 96 * 1024;  // of the rows
-  return std::clamp<int64_t>(kShared / (2 * (cols + 128)), 1, kPackedRows);
+namespace {
+
+// Of shared memory, in bytes: the rings, what a row of x takes, and a row's sums of a panel.
+struct GemvShared {
+  int ring, per_row, sums;
+  int x_stride, x_units;
+  explicit GemvShared(const PackedView& v)
+      : ring(kWarps * ring_stages(v.bits) * slot_bytes(v.bits, v.unit)), sums(kWarps * 16 * 4) {
+    const int span = slot_units(v.bits), units = (v.units + span - 1) / span * span;
+    x_stride = 2 * units * v.unit;
+    x_units = (units + 1) / 2 * 2;  // the rows keep to 16 bytes
+    per_row = x_stride + x_units * static_cast<int>(sizeof(UnitScale));
+  }
+};
+constexpr int kStatic = 512;   // what the kernel declares, at most
+constexpr int kFewPanels = 2;  // of a round, at least: a gate's and an up's
+
+}  // namespace
+
+int64_t packed_gemv_rows(const PackedInt& w, int device) {
+  const GemvShared s(packed_view(w, nullptr));
+  const auto limit = static_cast<int64_t>(device_info(device).shared_optin);
+  return std::clamp<int64_t>((limit - kStatic - s.ring) / (s.per_row + kFewPanels * s.sums), 0,
+                             kPackedRows);
 }
 
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
@@ -250,34 +271,34 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   while ((1 << (a.group_shift + 1)) <= a.units_per_group) ++a.group_shift;
   if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
   if (v.groups == 1) a.group_shift = 31;
-  const int spare = v.units % slot_units(v.bits);
-  a.x_stride = 2 * (v.units + spare) * v.unit;
-  a.x_units = (v.units + 1) / 2 * 2;  // the rows keep to 16 bytes
+  const GemvShared size(v);
+  a.x_stride = size.x_stride;
+  a.x_units = size.x_units;
   const DeviceInfo& info = device_info(y.device().index);
   const auto blocks = static_cast<unsigned>(std::min(a.work, info.sms));
   const int panels = (a.work + static_cast<int>(blocks) - 1) / static_cast<int>(blocks) *
                      (a.output == RowOutput::SiluMul ? 2 : 1);
-  const int part_bytes = kGemvWarps * 16 * a.in.rows * 4;
-  a.per_round = std::min({panels, 32, std::max(2, 24 * 1024 / part_bytes / 2 * 2)});
+  const int rows_bytes = size.ring + a.in.rows * size.per_row, sums = a.in.rows * size.sums,
+            limit = static_cast<int>(info.shared_optin) - kStatic;
+  check(rows_bytes + kFewPanels * sums <= limit,
+        "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
+        a.in.rows, a.in.cols, rows_bytes + kFewPanels * sums, limit);
+  // Panels of a round: 24 KiB of sums, and no more than there are lanes to point at them.
+  const int most = std::min(24 * 1024, limit - rows_bytes) / sums / 2 * 2;
+  a.per_round = std::min({panels, 32, std::max(kFewPanels, most)});
+  int shared = rows_bytes + a.per_round * sums;
+  const int row_floats = (a.in.cols + 3) / 4 * 4, room = row_floats * (a.in.gain ? 8 : 4);
+  if (!a.in.codes && shared + room <= limit) {
+    a.row_floats = row_floats;
+    shared += room;
+  }
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;
     const bool integers = a.in.codes || a.in.quantise;
     const auto kernel =
         integers ? packed_gemv_kernel<kBits, kUnit, true> : packed_gemv_kernel<kBits, kUnit, false>;
-    auto shared =
-        static_cast<size_t>(kGemvWarps * ring_stages(kBits) * slot_bytes(kBits, kUnit) +
-                            a.in.rows * (a.x_stride + 8 * a.x_units) + a.per_round * part_bytes);
-    const int row_floats = (a.in.cols + 3) / 4 * 4;
-    const size_t room = static_cast<size_t>(row_floats) * (a.in.gain ? 8 : 4);
-    if (!a.in.codes && shared + room <= info.shared_optin) {
-      a.row_floats = row_floats;
-      shared += room;
-    }
-    check(shared <= info.shared_optin,
-          "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
-          a.in.rows, a.in.cols, shared, info.shared_optin);
-    prepare_shared(kernel, shared);
-    launch_chained("packed_gemv", y, kernel, blocks, kGemvThreads, shared, a);
+    prepare_shared(kernel, static_cast<size_t>(shared));
+    launch_chained("packed_gemv", y, kernel, blocks, kThreads, static_cast<size_t>(shared), 1, a);
   });
 }
 

@@ -48,9 +48,10 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// cluster: blocks in y that form one (1: none; more: on devices of 9.0 and newer).
 template <class... Params, class... Args>
 void launch_chained(const char* op, const Tensor& where, void (*kernel)(Params...), dim3 grid,
-                    int threads, size_t shared, Args... args) {
+                    int threads, size_t shared, int cluster, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const cudaStream_t stream = stream_of(where);
   cudaLaunchConfig_t config{};
@@ -58,11 +59,13 @@ void launch_chained(const char* op, const Tensor& where, void (*kernel)(Params..
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = device_info(where.device().index).major >= 9 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+  config.attrs = attributes;
+  config.numAttrs = device_info(where.device().index).major < 9 ? 0 : cluster > 1 ? 2 : 1;
   begin_launch(stream);
   OMQ_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
   check_launch(op, stream);

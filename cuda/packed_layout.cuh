@@ -17,8 +17,10 @@
 //            8's; 32: two words, the first row r's
 //
 //   unit    a lane's words, in runs of 4, then 2, then 1, each run lane by lane
-//   panel   its units;   matrix   its panels, then the grids: half2 (scale, zero)
-//   [panel][group][16]
+//   panel   its units;   matrix   its panels, then the grids, [panel][group][16] of GridWord
+//
+// Behind the grids stands room of a unit's bytes: two units are read at a time, at the end of a
+// panel of an odd number of them one too many.
 //
 // Columns past the end hold code 0 and meet x = 0.
 #pragma once
@@ -30,6 +32,17 @@
 #include "tensor/packed.h"
 
 namespace omq::cuda {
+
+// A row's grid in a group: scale as F16 in the low half, the zero point as a whole number in the
+// high one.
+using GridWord = uint32_t;
+__device__ __forceinline__ GridWord grid_word(__half scale, float zero) {
+  return __half_as_ushort(scale) | static_cast<uint32_t>(zero) << 16;
+}
+__device__ __forceinline__ float grid_scale(GridWord g) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(g)));
+}
+__device__ __forceinline__ int grid_zero(GridWord g) { return static_cast<int>(g >> 16); }
 
 // A lane's words of a unit.
 constexpr __host__ __device__ int unit_words(int bits, int unit) {
@@ -45,7 +58,7 @@ constexpr __host__ __device__ int word_offset(int words, int i, int lane) {
 
 struct PackedView {  // by value into kernels
   const uint8_t* codes = nullptr;
-  const __half2* grids = nullptr;
+  const GridWord* grids = nullptr;
   int bits = 0, unit = 0;  // unit: U
   int panels = 0, units = 0, groups = 0, units_per_group = 1;
   int rows = 0, cols = 0;
@@ -71,11 +84,12 @@ inline PackedView packed_view(const PackedInt& w, const uint8_t* data) {
   v.rows = static_cast<int>(w.rows);
   v.cols = static_cast<int>(w.cols);
   v.codes = data;
-  v.grids = reinterpret_cast<const __half2*>(data + v.panels * (v.units * v.unit_bytes()));
+  v.grids = reinterpret_cast<const GridWord*>(data + v.panels * (v.units * v.unit_bytes()));
   return v;
 }
 inline int64_t packed_bytes(const PackedView& v) {
-  return v.panels * (v.units * v.unit_bytes() + int64_t{v.groups} * kPanelRows * 4);
+  return v.panels * (v.units * v.unit_bytes() + int64_t{v.groups} * kPanelRows * 4) +
+         v.unit_bytes();
 }
 
 // ---- where a code stands ----

@@ -13,25 +13,29 @@ constexpr int slot_bytes(int bits, int unit) {
   return slot_units(bits) * (unit_words(bits, unit) * 128 + 64);
 }
 
-// Copies a unit's codes and its group's grid, by one warp, asynchronously.
+// Copies a slot's codes, which stand one behind another, by one warp, asynchronously. codes: this
+// lane's first byte but for its place in a run (16 · lane, 8 · lane or 4 · lane).
 template <int kBits, int kUnit>
-__device__ __forceinline__ void copy_unit(const uint8_t* codes, const __half2* grid, uint32_t slot,
-                                          uint32_t grid_slot, int lane) {
+__device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
 #pragma unroll
-  for (int i = 0; i < kFours; i += 4)
-    copy_async16(slot + i * 128 + lane * 16, codes + i * 128 + lane * 16, true);
-  if constexpr (kWords % 4 >= 2)
-    copy_async8(slot + kFours * 128 + lane * 8, codes + kFours * 128 + lane * 8);
-  if constexpr (kWords % 2 == 1)
-    copy_async4(slot + (kWords - 1) * 128 + lane * 4, codes + (kWords - 1) * 128 + lane * 4, true);
-  if (lane < 4) copy_async16(grid_slot + lane * 16, grid + lane * 4, true);
+  for (int u = 0; u < slot_units(kBits); ++u) {
+    const uint8_t* from = codes + u * (kWords * 128);
+    const uint32_t to = slot + u * (kWords * 128);
+#pragma unroll
+    for (int i = 0; i < kFours; i += 4)
+      copy_async16(to + i * 128 + lane * 16, from + i * 128 + lane * 16, true);
+    if constexpr (kWords % 4 >= 2)
+      copy_async8(to + kFours * 128 + lane * 8, from + kFours * 128 + lane * 8);
+    if constexpr (kWords % 2 == 1)
+      copy_async4(to + (kWords - 1) * 128 + lane * 4, from + (kWords - 1) * 128 + lane * 4, true);
+  }
 }
 
 // Rows of x in shared memory: bytes, and what each unit's whole numbers stand for.
-struct UnitScale {
+struct alignas(8) UnitScale {
   float scale;
-  int sum;  // of the whole numbers
+  int minus_sum;  // of the whole numbers
 };
 struct StagedX {
   char* bytes;       // [rows, bytes of a row]
@@ -74,18 +78,16 @@ __device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, fl
   *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = lo;
   if (c % kUnit != 0) return;
   // Infinite or not a number: so is the result.
-  x.units[unit] = {!finite ? __int_as_float(0x7fc00000) : whole ? 1.0f : largest * (1 / kTop), sum};
-}
-
-// A whole number of 0 … 1023, without a conversion's quarter rate: it is the last bits of 1024 + v.
-__device__ __forceinline__ int whole(__half v) {
-  return __half_as_ushort(__hadd(v, __ushort_as_half(0x6400))) & 1023;
+  x.units[unit] = {!finite ? __int_as_float(0x7fc00000)
+                   : whole ? 1.0f
+                           : largest * (1 / kTop),
+                   -sum};
 }
 
 // total: of rows r and r + 8 and row q of x. x: the lane's bytes of the unit.
 template <int kBits, int kUnit>
 __device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slot,
-                                              const __half2* grid, const char* x, UnitScale x_unit,
+                                              const GridWord* grid, const char* x, UnitScale x_unit,
                                               int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
   uint32_t w[kWords];
@@ -100,20 +102,30 @@ __device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slo
   }
   if constexpr (kWords % 2 == 1)
     w[kWords - 1] = *reinterpret_cast<const uint32_t*>(slot + (kWords - 1) * 128 + lane * 4);
-  const __half2 upper = grid[lane / 4], lower = grid[lane / 4 + 8];
+  const GridWord upper = grid[lane / 4], lower = grid[lane / 4 + 8];
+  uint32_t b[kUnit / 16];
+  if constexpr (kUnit == 32) {
+    const uint2 v = *reinterpret_cast<const uint2*>(x);
+    b[0] = v.x, b[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(x + i / 4 * 128);
+      b[i] = v.x, b[i + 1] = v.y, b[i + 2] = v.z, b[i + 3] = v.w;
+    }
+  }
   int32_t sums[2][4] = {};  // two chains: a product waits for the one before the last
 #pragma unroll
   for (int s = 0; s < kUnit / 32; ++s) {
     const uint32_t a[4] = {
         four_codes<kBits, kUnit>(w, 0, 2 * s), four_codes<kBits, kUnit>(w, 1, 2 * s),
         four_codes<kBits, kUnit>(w, 0, 2 * s + 1), four_codes<kBits, kUnit>(w, 1, 2 * s + 1)};
-    const uint2 b = *reinterpret_cast<const uint2*>(x + s / 2 * 128 + s % 2 * 8);
-    multiply_bytes(sums[s % 2], a, b.x, b.y);
+    multiply_bytes(sums[s % 2], a, b[2 * s], b[2 * s + 1]);
   }
-  const auto dot = [&](int i, __half2 g) {
+  const auto dot = [&](int i, GridWord g) {
     const int hi = sums[0][i] + sums[1][i], lo = sums[0][i + 1] + sums[1][i + 1];
-    return static_cast<float>(hi * 256 + lo - whole(__high2half(g)) * x_unit.sum) * x_unit.scale *
-           __low2float(g);
+    return static_cast<float>(hi * 256 + lo + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
+           grid_scale(g);
   };
   total[0] += dot(0, upper);
   total[1] += dot(2, lower);

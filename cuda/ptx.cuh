@@ -1,6 +1,6 @@
 // The few instructions that CUDA C++ has no name for, each as one function: asynchronous copies to
 // shared memory, ldmatrix, the 16-bit matrix product, packed conversions, 2ˣ. All exist since
-// sm_80. mma.cuh builds on them.
+// sm_80 but those of clusters. mma.cuh builds on them.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,25 @@ __device__ __forceinline__ void copy_async_commit() {
 // Waits until at most N of this thread's committed groups are still on their way.
 template <int N> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Of a cluster of blocks, from sm_90 on: a barrier of all threads of all blocks, which orders their
+// shared memory, and a number at a shared address of one of the blocks.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+__device__ __forceinline__ float load_from_cluster([[maybe_unused]] uint32_t address,
+                                                   [[maybe_unused]] uint32_t block) {
+  float v = 0;
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+#endif
+  return v;
 }
 
 // Four 8 × 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.

@@ -32,7 +32,7 @@ struct Layer {
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256;  // about two on each processor of a large card
-  return std::clamp<int64_t>(std::min(kBlocks / heads + 1, capacity / kDecodeSplitTokens), 1, 64);
+  return std::clamp<int64_t>(std::min(kBlocks / heads, capacity / kDecodeSplitTokens), 1, 8);
 }
 
 class DevicePlan final : public DecodePlan::Impl {
@@ -226,9 +226,17 @@ std::string device_plan_unsupported(const Model& model) {
     return fmt::format("heads of {}", c.head_dim);
   for (const auto& block : model.blocks) {
     const nn::MLP& mlp = block->mlp;
-    const Product pair{&mlp.gate_proj, &mlp.up_proj};
-    if (const char* reason = kernels->unsupported(pair.matrices, RowOutput::SiluMul)) return reason;
+    const nn::Attention& a = block->self_attn;
+    const std::pair<Product, RowOutput> products[] = {
+        {{&a.q_proj, &a.k_proj, &a.v_proj}, RowOutput::Store},
+        {{&a.o_proj}, RowOutput::Add},
+        {{&mlp.gate_proj, &mlp.up_proj}, RowOutput::SiluMul},
+        {{&mlp.down_proj}, RowOutput::Add}};
+    for (const auto& [product, output] : products)
+      if (const char* reason = kernels->unsupported(product.matrices, output)) return reason;
   }
+  const Product head{&model.ends.lm_head};
+  if (const char* reason = kernels->unsupported(head.matrices, RowOutput::Store)) return reason;
   return "";
 }
 

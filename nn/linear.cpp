@@ -46,7 +46,9 @@ Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
 
 Tensor Linear::operator()(const LinearInput& x, WriteAs write) const {
   const LinearInput& seen = online ? x.transformed(*online) : x;
-  return multiply(*this, pre ? LinearInput(pre(seen.tensor())) : seen, write);
+  // Two calls: a conditional expression would copy `seen`, and what it makes would not be shared.
+  return pre ? multiply(*this, LinearInput(pre(seen.tensor())), write)
+             : multiply(*this, seen, write);
 }
 
 Linear Linear::product() const {

@@ -107,6 +107,7 @@ void cpu_copy_ahead(void* dst, const void* src, size_t bytes, int) { std::memcpy
 void cpu_join_ahead(int) {}
 size_t cpu_memory_limit(int) { return 0; }
 void cpu_set_memory_limit(size_t, int) {}
+void cpu_set_plain_path(bool, int) {}
 
 std::string cpu_describe(int) { return "host memory"; }
 
@@ -125,6 +126,7 @@ const DeviceApi kCpuApi{.alloc = cpu_alloc,
                         .join_ahead = cpu_join_ahead,
                         .memory_limit = cpu_memory_limit,
                         .set_memory_limit = cpu_set_memory_limit,
+                        .set_plain_path = cpu_set_plain_path,
                         .describe = cpu_describe};
 
 }  // namespace

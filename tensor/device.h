@@ -61,6 +61,10 @@ struct DeviceApi {
   // was set. 0: not known. Beyond a limit alloc throws Error; devices that cannot count ignore it.
   size_t (*memory_limit)(int index);
   void (*set_memory_limit)(size_t bytes, int index);
+  // on: kernels keep to what the smallest supported device can do (cuda: compute capability 8.6,
+  // 99 KiB of shared memory), for tests and comparisons on a larger one. Not while work is under
+  // way; recordings stay as they are.
+  void (*set_plain_path)(bool on, int index);
   std::string (*describe)(int index);  // "NVIDIA H100 80GB HBM3, 79.1 GiB"
 };
 

@@ -40,6 +40,12 @@ Device device_from(std::string_view text) {
   return gpu;
 }
 
+void choose_cuda_path(std::string_view text, Device d) {
+  if (text != "auto" && text != "sm80")
+    throw UsageError(fmt::format("--cuda-path {}: auto or sm80 wanted", text));
+  if (d.type == DeviceType::CUDA) device_api(d).set_plain_path(text == "sm80", d.index);
+}
+
 std::string device_text(Device d) {
   return d.type == DeviceType::CPU
              ? cpu_name()

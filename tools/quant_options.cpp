@@ -33,7 +33,7 @@ struct Raw {
   std::filesystem::path output_dir;
   bool unused = false;
   std::optional<double> aug_weight;
-  std::string unused_text, compute, device = "auto", memory_limit;
+  std::string unused_text, compute, device = "auto", cuda_path = "auto", memory_limit;
   std::vector<std::string> keep;
 };
 
@@ -87,6 +87,10 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->group(group);
   app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
       ->type_name("X")
+      ->group(group);
+  app.add_option("--cuda-path", raw.cuda_path,
+                 "auto, or sm80: no kernels but those of the oldest supported GPUs")
+      ->type_name("PATH")
       ->group(group);
   app.add_option("--device", raw.device,
                  "where blocks compute and learn: cpu, cuda, cuda:N or auto (default: a GPU that "
@@ -236,6 +240,7 @@ void settle(const Raw& raw, QuantOptions& o) {
   if (o.out.empty()) o.out = raw.output_dir;
   if (o.out.empty()) throw UsageError("-o OUTDIR is missing");
   o.device = cli::device_from(raw.device);
+  cli::choose_cuda_path(raw.cuda_path, o.device);
   if (!raw.memory_limit.empty()) o.memory_limit = cli::parse_memory(raw.memory_limit);
   o.recipe.compute = parse_compute(raw.compute, o.device);
   if (!o.calib.empty() && !o.calib_ids.empty())

@@ -31,6 +31,9 @@ void add_device_options(CLI::App& app, ModelOptions& o) {
   app.add_option("--device", o.device,
                  "cpu, cuda, cuda:N or auto (default: a GPU that this build can use, else the CPU)")
       ->type_name("DEVICE");
+  app.add_option("--cuda-path", o.cuda_path,
+                 "auto, or sm80: no kernels but those of the oldest supported GPUs")
+      ->type_name("PATH");
   app.add_option("--gpu-layers", o.gpu_layers,
                  "-ngl of llama.cpp: 0 is --device cpu, more is --device cuda (all layers)")
       ->type_name("N");
@@ -66,7 +69,7 @@ Device device_of(const ModelOptions& o) {
 
 void apply(const ModelOptions& o) {
   using cli::UsageError;
-  device_of(o);  // what cannot be used is said before anything is read
+  cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
   for (const std::string& type : {o.cache_k, o.cache_v})
     if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
   if (o.threads < 0 || o.threads > 1024)

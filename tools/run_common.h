@@ -30,7 +30,7 @@ extern const cli::Aliases kAliases;
 // ---- the model ----
 
 struct ModelOptions {
-  std::string model, device = "auto", isa;
+  std::string model, device = "auto", cuda_path = "auto", isa;
   int64_t context = 0;  // 0: the model's own, as far as memory allows
   int threads = 0;      // 0: the CPUs that this process may use
   std::string gpu_layers, cache_k = "f32", cache_v = "f32";

@@ -218,4 +218,102 @@ TEST_CASE("devices: a plan goes on behind a prompt, and after a truncated cache"
   }
 }
 
+TEST_CASE("devices: greedy steps choose as their logits do") {
+  const NoGrad off;
+  TempDir dir;
+  write_random_model(dir / "m");
+  const auto reader = open_checkpoint(dir / "m");
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    Model model = loaded(*reader, {.bits = 4, .group = 32});
+    model.move_to(d);
+    constexpr int64_t kCapacity = 24;
+    auto caches = model.new_caches(1, kCapacity), others = model.new_caches(1, kCapacity);
+    DecodePlan plan(model, kCapacity), by_steps(model, kCapacity);
+    const auto largest_after = [&](int32_t token) {
+      by_steps.step(token, others);
+      const auto l = by_steps.logits();
+      return static_cast<int32_t>(std::max_element(l.begin(), l.end()) - l.begin());
+    };
+    int32_t token = 3;
+    for (int i = 0; i < 10; ++i) {  // each step was begun before it was asked for
+      const int32_t next = plan.greedy(token, caches);
+      REQUIRE(next == largest_after(token));
+      token = next;
+    }
+    // Another token than the one that was chosen, then an earlier place, then steps without choice.
+    CHECK(plan.greedy(7, caches) == largest_after(7));
+    for (nn::KVCache& cache : caches) cache.truncate(4);
+    for (nn::KVCache& cache : others) cache.truncate(4);
+    CHECK(plan.greedy(9, caches) == largest_after(9));
+    plan.step(2, caches);
+    by_steps.step(2, others);
+    const auto a = plan.logits(), b = by_steps.logits();
+    CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()));
+    while (caches.front().length() < kCapacity) {  // to the last place of the caches
+      const int32_t next = plan.greedy(token, caches);
+      REQUIRE(next == largest_after(token));
+      token = next;
+    }
+    CHECK_THROWS_WITH_AS(plan.greedy(token, caches),
+                         "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
+  }
+}
+
+TEST_CASE("devices: a logit that is no number is an error, not a token") {
+  const NoGrad off;
+  TempDir dir;
+  write_random_model(dir / "m");
+  const auto reader = open_checkpoint(dir / "m");
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    Model model = Model::load(*reader);
+    Tensor gain = Tensor::full(model.ends.norm.weight.shape(), NAN, DType::F32);
+    model.ends.norm.weight = gain;
+    model.move_to(d);
+    auto caches = model.new_caches(1, 8);
+    DecodePlan plan(model, 8);
+    CHECK_THROWS_WITH_AS(plan.greedy(1, caches),
+                         "decode: a logit behind token 1 at position 0 is NaN", Error);
+  }
+}
+
+namespace {
+
+struct PlainPath {  // for a scope
+  Device d;
+  explicit PlainPath(Device where) : d(where) { device_api(d).set_plain_path(true, d.index); }
+  ~PlainPath() { device_api(d).set_plain_path(false, d.index); }
+};
+
+}  // namespace
+
+TEST_CASE("devices: the kernels of the oldest supported GPUs give the same logits") {
+  const NoGrad off;
+  TempDir dir;
+  write_random_model(dir / "m");
+  const auto reader = open_checkpoint(dir / "m");
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    Model model = loaded(*reader, {.bits = 4, .group = 32});
+    model.move_to(d);
+    const std::vector<int32_t> ids = some_ids(24, model.config().vocab_size);
+    const auto run = [&] {
+      auto caches = model.new_caches(1, 32);
+      DecodePlan plan(model, 32);
+      std::vector<float> all =
+          model.logits(model.forward(Tensor::from<int32_t>(ids, {1, 24}))).to_vector<float>();
+      for (const int32_t id : ids) {
+        plan.step(id, caches);
+        const auto l = plan.logits();
+        all.insert(all.end(), l.begin(), l.end());
+      }
+      return all;
+    };
+    const std::vector<float> usual = run();
+    const PlainPath plain(d);
+    CHECK(difference(run(), usual) < 1e-5);
+  }
+}
+
 }  // namespace omq

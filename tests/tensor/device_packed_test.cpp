@@ -78,6 +78,14 @@ TEST_CASE("devices: packed weights unpack to the CPU's numbers") {
     cpu::packed_dequantize(want, w.cpu);
     packed_on(got).packed_dequantize(got, w.device);
     CHECK(bit_equal(got, want));
+    if (d.type != DeviceType::CPU) {  // products of many rows ask for halves
+      Guarded halves({rows, cols}, DType::F16, d);
+      Tensor want_halves = Tensor::empty({rows, cols}, DType::F16);
+      cpu::copy(want_halves, want);
+      packed_on(got).packed_dequantize(halves.tensor, w.device);
+      CHECK(bit_equal(halves.tensor, want_halves));
+      CHECK(halves.untouched());
+    }
     std::vector<int32_t> chosen;
     for (int i = 0; i < 5; ++i) chosen.push_back(static_cast<int32_t>(rng.between(0, rows - 1)));
     const Tensor ids = Tensor::from<int32_t>(chosen, {5});
@@ -132,6 +140,25 @@ TEST_CASE("devices: several rows as wide as a large model's") {
   });
 }
 
+TEST_CASE("devices: rows that the smallest GPUs cannot hold are multiplied all the same") {
+  on_devices(1, [](Rng& rng, Device d) {
+    const DeviceApi& api = device_api(d);
+    api.set_plain_path(true, d.index);
+    for (const int64_t cols : {11008, 28672}) {  // LLaMA-7B's and 70B's widest
+      CAPTURE(cols);
+      constexpr int64_t kRows = 32;
+      const Packed w = random_packed(rng, kRows, cols, {.bits = 4, .group_size = 128}, d);
+      const Tensor x = random_tensor(rng, {2, cols}, DType::F32, -2, 2);
+      Tensor want = floats({2, kRows}), dense = floats({kRows, cols}), got = floats({2, kRows}, d);
+      cpu::packed_dequantize(dense, w.cpu);
+      cpu::dense_matmul(want, x, dense);
+      packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
+      CHECK(close(got, want, kRounded));
+    }
+    api.set_plain_path(false, d.index);
+  });
+}
+
 TEST_CASE("devices: products of codes with codes") {
   for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
     const Packed w = random_packed(rng, rows, cols, spec, d);
@@ -149,6 +176,40 @@ TEST_CASE("devices: products of codes with codes") {
         // Whole numbers are exact in 16 bits; scaled weights of a group are rounded for many rows.
         CHECK(close(got, want, m > 16 ? kRounded : 1e-11));
       }
+  });
+}
+
+TEST_CASE("devices: many rows of codes are multiplied exactly, in 16 bits too") {
+  on_devices(1, [](Rng& rng, Device d) {
+    for (const int bits : {2, 3, 4, 8})
+      for (const int x_bits : {4, 6, 8})
+        for (const int64_t cols : {64, 176, 4096}) {
+          CAPTURE(bits);
+          CAPTURE(x_bits);
+          CAPTURE(cols);
+          constexpr int64_t kRows = 48, kMany = 37;
+          const Packed w = random_packed(rng, kRows, cols, {.bits = bits}, d);
+          Tensor halves = Tensor::empty({kMany, cols}, DType::F16);
+          cpu::copy(halves, random_tensor(rng, {kMany, cols}, DType::F32, -2, 3));
+          Tensor x = floats({kMany, cols});
+          cpu::copy(x, halves);
+          const QuantizedRows want_x = codes_of(x, {.bits = x_bits}, {}),
+                              got_x = codes_of(d.type == DeviceType::CPU ? x : halves,
+                                               {.bits = x_bits}, d);
+          CHECK(bit_equal(got_x.codes, want_x.codes));
+          CHECK(bit_equal(got_x.grid, want_x.grid));
+          Tensor want = floats({kMany, kRows});
+          cpu::packed_matmul_rows(want, want_x, w.cpu);
+          Guarded got({kMany, kRows}, DType::F32, d);
+          packed_on(got.tensor).packed_matmul_rows(got.tensor, got_x, w.device);
+          CHECK(close(got.tensor, want, 1e-11));
+          CHECK(got.untouched());
+          if (d.type == DeviceType::CPU) continue;
+          Guarded narrow({kMany, kRows}, DType::F16, d);
+          packed_on(narrow.tensor).packed_matmul_rows(narrow.tensor, got_x, w.device);
+          CHECK(close(narrow.tensor, want, kRounded));
+          CHECK(narrow.untouched());
+        }
   });
 }
 

@@ -88,6 +88,7 @@ TEST_CASE("wrong usage: code 2, the flag named, the nearest one suggested") {
       {"generate -m x -p a --temp hot", "--temp"},
       {"generate -m x -p a -f b", "excludes"},
       {"generate -m x -p a --device tpu", "--device tpu: cpu, cuda, cuda:N or auto wanted"},
+      {"generate -m x -p a --device cpu --cuda-path sm70", "--cuda-path sm70: auto or sm80 wanted"},
       {"generate -m x -p a --device cuda:x", "--device cuda:x: a number after cuda: wanted"},
       {"generate -m x -p a -ctk q8_0", "cache type q8_0: only f32 is there"},
       {"generate -m x -p a --isa z80", "--isa z80: this machine runs"},
