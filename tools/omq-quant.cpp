@@ -15,6 +15,7 @@
 #include "models/hash.h"
 #include "models/model.h"
 #include "models/packed_model.h"
+#include "quant/block_prefetch.h"
 #include "quant/calibrate.h"
 #include "tensor/cpu/gemm.h"
 #include "tensor/isa.h"
@@ -424,7 +425,10 @@ int quantize_checkpoint(const cli::Args& args) {
   }
   PackedModelWriter writer(*reader, ends.packed, o.out, o.force);
   write_ends(writer, model, ends);
-  nn::BlockSource& source = model.blocks();
+  // A GPU works while the host reads; on the CPU both would want its cores and its memory.
+  std::optional<quant::PrefetchedSource> ahead;
+  if (o.device.type != DeviceType::CPU) ahead.emplace(model.blocks());
+  nn::BlockSource& source = ahead ? *ahead : model.blocks();
   SimulatedBlocks simulated;
   const bool simulate =
       std::any_of(o.eval.begin(), o.eval.end(), [](auto& e) { return e.starts_with("sim:"); });

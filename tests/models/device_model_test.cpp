@@ -11,6 +11,7 @@
 #include "tests/models/files.h"
 #include "tests/support/devices.h"
 #include "tests/support/random_model.h"
+#include "tests/support/shared.h"
 
 namespace omq {
 namespace {
@@ -313,6 +314,93 @@ TEST_CASE("devices: the kernels of the oldest supported GPUs give the same logit
     const std::vector<float> usual = run();
     const PlainPath plain(d);
     CHECK(difference(run(), usual) < 1e-5);
+  }
+}
+
+namespace {
+
+constexpr const char* kText =
+    "The history of the lighthouse begins with a fire on a hill. Ships that came home at night "
+    "looked for it, and a village grew around the people who kept it burning. Later the fire was "
+    "put into an iron basket, then behind glass, and in 1823 a French engineer found that rings of "
+    "prisms could gather the light of one lamp and send it out over twenty miles of sea. Every "
+    "coast of Europe wanted such lenses. They were ground by hand, carried over mountains in boxes "
+    "of straw, and put together at the top of towers that had been built for them. A keeper wound "
+    "the clockwork twice a night, trimmed the wick, and wrote the weather into a book. Most of "
+    "these books still exist. They tell of storms and of birds that flew against the glass, of "
+    "fishermen who were late, of visitors, of paint, of oil that did not arrive in time, and, on "
+    "almost every page, that nothing happened.";
+
+struct Scores {  // of every token but the first, and what the model would have said
+  double loss = 0;
+  std::vector<size_t> best;
+  std::vector<double> lead;  // of the best over the second best
+};
+
+Scores scores(std::span<const float> logits, std::span<const int32_t> ids) {
+  const size_t V = logits.size() / ids.size();
+  Scores s;
+  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+    const auto row = logits.subspan(t * V, V);
+    const size_t best = static_cast<size_t>(std::max_element(row.begin(), row.end()) - row.begin());
+    double sum = 0, second = -INFINITY;
+    for (size_t i = 0; i < V; ++i) {
+      sum += std::exp(static_cast<double>(row[i]) - static_cast<double>(row[best]));
+      if (i != best) second = std::max(second, static_cast<double>(row[i]));
+    }
+    s.loss += std::log(sum) + static_cast<double>(row[best]) -
+              static_cast<double>(row[static_cast<size_t>(ids[t + 1])]);
+    s.best.push_back(best);
+    s.lead.push_back(static_cast<double>(row[best]) - second);
+  }
+  s.loss /= static_cast<double>(ids.size() - 1);
+  return s;
+}
+
+}  // namespace
+
+TEST_CASE("devices: slow: SmolLM2 at every width says what it says on the CPU") {
+  const NoGrad off;
+  const auto file = smollm2_gguf();
+  if (!file) {
+    MESSAGE("skipped: no SmolLM2 (make smollm2)");
+    return;
+  }
+  const auto reader = open_checkpoint(*file);
+  const std::vector<int32_t> ids = reader->tokenizer().encode(kText);
+  const auto n = static_cast<int64_t>(ids.size());
+  for (const Device d : test_devices()) {
+    if (d.type == DeviceType::CPU) continue;
+    for (const int bits : {2, 3, 4, 8}) {
+      CAPTURE(bits);
+      const Form form{.bits = bits, .group = 64};
+      const Model cpu = loaded(*reader, form);
+      Model gpu = loaded(*reader, form);
+      gpu.move_to(d);
+      const Tensor all = Tensor::from<int32_t>(ids, {1, n});
+      const Scores want = scores(cpu.logits(cpu.forward(all)).to_vector<float>(), ids),
+                   got = scores(gpu.logits(gpu.forward(all)).to_vector<float>(), ids);
+      // Two bits by rounding alone are no model (the loss is that of a coin with 400 000 sides): a
+      // difference grows on its way through it, and what it would say is not compared.
+      const double relative = std::abs(std::exp(got.loss - want.loss) - 1);
+      MESSAGE(bits << " bits: loss " << want.loss << ", perplexities " << relative << " apart");
+      CHECK(relative < (bits == 2 ? 0.05 : 1e-3));
+      DecodePlan plan(gpu, n);
+      auto caches = gpu.new_caches(1, n);
+      std::vector<float> steps;
+      for (const int32_t id : ids) {
+        plan.step(id, caches);
+        const auto l = plan.logits();
+        steps.insert(steps.end(), l.begin(), l.end());
+      }
+      const Scores planned = scores(steps, ids);
+      for (size_t t = 0; t < want.best.size(); ++t) {
+        if (bits == 2 || want.lead[t] <= 0.1) continue;
+        CAPTURE(t);
+        CHECK(got.best[t] == want.best[t]);
+        CHECK(planned.best[t] == want.best[t]);
+      }
+    }
   }
 }
 

@@ -195,6 +195,11 @@ TEST_CASE("inputs that linears share are quantised once") {
   CHECK(shared.simulated(four).node() != nullptr);
   Linear packed = packed_linear(rng, 20, 72, {.bits = 4});
   packed.input_quant = four;
+  // What a layer made of its input stays there for the next one.
+  const LinearInput common(x);
+  const size_t before = cpu_memory_use().now;
+  const Tensor y = packed(common);
+  CHECK(cpu_memory_use().now - before >= y.nbytes() + static_cast<size_t>(x.numel()));
   CHECK_THROWS_WITH_AS(
       packed(shared),
       "packed matmul: no gradient goes through packed weights; dequantize() to train", Error);
