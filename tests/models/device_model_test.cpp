@@ -380,8 +380,8 @@ TEST_CASE("devices: slow: SmolLM2 at every width says what it says on the CPU") 
       const Tensor all = Tensor::from<int32_t>(ids, {1, n});
       const Scores want = scores(cpu.logits(cpu.forward(all)).to_vector<float>(), ids),
                    got = scores(gpu.logits(gpu.forward(all)).to_vector<float>(), ids);
-      // Two bits by rounding alone are no model (the loss is that of a coin with 400 000 sides): a
-      // difference grows on its way through it, and what it would say is not compared.
+      // Two bits by rounding alone are no model (its loss is above that of guessing): a difference
+      // grows on its way through it, and what it would say is not compared.
       const double relative = std::abs(std::exp(got.loss - want.loss) - 1);
       MESSAGE(bits << " bits: loss " << want.loss << ", perplexities " << relative << " apart");
       CHECK(relative < (bits == 2 ? 0.05 : 1e-3));
