@@ -167,8 +167,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- launchers ----
 
+constexpr int kStatic = 1024;  // bytes of shared memory that the kernel declares, at most
+
 int64_t dense_gemv_rows(int64_t cols, int device) {
-  const auto limit = static_cast<int64_t>(device_info(device).shared_optin) - 1024;
+  const auto limit = static_cast<int64_t>(device_info(device).shared_optin) - kStatic;
   return std::clamp<int64_t>(limit / (4 * (cols + 4)), 0, kDecodeRows);
 }
 
@@ -191,11 +193,12 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   const DeviceInfo& info = device_info(y.device().index);
   const auto blocks = static_cast<unsigned>(std::min((a.work + kWarps - 1) / kWarps, info.sms));
   size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
-  check(shared <= info.shared_optin,
+  const size_t limit = info.shared_optin - kStatic;
+  check(shared <= limit,
         "dense_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
-        a.in.rows, a.in.cols, shared, info.shared_optin);
+        a.in.rows, a.in.cols, shared, limit);
   if (const size_t gains = static_cast<size_t>(a.x_stride) * 4;
-      a.in.gain && shared + gains <= info.shared_optin) {
+      a.in.gain && shared + gains <= limit) {
     a.row_floats = a.x_stride;
     shared += gains;
   }

@@ -36,11 +36,10 @@ GemvInput input_of(const char* op, const GemvRows& r) {
   return in;
 }
 
-template <class T>
-__global__ void numbers_kernel(T* y, const uint8_t* codes, const float2* grid, int64_t rows,
+__global__ void numbers_kernel(__half* y, const uint8_t* codes, const float2* grid, int64_t rows,
                                int64_t cols) {
   for (int64_t i = grid_index(); i < rows * cols; i += grid_stride())
-    y[i] = static_cast<T>(static_cast<float>(codes[i]) - grid[divide(i, cols)].y);
+    y[i] = __float2half_rn(static_cast<float>(codes[i]) - grid[divide(i, cols)].y);
 }
 
 __global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid, int64_t rows,
@@ -80,8 +79,8 @@ void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatri
 }
 
 void codes_to_numbers(Tensor& y, const QuantizedRows& x) {
-  launch("codes_to_numbers", y, numbers_kernel<__half>, blocks_for(y.numel(), kThreads), kThreads,
-         0, static_cast<__half*>(y.raw()), x.codes.data<uint8_t>(),
+  launch("codes_to_numbers", y, numbers_kernel, blocks_for(y.numel(), kThreads), kThreads, 0,
+         static_cast<__half*>(y.raw()), x.codes.data<uint8_t>(),
          reinterpret_cast<const float2*>(x.grid.data<float>()), y.dim(0), y.dim(1));
 }
 

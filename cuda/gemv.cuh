@@ -42,7 +42,7 @@ struct GemvArgs {
   int per_round = 0;  // panels whose sums fit the shared memory together
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
-  int row_floats = 0;    // room for a row of x, and for gains, in shared memory; 0: none
+  int row_floats = 0;    // of shared memory for x's row (packed) and the gains, each; 0: none
 };
 
 // n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this

@@ -1,7 +1,8 @@
 // Products with packed and dense weights on a GPU: few rows go through the gemv kernels, which read
 // the weights as they are stored; many rows meet weights that were unpacked to F16 for the occasion
-// (4 bytes of traffic a weight against hundreds of multiplications). There x becomes F16 too, so
-// that a value beyond 65504 is lost; sums are F32 either way.
+// (4 bytes of traffic a weight against hundreds of multiplications), or codes meet codes in int8
+// (integer_matmul.cu). In F16 x is rounded too, so that a value beyond 65504 is lost; sums are F32,
+// or exact.
 #include "cuda/packed.h"
 
 #include <algorithm>
@@ -106,7 +107,7 @@ const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
   for (const RowMatrix& m : matrices) {
     const auto* packed = std::get_if<PackedInt>(&m.weight);
     const Tensor& stored = packed ? packed->data : std::get<Tensor>(m.weight);
-    if (!stored.is_contiguous()) return "a dense weight that is not contiguous";
+    if (!stored.is_contiguous()) return "a weight that is not contiguous";
     if (rows_at_once(m, packed ? packed->cols : stored.dim(1), stored.device()) == 0)
       return "rows that do not fit the shared memory of the device";
   }

@@ -35,7 +35,7 @@ void choose(Tensor& state, Tensor& told, const Tensor& logits);
 bool integer_matmul_takes(const PackedInt& w);
 void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w);
 
-// code − zero of every element, in the type of y [rows, cols].
+// code − zero of every element into y, F16 [rows, cols].
 void codes_to_numbers(Tensor& y, const QuantizedRows& x);
 // y [rows, n], row i of x times grid[i][0]; x F32.
 void scale_rows(Tensor& y, const Tensor& x, const Tensor& grid);

@@ -86,8 +86,9 @@ void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
 int32_t DecodePlan::greedy(int32_t token, std::vector<nn::KVCache>& caches) {
   const int64_t at = check_step(token, caches);
   const int32_t id = impl_->greedy(token, at, caches);
-  check(id >= 0, "decode: a logit behind token {} at position {} is NaN", token, at);
-  return id;
+  if (id >= 0) return id;
+  for (nn::KVCache& cache : caches) cache.truncate(at);
+  fail("decode: a logit behind token {} at position {} is NaN", token, at);
 }
 
 std::span<const float> DecodePlan::logits() { return impl_->logits(); }

@@ -35,12 +35,13 @@ class DecodePlan {
   // the final norm stay in the plan; logits() multiplies them. Throws Error when the token is
   // unknown or the caches are full or not as the model's.
   void step(int32_t token, std::vector<nn::KVCache>& caches);
-  // Of the token after the last step: [V], valid until the next call.
+  // Of the token after the last step(): [V], valid until the next call. Behind greedy() they may be
+  // those of the step that was begun ahead.
   std::span<const float> logits();
   // step(), and the id of the largest logit behind it, the lowest among equals. A GPU chooses by
   // itself and has begun the step of that id when this returns, so that it does not wait for the
   // host; what it writes into the caches counts only when that step is asked for. Throws Error when
-  // a logit is NaN.
+  // a logit is NaN; the caches are as before then.
   int32_t greedy(int32_t token, std::vector<nn::KVCache>& caches);
 
   struct Impl;

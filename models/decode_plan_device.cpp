@@ -70,6 +70,7 @@ class DevicePlan final : public DecodePlan::Impl {
   // The greedy step that was begun before it was asked for: at this position, of the token that
   // the step before it chose. −1: none.
   int64_t ahead_ = -1;
+  uint64_t ahead_changes_ = 0;  // of the caches then: nobody else may have changed them since
   int32_t ahead_token_ = -1;
 };
 
@@ -192,7 +193,7 @@ int32_t DevicePlan::told(int64_t at) const {
 
 int32_t DevicePlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
   bind(caches);
-  if (ahead_ != at || ahead_token_ != token) {
+  if (ahead_ != at || ahead_token_ != token || ahead_changes_ != caches.front().changes()) {
     set_state(token, at);
     device_api(device_).sync(device_.index);  // nothing is on its way that would write told_
     std::fill_n(static_cast<int64_t*>(told_.raw()), 2, int64_t{-1});
@@ -204,6 +205,7 @@ int32_t DevicePlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& 
   ahead_ = room ? at + 1 : -1;
   ahead_token_ = id;
   for (nn::KVCache& cache : caches) cache.advance(1);
+  ahead_changes_ = caches.front().changes();
   return id;
 }
 

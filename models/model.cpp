@@ -57,7 +57,7 @@ namespace {
 
 // The type in which `rows` rows are multiplied. On a GPU weights that are not F32 meet many rows in
 // F16 (cuda/packed.cpp): then attention works in it too, and what is written to be multiplied is
-// written in it.
+// written in it; a value beyond 65504 is lost.
 Compute compute_of(const Model& m, int64_t rows) {
   if (m.device().type == DeviceType::CPU || rows <= kFewRows || m.blocks.empty())
     return Compute::F32;

@@ -87,12 +87,14 @@ void KVCache::append(const Tensor& k, const Tensor& v) {
   k_.write(length_, k);
   v_.write(length_, v);
   length_ += added;
+  ++changes_;
 }
 
 void KVCache::advance(int64_t tokens) {
   check(tokens >= 0 && length_ + tokens <= capacity(), "kv cache: {} tokens behind {} of {}",
         tokens, length_, capacity());
   length_ += tokens;
+  ++changes_;
 }
 
 KVCache::View KVCache::window(int64_t begin, int64_t end) const {
@@ -105,6 +107,7 @@ void KVCache::truncate(int64_t length) {
   check(length >= 0 && length <= length_, "kv cache: cannot truncate {} tokens to {}", length_,
         length);
   length_ = length;
+  ++changes_;
 }
 
 }  // namespace omq::nn

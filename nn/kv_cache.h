@@ -27,7 +27,7 @@ class KVCache {
   // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
   void append(const Tensor& k, const Tensor& v);
   struct View {
-    Tensor k, v;  // [B, end − begin, K, d], F32; on a GPU of the ComputeScope's type
+    Tensor k, v;  // [B, end − begin, K, d], F32; floats on a GPU of the ComputeScope's type
   };
   // Counts tokens that somebody has written into keys() and values() himself.
   void advance(int64_t tokens);
@@ -36,6 +36,9 @@ class KVCache {
   const CacheQuant& quant() const { return quant_; }
   int64_t length() const { return length_; }
   int64_t capacity() const { return shape_[1]; }
+  // Grows with every change of what is stored: two readings are equal only if nothing happened
+  // between them.
+  uint64_t changes() const { return changes_; }
   // Forgets all tokens from position `length` on.
   void truncate(int64_t length);
 
@@ -57,6 +60,7 @@ class KVCache {
   CacheQuant quant_;
   Store k_, v_;
   int64_t length_ = 0;
+  uint64_t changes_ = 0;
 };
 
 }  // namespace omq::nn

@@ -2,7 +2,6 @@
 // smaller.
 #include "nn/linear.h"
 
-#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq::nn {
@@ -16,9 +15,8 @@ Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias, WriteA
   check(x.dim(-1) == w.dim(1), "linear: inner dims differ: x {} · w {}ᵀ", x.shape(), w.shape());
   const Tensor rows = reshape(x, {-1, w.dim(1)});
   const bool narrow =
-      write == WriteAs::Operand && !bias.defined() && x.device().type != DeviceType::CPU;
-  Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, narrow ? operand_dtype(DType::F32) : DType::F32,
-                           x.device());
+      !bias.defined() && w.dtype() != DType::F32 && halves_wanted(rows.dim(0), x.device(), write);
+  Tensor y = Tensor::empty({rows.dim(0), w.dim(0)}, narrow ? DType::F16 : DType::F32, x.device());
   packed_on(x).dense_matmul(y, rows, contiguous(w));
   Shape shape = x.shape();
   shape[shape.n - 1] = w.dim(0);

@@ -11,11 +11,16 @@ namespace {
 
 // An empty result [rows, cols] on a device.
 Tensor result(int64_t rows, int64_t cols, Device device, WriteAs write) {
-  const bool narrow = write == WriteAs::Operand && device.type != DeviceType::CPU;
-  return Tensor::empty({rows, cols}, narrow ? operand_dtype(DType::F32) : DType::F32, device);
+  return Tensor::empty({rows, cols}, halves_wanted(rows, device, write) ? DType::F16 : DType::F32,
+                       device);
 }
 
 }  // namespace
+
+bool halves_wanted(int64_t rows, Device device, WriteAs write) {
+  return write == WriteAs::Operand && device.type != DeviceType::CPU && rows > kFewRows &&
+         operand_dtype(DType::F32) == DType::F16;
+}
 
 Tensor PackedWeight::matmul(const QuantizedRows& x, WriteAs write) const {
   return matmul(dequantized(x), write);

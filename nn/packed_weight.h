@@ -33,6 +33,10 @@ struct PackedWeight {
   virtual void visit(const VisitFn& v) = 0;    // ("packed", data)
 };
 
+// Whether a product of so many rows without a gradient writes F16: a GPU multiplies many rows in it
+// (kFewRows), and the caller's ComputeScope must be of the same type.
+bool halves_wanted(int64_t rows, Device device, WriteAs write);
+
 // Integer codes on a uniform grid, in the panel16 layout of tensor/packed.h.
 class PackedIntWeight final : public PackedWeight {
  public:

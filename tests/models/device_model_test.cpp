@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "autograd/compute.h"
+#include "autograd/ops.h"
 #include "models/decode_plan.h"
 #include "models/packed_model.h"
 #include "quant/calibrate.h"
@@ -247,6 +249,15 @@ TEST_CASE("devices: greedy steps choose as their logits do") {
     for (nn::KVCache& cache : caches) cache.truncate(4);
     for (nn::KVCache& cache : others) cache.truncate(4);
     CHECK(plan.greedy(9, caches) == largest_after(9));
+    // The place and the token of the step ahead, behind another text.
+    const int32_t chosen = plan.greedy(11, caches);
+    CHECK(chosen == largest_after(11));
+    const std::vector<int32_t> other = some_ids(6, model.config().vocab_size);
+    for (auto* of : {&caches, &others}) {
+      for (nn::KVCache& cache : *of) cache.truncate(0);
+      model.forward(Tensor::from<int32_t>(other, {1, 6}), 0, of);
+    }
+    CHECK(plan.greedy(chosen, caches) == largest_after(chosen));
     plan.step(2, caches);
     by_steps.step(2, others);
     const auto a = plan.logits(), b = by_steps.logits();
@@ -276,18 +287,9 @@ TEST_CASE("devices: a logit that is no number is an error, not a token") {
     DecodePlan plan(model, 8);
     CHECK_THROWS_WITH_AS(plan.greedy(1, caches),
                          "decode: a logit behind token 1 at position 0 is NaN", Error);
+    CHECK(caches.front().length() == 0);
   }
 }
-
-namespace {
-
-struct PlainPath {  // for a scope
-  Device d;
-  explicit PlainPath(Device where) : d(where) { device_api(d).set_plain_path(true, d.index); }
-  ~PlainPath() { device_api(d).set_plain_path(false, d.index); }
-};
-
-}  // namespace
 
 TEST_CASE("devices: the kernels of the oldest supported GPUs give the same logits") {
   const NoGrad off;
@@ -402,6 +404,32 @@ TEST_CASE("devices: slow: SmolLM2 at every width says what it says on the CPU") 
       }
     }
   }
+}
+
+TEST_CASE("devices: products without gradients in every compute type") {
+  const NoGrad off;
+  Rng rng(3);
+  for (const Device d : test_devices())
+    for (const Compute compute : {Compute::F32, Compute::BF16, Compute::F16})
+      for (const DType type : {DType::F32, DType::BF16, DType::F16, DType::U8})
+        for (const int64_t rows : {3, 40}) {
+          CAPTURE(d);
+          CAPTURE(std::string(compute_name(compute)));
+          CAPTURE(rows);
+          const Tensor w = normal_tensor(rng, {48, 64}, DType::F32),
+                       x = normal_tensor(rng, {1, rows, 64}, DType::F32);
+          nn::Linear l{w, {}};
+          if (type == DType::U8) {  // packed
+            const auto packed = quant::pack_nearest(w, {.wbits = 8, .group_size = 32});
+            l.weight = d.type == DeviceType::CPU ? packed : packed->on_device(d);
+          } else {
+            l.weight = to(to(w, type), d);
+          }
+          const std::vector<float> want = omq::linear(x, w, {}).to_vector<float>();
+          const ComputeScope scope(compute);
+          const Tensor y = l(to(x, d), WriteAs::Operand);
+          CHECK(difference(to(to(y, DType::F32), Device{}).to_vector<float>(), want) < 0.02);
+        }
 }
 
 }  // namespace omq

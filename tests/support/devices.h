@@ -30,6 +30,15 @@ inline const std::vector<Device>& test_devices() {
   return devices;
 }
 
+// Kernels of the oldest supported devices, for a scope.
+struct PlainPath {
+  Device d;
+  explicit PlainPath(Device where) : d(where) { device_api(d).set_plain_path(true, d.index); }
+  ~PlainPath() { device_api(d).set_plain_path(false, d.index); }
+  PlainPath(const PlainPath&) = delete;
+  PlainPath& operator=(const PlainPath&) = delete;
+};
+
 }  // namespace omq
 
 template <> struct doctest::StringMaker<omq::Device> {

@@ -142,8 +142,7 @@ TEST_CASE("devices: several rows as wide as a large model's") {
 
 TEST_CASE("devices: rows that the smallest GPUs cannot hold are multiplied all the same") {
   on_devices(1, [](Rng& rng, Device d) {
-    const DeviceApi& api = device_api(d);
-    api.set_plain_path(true, d.index);
+    const PlainPath plain(d);
     for (const int64_t cols : {11008, 28672}) {  // LLaMA-7B's and 70B's widest
       CAPTURE(cols);
       constexpr int64_t kRows = 32;
@@ -155,7 +154,6 @@ TEST_CASE("devices: rows that the smallest GPUs cannot hold are multiplied all t
       packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
       CHECK(close(got, want, kRounded));
     }
-    api.set_plain_path(false, d.index);
   });
 }
 
