@@ -47,9 +47,6 @@ __global__ void __launch_bounds__(kThreads)
   join_by_arrival(a, memory, mine, head, split, of.count, row);
 }
 
-// Of a head, neighbours of a lane.
-int64_t elements_of(int64_t head_dim) { return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8; }
-
 // Throws Error when the stage's tensors do not fit.
 AttentionArgs attention_args(const DecodeAttentionStage& s) {
   const int64_t rows = s.qkv.dim(0);
@@ -58,7 +55,7 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
         "decode attention: a cache of {}", dtype_name(s.keys.dtype()));
   check(s.heads % s.kv_heads == 0 && s.head_dim <= 256 && s.keys.dim(0) == rows &&
             s.keys.is_contiguous() && s.values.is_contiguous() &&
-            s.head_dim % elements_of(s.head_dim) == 0,
+            s.head_dim % decode_elements(s.head_dim) == 0,
         "decode attention: {} heads of {}, {} of keys, cache {}", s.heads, s.head_dim, s.kv_heads,
         s.keys.shape());
   AttentionArgs a{};
@@ -110,7 +107,7 @@ void decode_attention(const DecodeAttentionStage& s) {
     halves ? run(decode_attention_kernel<__half, kEach, false>)
            : run(decode_attention_kernel<float, kEach, false>);
   };
-  const int64_t each = elements_of(a.dim);
+  const int64_t each = decode_elements(a.dim);
   if (each == 2) return of_each(Int<2>{});
   if (each == 4) return of_each(Int<4>{});
   of_each(Int<8>{});

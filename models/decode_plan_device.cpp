@@ -31,7 +31,8 @@ struct Layer {
 
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
-  constexpr int64_t kBlocks = 256;  // about two on each processor of a large card
+  constexpr int64_t kBlocks = 256;  // about two on each processor of a large card; fewer where
+                                    // heads are few, for eight make a cluster
   return std::clamp<int64_t>(std::min(kBlocks / heads, capacity / kDecodeSplitTokens), 1, 8);
 }
 
@@ -224,7 +225,7 @@ std::string device_plan_unsupported(const Model& model) {
   const DecodeKernels* kernels = decode_kernels(model.device());
   if (!kernels) return fmt::format("{} has no kernels for it", to_string(model.device()));
   const ModelConfig& c = model.config();
-  if (c.head_dim > 256 || c.head_dim % (c.head_dim <= 64 ? 2 : c.head_dim <= 128 ? 4 : 8) != 0)
+  if (c.head_dim > 256 || c.head_dim % decode_elements(c.head_dim) != 0)
     return fmt::format("heads of {}", c.head_dim);
   for (const auto& block : model.blocks) {
     const nn::MLP& mlp = block->mlp;

@@ -24,6 +24,11 @@ struct DecodeInput {
   std::optional<RowQuant> quant = {};
 };
 inline constexpr int64_t kDecodeRows = 8;
+// Neighbouring elements of a head that a lane of attention takes; heads are multiples of it, up to
+// 256.
+inline constexpr int64_t decode_elements(int64_t head_dim) {
+  return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8;
+}
 
 // One token of every sequence against its cache. H query heads share K key and value heads.
 struct DecodeAttentionStage {

@@ -37,6 +37,18 @@ struct Form {
   ActivationSpec activations = {};
 };
 
+// body(reader, device) for a model of random weights and every device.
+template <class F> void for_random_model(F&& body) {
+  const NoGrad off;
+  TempDir dir;
+  write_random_model(dir / "m");
+  const auto reader = open_checkpoint(dir / "m");
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    body(*reader, d);
+  }
+}
+
 Model loaded(const CheckpointReader& reader, const Form& f) {
   Model model = Model::load(reader, 0, LoadAs::F32);
   if (f.bits < 16)
@@ -197,13 +209,8 @@ TEST_CASE("devices: a plan gives the CPU's logits at every width") {
 }
 
 TEST_CASE("devices: a plan goes on behind a prompt, and after a truncated cache") {
-  const NoGrad off;
-  TempDir dir;
-  write_random_model(dir / "m");
-  const auto reader = open_checkpoint(dir / "m");
-  for (const Device d : test_devices()) {
-    CAPTURE(d);
-    Model model = loaded(*reader, {.bits = 4, .group = 32});
+  for_random_model([](const CheckpointReader& reader, Device d) {
+    Model model = loaded(reader, {.bits = 4, .group = 32});
     model.move_to(d);
     const std::vector<int32_t> ids = some_ids(40, model.config().vocab_size);
     auto caches = model.new_caches(1, 64);
@@ -218,17 +225,12 @@ TEST_CASE("devices: a plan goes on behind a prompt, and after a truncated cache"
     after(31);
     for (nn::KVCache& cache : caches) cache.truncate(30);
     CHECK(after(30) == first);
-  }
+  });
 }
 
 TEST_CASE("devices: greedy steps choose as their logits do") {
-  const NoGrad off;
-  TempDir dir;
-  write_random_model(dir / "m");
-  const auto reader = open_checkpoint(dir / "m");
-  for (const Device d : test_devices()) {
-    CAPTURE(d);
-    Model model = loaded(*reader, {.bits = 4, .group = 32});
+  for_random_model([](const CheckpointReader& reader, Device d) {
+    Model model = loaded(reader, {.bits = 4, .group = 32});
     model.move_to(d);
     constexpr int64_t kCapacity = 24;
     auto caches = model.new_caches(1, kCapacity), others = model.new_caches(1, kCapacity);
@@ -269,17 +271,12 @@ TEST_CASE("devices: greedy steps choose as their logits do") {
     }
     CHECK_THROWS_WITH_AS(plan.greedy(token, caches),
                          "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
-  }
+  });
 }
 
 TEST_CASE("devices: a logit that is no number is an error, not a token") {
-  const NoGrad off;
-  TempDir dir;
-  write_random_model(dir / "m");
-  const auto reader = open_checkpoint(dir / "m");
-  for (const Device d : test_devices()) {
-    CAPTURE(d);
-    Model model = Model::load(*reader);
+  for_random_model([](const CheckpointReader& reader, Device d) {
+    Model model = Model::load(reader);
     Tensor gain = Tensor::full(model.ends.norm.weight.shape(), NAN, DType::F32);
     model.ends.norm.weight = gain;
     model.move_to(d);
@@ -288,17 +285,12 @@ TEST_CASE("devices: a logit that is no number is an error, not a token") {
     CHECK_THROWS_WITH_AS(plan.greedy(1, caches),
                          "decode: a logit behind token 1 at position 0 is NaN", Error);
     CHECK(caches.front().length() == 0);
-  }
+  });
 }
 
 TEST_CASE("devices: the kernels of the oldest supported GPUs give the same logits") {
-  const NoGrad off;
-  TempDir dir;
-  write_random_model(dir / "m");
-  const auto reader = open_checkpoint(dir / "m");
-  for (const Device d : test_devices()) {
-    CAPTURE(d);
-    Model model = loaded(*reader, {.bits = 4, .group = 32});
+  for_random_model([](const CheckpointReader& reader, Device d) {
+    Model model = loaded(reader, {.bits = 4, .group = 32});
     model.move_to(d);
     const std::vector<int32_t> ids = some_ids(24, model.config().vocab_size);
     const auto run = [&] {
@@ -316,7 +308,7 @@ TEST_CASE("devices: the kernels of the oldest supported GPUs give the same logit
     const std::vector<float> usual = run();
     const PlainPath plain(d);
     CHECK(difference(run(), usual) < 1e-5);
-  }
+  });
 }
 
 namespace {
