@@ -23,10 +23,11 @@
 namespace omq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
-constexpr int64_t kPreparedRows = 512;       // of x at a time: bounds the scratch memory
-constexpr int64_t kDenseGrain = 32;          // rows of a dense w a chunk of work
-constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
+constexpr int64_t kFewRows = 8;                // of x: up to here weights are read as they lie
+constexpr int64_t kDenseGrain = 32;            // rows of a dense w a chunk of work
+constexpr int64_t kTileBytes = 1024 * 1024;    // of weights turned to F32: half of a usual L2
+constexpr int64_t kBlocksBytes = 1280 * 1024;  // of prepared x in gemm: weights go by, x stays in
+                                               // the L2 of a processor that has AMX, 2 MiB
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
 // never share.
@@ -86,8 +87,8 @@ int64_t check_product(const char* op, const Tensor& y, const Tensor& x, int64_t 
 void multiply_packed(const PackedIsa& isa, const PanelView& w, const float* x, int64_t m,
                      float* y) {
   const int64_t row_bytes = isa.prepared_bytes(w), panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  for (int64_t m0 = 0; m0 < m; m0 += kPreparedRows) {
-    const int64_t rows = std::min(kPreparedRows, m - m0);
+  for (int64_t m0 = 0; m0 < m; m0 += kMaxGemmRows) {
+    const int64_t rows = std::min(kMaxGemmRows, m - m0);
     auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(rows * row_bytes));
     parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -95,6 +96,30 @@ void multiply_packed(const PackedIsa& isa, const PanelView& w, const float* x, i
     });
     parallel_for(panels, panel_grain(panels), [&](int64_t begin, int64_t end) {
       isa.gemv(w, prepared, rows, y + m0 * w.rows, begin, end);
+    });
+  }
+}
+
+// y = x · wᵀ by the table's own way for many rows.
+void multiply_blocks(const PackedIsa& isa, const PanelView& w, const float* x, int64_t m,
+                     float* y) {
+  constexpr int64_t kRows = 16;  // of a block
+  const int64_t block_bytes = isa.gemm_block_bytes(w), unpacked = isa.gemm_scratch_bytes(w);
+  const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t most = std::clamp<int64_t>(kBlocksBytes / block_bytes, 2, kMaxGemmRows / kRows);
+  const int64_t all = (m + kRows - 1) / kRows, passes = (all + most - 1) / most;
+  const int64_t pass = (all + passes - 1) / passes * kRows;
+  for (int64_t m0 = 0; m0 < m; m0 += pass) {
+    const int64_t rows = std::min(pass, m - m0), blocks = (rows + kRows - 1) / kRows;
+    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(blocks * block_bytes));
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        isa.prepare_gemm_block(w, x + (m0 + kRows * b) * w.cols, std::min(kRows, rows - kRows * b),
+                               prepared + b * block_bytes);
+    });
+    parallel_for(panels, panel_grain(panels), [&](int64_t begin, int64_t end) {
+      auto* panel = static_cast<std::byte*>(scratch<Use::Tile>(unpacked));
+      isa.gemm(w, prepared, rows, y + m0 * w.rows, begin, end, panel);
     });
   }
 }
@@ -135,10 +160,11 @@ void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x
                     float* y) {
   const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.unpacked_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t grain = std::clamp<int64_t>(panels / 16, 1, 4);
-  for (int64_t m0 = 0; m0 < m; m0 += kPreparedRows) {
-    const int64_t rows = std::min(kPreparedRows, m - m0);
-    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(rows * row_bytes));
+  const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 4);  // panels go in pairs
+  for (int64_t m0 = 0; m0 < m; m0 += kMaxGemmRows) {
+    const int64_t rows = std::min(kMaxGemmRows, m - m0);
+    const int64_t readable = (rows + 31) / 32 * 32 * row_bytes + 64;
+    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(readable));
     parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         prepare_codes(w, x.row(m0 + i), prepared + i * row_bytes);
@@ -232,7 +258,9 @@ void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
   const PanelView view = view_of("packed_matmul", w);
   const int64_t m = check_product("packed_matmul", y, x, w.rows, w.cols);
   const PackedIsa& loops = active_packed_isa();
-  if (m <= kFewRows || loops.gemv_for_many_rows)
+  if (m > kFewRows && loops.gemm)
+    multiply_blocks(loops, view, x.data<float>(), m, y.data<float>());
+  else if (m <= kFewRows || loops.gemv_for_many_rows)
     multiply_packed(loops, view, x.data<float>(), m, y.data<float>());
   else
     multiply_dequantized(loops, view, x.data<float>(), m, y.data<float>());

@@ -17,35 +17,6 @@ namespace omq::cpu {
 
 namespace {
 
-bool runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
-}
-
-// ---- prepared activations: one row = scales, sums, hi plane, lo plane, each padded to 64 bytes
-// ----
-
-struct Acts {
-  const float* scale;     // [chunks]
-  const int32_t* sum;     // [chunks] Σ of the whole numbers
-  const int8_t *hi, *lo;  // [chunks, chunk_stride]
-};
-
-OMQ_INLINE int64_t plane_bytes(const PanelView& w) {
-  return round_up(w.chunks * w.chunk_stride, 64);
-}
-
-int64_t prepared_bytes(const PanelView& w) { return 2 * list_bytes(w) + 2 * plane_bytes(w); }
-
-OMQ_INLINE Acts acts_at(const PanelView& w, const std::byte* row) {
-  const std::byte* planes = row + 2 * list_bytes(w);
-  return {reinterpret_cast<const float*>(row),
-          reinterpret_cast<const int32_t*>(row + list_bytes(w)),
-          reinterpret_cast<const int8_t*>(planes),
-          reinterpret_cast<const int8_t*>(planes + plane_bytes(w))};
-}
-
 // One chunk of n columns; the planes are written to the end of the chunk's slot, zeros past n. A
 // value that is not finite makes the scale NaN, so that it shows in every output that it touches.
 void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum, int8_t* hi,
@@ -75,16 +46,6 @@ void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_
   *sum = _mm512_reduce_add_epi32(total);
 }
 
-void prepare(const PanelView& w, const float* x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    prepare_chunk(x + col, n, w.chunk_stride, const_cast<float*>(a.scale) + chunk,
-                  const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
-                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
-  });
-}
-
 // One chunk of whole numbers from codes, as prepare_chunk.
 void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
                    int8_t* hi, int8_t* lo) {
@@ -98,7 +59,29 @@ void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, 
   *sum = total;
 }
 
-void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
+}  // namespace
+
+bool avx512::runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
+
+int64_t avx512::prepared_bytes(const PanelView& w) {
+  return 2 * list_bytes(w) + 2 * plane_bytes(w);
+}
+
+void avx512::prepare(const PanelView& w, const float* x, std::byte* out) {
+  const Acts a = acts_at(w, out);
+  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
+    prepare_chunk(x + col, n, w.chunk_stride, const_cast<float*>(a.scale) + chunk,
+                  const_cast<int32_t*>(a.sum) + chunk,
+                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
+                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
+  });
+}
+
+void avx512::prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
   const Acts a = acts_at(w, out);
   for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
     const_cast<float*>(a.scale)[chunk] = x.scale;
@@ -107,6 +90,8 @@ void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* ou
                   const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
   });
 }
+
+namespace {
 
 // ---- y for P panels (streams) and M rows of x at once ----
 
@@ -171,7 +156,7 @@ template <int Bits, int P, int M>
 void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t panel,
                  int64_t stride) {
   constexpr int Q = kQuads<Bits>;
-  const int64_t row_bytes = prepared_bytes(w), stream_bytes = stride * w.panel_bytes;
+  const int64_t row_bytes = avx512::prepared_bytes(w), stream_bytes = stride * w.panel_bytes;
   Acts x[M];
   __m512 total[P][M];
   OMQ_UNROLL for (int m = 0; m < M; ++m) {
@@ -222,17 +207,12 @@ OMQ_INLINE void gemv_range(const PanelView& w, const std::byte* x, float* y, int
 template <int Bits>
 void gemv_bits(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                int64_t panel1) {
-  const int64_t row_bytes = prepared_bytes(w);
+  const int64_t row_bytes = avx512::prepared_bytes(w);
   for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows)
     gemv_range<Bits, 2, 4>(w, x, y, panel0, panel1);
   if (m == 3) gemv_range<Bits, 2, 3>(w, x, y, panel0, panel1);
   if (m == 2) gemv_range<Bits, 4, 2>(w, x, y, panel0, panel1);
   if (m == 1) gemv_range<Bits, 4, 1>(w, x, y, panel0, panel1);
-}
-
-void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
-          int64_t panel1) {
-  with_bits(w.bits, [&]<int Bits>() { gemv_bits<Bits>(w, x, m, y, panel0, panel1); });
 }
 
 // ---- dequantise ----
@@ -261,23 +241,28 @@ void dequantize_bits(const PanelView& w, int64_t panel, float* out, int64_t ld) 
   }
 }
 
-void dequantize(const PanelView& w, int64_t panel, float* out, int64_t ld) {
+}  // namespace
+
+void avx512::gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                  int64_t panel1) {
+  with_bits(w.bits, [&]<int Bits>() { gemv_bits<Bits>(w, x, m, y, panel0, panel1); });
+}
+
+void avx512::dequantize(const PanelView& w, int64_t panel, float* out, int64_t ld) {
   with_bits(w.bits, [&]<int Bits>() { dequantize_bits<Bits>(w, panel, out, ld); });
 }
 
-}  // namespace
-
 const PackedIsa kAvx512Isa = {
     .name = "avx512",
-    .runs_here = runs_here,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
-    .gemv = gemv,
+    .runs_here = avx512::runs_here,
+    .prepared_bytes = avx512::prepared_bytes,
+    .prepare = avx512::prepare,
+    .gemv = avx512::gemv,
     .gemv_for_many_rows = true,
-    .prepare_codes_for_gemv = prepare_codes_for_gemv,
+    .prepare_codes_for_gemv = avx512::prepare_codes_for_gemv,
     .gemm_codes = avx512::gemm_codes,
     .unpacked_bytes = avx512::unpacked_bytes,
-    .dequantize = dequantize,
+    .dequantize = avx512::dequantize,
     .dense_gemv = avx512::dense_gemv,
     .widen = avx512::widen,
 };

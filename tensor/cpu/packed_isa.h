@@ -19,6 +19,9 @@ namespace omq::cpu {
 inline constexpr int64_t kChunkCols = 128;
 inline constexpr int64_t kCodesChunkCols = 32768;
 
+// gemm and gemm_codes get at most so many rows of x at a time: bounds their scratch memory.
+inline constexpr int64_t kMaxGemmRows = 512;
+
 // A PackedInt (tensor/packed.h) as the loops see it. Group g of panel p starts at data +
 // p·panel_bytes + g·block_bytes.
 struct PanelView {
@@ -75,6 +78,16 @@ struct PackedIsa {
                int64_t panel1);
   // True when gemv also beats dequantise-and-multiply for many rows (m in the hundreds).
   bool gemv_for_many_rows;
+  // A way of its own for many rows, or null. x comes in blocks of 16 rows, the last one perhaps
+  // with fewer, prepared one by one from x [rows, cols] and following each other; a block is a
+  // multiple of 64 bytes, 64-byte aligned. y [m, rows] for the rows of panels panel0 … panel1 − 1,
+  // m ≤ kMaxGemmRows; scratch: gemm_scratch_bytes, 64-byte aligned.
+  int64_t (*gemm_block_bytes)(const PanelView& w) = nullptr;
+  void (*prepare_gemm_block)(const PanelView& w, const float* x, int64_t rows,
+                             std::byte* out) = nullptr;
+  void (*gemm)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+               int64_t panel1, std::byte* scratch) = nullptr;
+  int64_t (*gemm_scratch_bytes)(const PanelView& w) = nullptr;
   // The product of codes with codes. With d = Σ (code of w − zero) · (code of x − zero) of a chunk,
   // exact, every table forms y ← fma(float(d), scale of w · scale of x, y) chunk by chunk from y =
   // 0, so that all give the same bits.
@@ -82,8 +95,9 @@ struct PackedIsa {
   // One row of codes in the form that gemv reads, whose product is then that; null: gemm_codes
   // takes few rows too. A table without gemm_codes leaves such products to the scalar one.
   void (*prepare_codes_for_gemv)(const PanelView& w, const RowCodes& x, std::byte* out);
-  // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m rows of prepare_codes that
-  // follow each other. scratch: unpacked_bytes, 64-byte aligned.
+  // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m ≤ kMaxGemmRows rows of
+  // prepare_codes that follow each other; the rest of the last 32 rows, and 64 bytes more, must be
+  // readable, whatever they hold. scratch: unpacked_bytes, 64-byte aligned.
   void (*gemm_codes)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch);
   int64_t (*unpacked_bytes)(const PanelView& w);
@@ -100,6 +114,7 @@ struct PackedIsa {
 extern const PackedIsa kScalarIsa;
 extern const PackedIsa kAvx2Isa;    // x86-64 builds only
 extern const PackedIsa kAvx512Isa;  // x86-64 builds only
+extern const PackedIsa kAmxIsa;     // x86-64 builds only
 
 // The tables of this build, the best first, ended by null. Defined in packed_isa_x86.cpp or
 // packed_isa_other.cpp: the build takes the file that fits the processor family.

@@ -4,6 +4,6 @@
 
 namespace omq::cpu {
 
-const PackedIsa* const kPackedIsas[] = {&kAvx512Isa, &kAvx2Isa, &kScalarIsa, nullptr};
+const PackedIsa* const kPackedIsas[] = {&kAmxIsa, &kAvx512Isa, &kAvx2Isa, &kScalarIsa, nullptr};
 
 }  // namespace omq::cpu

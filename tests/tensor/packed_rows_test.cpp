@@ -265,8 +265,9 @@ TEST_CASE(
   Restore restore;
   Random rng(3);
   const std::vector<const char*> isas = packed_isas_here();
-  if (std::string_view(isas.front()) != "avx512")
-    MESSAGE("skipped: the AVX-512 loops, which this processor does not run");
+  for (const std::string_view wanted : {"amx", "avx512"})
+    if (std::find(isas.begin(), isas.end(), wanted) == isas.end())
+      MESSAGE("skipped: the loops of ", wanted, ", which this processor does not run");
   for (int wbits : {2, 3, 4, 8})
     for (int64_t group : {0, 32, 40, 64, 128})
       for (bool symmetric : {false, true})
@@ -323,6 +324,23 @@ TEST_CASE("codes times codes: a row alone is that row among many, on any number 
             CHECK(same_bits(product(some, w.packed), all.alias({m, 300}, {300, 1}, first * 300)));
           }
       }
+  }
+}
+
+TEST_CASE("codes times codes: rows wider than the loops' stretches, more rows than one pass") {
+  Restore restore;
+  Random rng(9);
+  for (int64_t group : {0, 128}) {
+    const Weights w = random_weights(40, 2600, {.bits = 4, .group_size = group}, rng);
+    const QuantizedRows x = random_codes(530, 2600, 8, rng);
+    REQUIRE(force_packed_isa("scalar"));
+    const Tensor definition = product(x, w.packed);
+    for (const char* name : packed_isas_here()) {
+      CAPTURE(name);
+      CAPTURE(group);
+      REQUIRE(force_packed_isa(name));
+      CHECK(same_bits(product(x, w.packed), definition));
+    }
   }
 }
 

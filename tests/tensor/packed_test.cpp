@@ -232,6 +232,47 @@ TEST_CASE("packed_matmul equals the double-precision product on every instructio
   }
 }
 
+TEST_CASE("packed_matmul of many rows: several blocks and passes, whatever is left over") {
+  Restore restore;
+  for (int bits : {2, 3, 4, 8}) {
+    const Sample s = sample(56, 6000, {.bits = bits, .group_size = bits == 2 ? 0 : 128}, 12);
+    const Tensor x = random_rows(275, 6000, 13);
+    for (const char* name : packed_isas_here()) {
+      if (std::string_view(name) == "scalar") continue;
+      REQUIRE(force_packed_isa(name));
+      CAPTURE(name);
+      CAPTURE(bits);
+      Tensor y = Tensor::full({275, 56}, std::nan(""));
+      cpu::packed_matmul(y, x, s.packed);
+      CHECK(product_error(y, x, [&](int64_t n, int64_t k) { return s.weight(n, k); }) <
+            kQuantizedBound);
+    }
+  }
+}
+
+TEST_CASE("packed_matmul on AMX tiles gives the bits of the AVX-512 loops") {
+  Restore restore;
+  if (!force_packed_isa("amx")) {
+    MESSAGE("skipped: this processor has no AMX");
+    return;
+  }
+  for (const GroupSpec& spec : specs())
+    for (int64_t m : {9, 16, 130}) {
+      const Sample s = sample(150, 328, spec, 14);
+      const Tensor x = random_rows(m, 328, 15);
+      Tensor tiles = Tensor::empty({m, 150}, DType::F32),
+             loops = Tensor::empty({m, 150}, DType::F32);
+      REQUIRE(force_packed_isa("amx"));
+      cpu::packed_matmul(tiles, x, s.packed);
+      REQUIRE(force_packed_isa("avx512"));
+      cpu::packed_matmul(loops, x, s.packed);
+      CAPTURE(spec.bits);
+      CAPTURE(spec.group_size);
+      CAPTURE(m);
+      CHECK(std::memcmp(tiles.raw(), loops.raw(), tiles.nbytes()) == 0);
+    }
+}
+
 TEST_CASE("packed_matmul keeps large, tiny and missing activations in their place") {
   Restore restore;
   const Sample s = sample(16, 256, {.bits = 4, .group_size = 128}, 5);
