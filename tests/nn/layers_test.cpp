@@ -38,9 +38,12 @@ TEST_CASE("linear over F32, F16 and BF16 weights") {
       for (DType dtype : {DType::F32, DType::F16, DType::BF16}) {
         CAPTURE(dtype_name(dtype));
         const Linear layer{converted(w, dtype, d), bd, {}};
-        // against the weight as stored: only the product rounds
+        // against the weight as stored: only the product rounds, and on a GPU many rows of x do,
+        // to 11 bits (tensor/packed.h)
         const Tensor stored = omq::linear(x, converted(converted(w, dtype), DType::F64), b);
-        CHECK(close(layer(xd), stored, 1e-11));
+        const bool x_rounds =
+            d.type == DeviceType::CUDA && tokens > kFewRows && dtype != DType::F32;
+        CHECK(close(layer(xd), stored, x_rounds ? 1e-7 : 1e-11));
         // against the weight as it was: half a unit in the last place of 11 or 8 bits
         CHECK(close(layer(xd), exact,
                     dtype == DType::F32   ? 1e-11
