@@ -12,6 +12,7 @@
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_avx512.h"
+#include "tensor/cpu/packed_planes.h"
 
 namespace omq::cpu {
 
@@ -23,33 +24,11 @@ bool runs_here() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-// ---- prepared activations: one row = scales, sums, hi plane, lo plane, each padded to 64 bytes
-// ----
+// ---- prepared activations ----
 
-struct Acts {
-  const float* scale;     // [chunks]
-  const int32_t* sum;     // [chunks] Σ of the whole numbers
-  const int8_t *hi, *lo;  // [chunks, chunk_stride]
-};
-
-OMQ_INLINE int64_t plane_bytes(const PanelView& w) {
-  return round_up(w.chunks * w.chunk_stride, 64);
-}
-
-int64_t prepared_bytes(const PanelView& w) { return 2 * list_bytes(w) + 2 * plane_bytes(w); }
-
-OMQ_INLINE Acts acts_at(const PanelView& w, const std::byte* row) {
-  const std::byte* planes = row + 2 * list_bytes(w);
-  return {reinterpret_cast<const float*>(row),
-          reinterpret_cast<const int32_t*>(row + list_bytes(w)),
-          reinterpret_cast<const int8_t*>(planes),
-          reinterpret_cast<const int8_t*>(planes + plane_bytes(w))};
-}
-
-// One chunk of n columns; the planes are written to the end of the chunk's slot, zeros past n. A
-// value that is not finite makes the scale NaN, so that it shows in every output that it touches.
-void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum, int8_t* hi,
-                   int8_t* lo) {
+// One chunk of n columns. A value that is not finite makes the scale NaN, so that it shows in every
+// output that it touches.
+void prepare_chunk(const float* x, int64_t n, const ChunkOut& to) {
   __m512 top = _mm512_setzero_ps();
   __mmask16 bad = 0;
   for (int64_t i = 0; i < n; i += 16) {
@@ -60,52 +39,24 @@ void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_
   }
   const float peak = _mm512_reduce_max_ps(top);
   const bool flat = bad != 0 || peak < 1e-30f;  // below: 1 / scale would overflow
-  *scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
+  *to.scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
   const __m512 inverse = _mm512_set1_ps(flat ? 0.0f : kActMax / peak);
   __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < slot; i += 16) {
+  for (int64_t i = 0; i < to.slot; i += 16) {
     const __mmask16 live = flat || i >= n ? 0 : first(n - i);
     const __m512 a = _mm512_maskz_loadu_ps(live, x + (i < n ? i : 0));
     const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(hi + i), _mm512_cvtepi32_epi8(h));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(lo + i), _mm512_cvtepi32_epi8(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.hi + i), _mm512_cvtepi32_epi8(h));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lo + i), _mm512_cvtepi32_epi8(v));
     total = _mm512_add_epi32(total, v);
   }
-  *sum = _mm512_reduce_add_epi32(total);
+  *to.sum = _mm512_reduce_add_epi32(total);
 }
 
 void prepare(const PanelView& w, const float* x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    prepare_chunk(x + col, n, w.chunk_stride, const_cast<float*>(a.scale) + chunk,
-                  const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
-                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
-  });
-}
-
-// One chunk of whole numbers from codes, as prepare_chunk.
-void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
-                   int8_t* hi, int8_t* lo) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < slot; ++i) {
-    const int32_t whole = i < n ? codes[i] - zero : 0;
-    hi[i] = static_cast<int8_t>((whole + 128) >> 8);
-    lo[i] = static_cast<int8_t>(whole & 255);
-    total += whole;
-  }
-  *sum = total;
-}
-
-void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    const_cast<float*>(a.scale)[chunk] = x.scale;
-    prepare_chunk(x.codes + col, x.zero, n, w.chunk_stride, const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
-                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
-  });
+  for_each_chunk_out(
+      w, out, [&](int64_t col, int64_t n, const ChunkOut& to) { prepare_chunk(x + col, n, to); });
 }
 
 // ---- y for P panels (streams) and M rows of x at once ----
