@@ -11,14 +11,15 @@ PYTHON ?= python3
 BUILD = cmake --build $(1) --parallel $(JOBS)
 
 .DEFAULT_GOAL := programs
-.PHONY: help programs all demo test test-all test-gpu bench format format-check lint lines golden \
-        smollm2 methods ci tiny asan cuda-check embed install clean packages configure
+.PHONY: help programs all demo test test-all test-gpu test-neon bench format format-check lint lines \
+        golden smollm2 methods ci tiny asan cuda-check embed install clean packages configure
 
 help:
 	@echo "make             the programs: build/bin/omq-quant, build/bin/omq-run"
 	@echo "make demo        quantise the bundled model to 3 and 2 bits, compare, generate text (< 3 min)"
 	@echo "make test        build and run the tests"
-	@echo "make test-all    the same with the slow ones, and outside projects built against an install"
+	@echo "make test-all    the same with the slow ones, outside projects built against an install, test-neon"
+	@echo "make test-neon   the packed kernels of 64-bit ARM, cross-built and run under qemu (build-neon)"
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
 	@echo "                 (CUDA_ARCH=90a-real: for one architecture only)"
 	@echo "make bench       run the benchmarks"
@@ -49,8 +50,12 @@ demo: programs
 test: all
 	@scripts/run-tests.sh build -LE slow
 
+# ctest's summary comes last.
 test-all: all
-	@scripts/run-tests.sh build
+	@status=0; scripts/test-neon.sh || status=1; scripts/run-tests.sh build || status=1; exit $$status
+
+test-neon:
+	@scripts/test-neon.sh
 
 embed: all
 	@scripts/run-tests.sh build -L install
@@ -126,4 +131,4 @@ install: programs
 	@cmake --install build --prefix "$(PREFIX)" >/dev/null && echo "installed to $(DESTDIR)$(PREFIX)"
 
 clean:
-	rm -rf build build-tiny build-asan build-cuda build-cuda-check
+	rm -rf build build-tiny build-asan build-cuda build-cuda-check build-neon

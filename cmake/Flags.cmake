@@ -85,7 +85,7 @@ if(OMQ_STATIC)
 endif()
 
 # A packed kernel file, packed_ISA.cpp or packed_ISA_*.cpp, is compiled for its own instruction set
-# and entered only after CPUID allowed it.
+# and entered only after the processor said that it has it.
 set(omq_avx2 -mavx2 -mfma -mf16c)
 set(omq_avx512 ${omq_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
     -mprefer-vector-width=512)
@@ -95,7 +95,12 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND omq_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 set(omq_amx ${omq_avx512} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
-set(omq_neon -march=armv8.2-a+fp16+dotprod)
+set(omq_neon -march=armv8.2-a+dotprod)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Scheduled before registers are given out, all of a step's codes are unpacked before they are
+  # multiplied, and sums are spilled.
+  list(APPEND omq_neon -fno-schedule-insns)
+endif()
 if(OMQ_ARCH STREQUAL "x86_64")
   set(OMQ_ISA_FILES avx2 avx512 amx)
 elseif(OMQ_ARCH STREQUAL "aarch64")

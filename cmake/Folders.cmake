@@ -1,10 +1,10 @@
 # One object library omq_<folder> per source folder, and libomq.a of all of them.
 #
-# Link-time alternatives, one file of each pair being built:
+# Link-time alternatives, one file of each row being built:
 #   tensor/cpu/gemm_onednn.cpp          | gemm_naive.cpp           oneDNN found or not
 #   models/pretokenizer_pcre2.cpp       | pretokenizer_plain.cpp   PCRE2 found or not
 #   cuda/*.cu (and other cuda/*.cpp)    | absent.cpp               CUDA found or not
-#   tensor/cpu/packed_isa_x86.cpp       | packed_isa_other.cpp     the processor family
+#   tensor/cpu/packed_isa_{x86,arm,other}.cpp                      the processor family
 #   and those of packed_{avx2,avx512,amx,neon}{,_*}.cpp that fit the processor family
 
 set(OMQ_FOLDERS tensor autograd nn quant models cuda)
@@ -31,11 +31,13 @@ if(OMQ_HAVE_CUDA)
 else()
   list(FILTER cuda_sources INCLUDE REGEX "/absent\\.cpp$")
 endif()
-if(OMQ_ARCH STREQUAL "x86_64")
-  list(FILTER tensor_sources EXCLUDE REGEX "/packed_isa_other\\.cpp$")
-else()
-  list(FILTER tensor_sources EXCLUDE REGEX "/packed_isa_x86\\.cpp$")
-endif()
+set(families x86_64 aarch64 other)
+set(family_files x86 arm other)
+foreach(family file IN ZIP_LISTS families family_files)
+  if(NOT OMQ_ARCH STREQUAL family)
+    list(FILTER tensor_sources EXCLUDE REGEX "/packed_isa_${file}\\.cpp$")
+  endif()
+endforeach()
 foreach(isa avx2 avx512 amx neon)
   if(NOT isa IN_LIST OMQ_ISA_FILES)
     list(FILTER tensor_sources EXCLUDE REGEX "/packed_${isa}(_[a-z]+)?\\.cpp$")

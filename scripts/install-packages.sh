@@ -2,7 +2,7 @@
 # Installs the Debian packages that a build needs and that are missing; says so first. The one
 # list of packages.
 #
-#   install-packages.sh [build|format|lint]...        default: build
+#   install-packages.sh [build|format|lint|neon]...        default: build
 #
 # OMQ_NO_INSTALL=1 only looks. Optional packages (marked ?) are done without when they cannot be
 # had. On a system without apt-get it does nothing: CMake then names what is missing.
@@ -14,6 +14,7 @@ build="g++ cmake pkg-config libfmt-dev doctest-dev nlohmann-json3-dev libcli11-d
        ?libpcre2-dev ?libdnnl-dev ?ninja-build ?ccache"
 format="?clang-format"
 lint="clang-tidy"
+neon="?g++-aarch64-linux-gnu ?qemu-user"
 }
 
 say() { echo "omq: $*" >&2; }
@@ -22,8 +23,8 @@ installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = i
 wanted=""
 for group in "${@:-build}"; do
   case $group in
-    build | format | lint) wanted="$wanted ${!group}" ;;
-    *) say "unknown package group '$group' (build, format, lint)"; exit 2 ;;
+    build | format | lint | neon) wanted="$wanted ${!group}" ;;
+    *) say "unknown package group '$group' (build, format, lint, neon)"; exit 2 ;;
   esac
 done
 command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || exit 0
@@ -33,8 +34,15 @@ for package in $wanted; do
   name=${package#\?}
   if installed "$name"; then continue; fi
   # A program that came from elsewhere than a package is as good.
-  case $name in g++ | cmake | pkg-config | clang-format | clang-tidy | ccache)
-    if command -v "$name" >/dev/null; then continue; fi ;;
+  program=$name
+  case $name in
+    g++-aarch64-linux-gnu) program=aarch64-linux-gnu-g++ ;;
+    qemu-user) program=qemu-aarch64 ;;
+  esac
+  case $name in
+    g++ | cmake | pkg-config | clang-format | clang-tidy | ccache | g++-aarch64-linux-gnu | \
+      qemu-user)
+      if command -v "$program" >/dev/null; then continue; fi ;;
   esac
   if [ "$name" = "$package" ]; then required="$required $name"; else optional="$optional $name"; fi
 done

@@ -56,7 +56,7 @@ bool parse(const cli::Args& args, Options& o) {
       ->type_name("N");
   add_device_options(app, o.model);
   app.add_option("--isa", o.model.isa,
-                 "instruction set of the packed kernels: amx, avx512, avx2, scalar");
+                 "instruction set of the packed kernels: amx, avx512, avx2, neon, scalar");
   app.add_flag("--no-warmup", o.no_warmup, "do not run each test once before measuring");
   app.add_flag("--no-bandwidth", o.no_bandwidth, "do not measure the read bandwidth");
   app.add_flag("-q,--quiet", o.model.quiet, "nothing on stderr");

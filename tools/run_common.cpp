@@ -48,7 +48,8 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   app.add_option("-t,--threads", o.threads, "threads (default: the CPUs this process may use)")
       ->type_name("N");
   add_device_options(app, o);
-  app.add_option("--isa", o.isa, "instruction set of the packed kernels: amx, avx512, avx2, scalar")
+  app.add_option("--isa", o.isa,
+                 "instruction set of the packed kernels: amx, avx512, avx2, neon, scalar")
       ->type_name("NAME");
   app.add_flag("-q,--quiet", o.quiet, "no notes about the model on stderr");
   if (!with_context) return;

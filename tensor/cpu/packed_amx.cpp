@@ -19,6 +19,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "tensor/cpu/packed_planes.h"
+
 namespace omq::cpu {
 
 namespace {
@@ -57,7 +59,7 @@ OMQ_INLINE XBlock x_block_at(const PanelView& w, const std::byte* block) {
           reinterpret_cast<const int8_t*>(block + x_tiles_at(w))};
 }
 
-int64_t gemm_block_bytes(const PanelView& w) { return x_row_at(w) + avx512::prepared_bytes(w); }
+int64_t gemm_block_bytes(const PanelView& w) { return x_row_at(w) + prepared_bytes(w); }
 
 void prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, std::byte* out) {
   const XBlock block = x_block_at(w, out);
@@ -243,7 +245,7 @@ void gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t p
 const PackedIsa kAmxIsa = {
     .name = "amx",
     .runs_here = runs_here,
-    .prepared_bytes = avx512::prepared_bytes,
+    .prepared_bytes = prepared_bytes,
     .prepare = avx512::prepare,
     .gemv = avx512::gemv,
     .gemv_for_many_rows = false,
@@ -251,7 +253,7 @@ const PackedIsa kAmxIsa = {
     .prepare_gemm_block = prepare_gemm_block,
     .gemm = gemm,
     .gemm_scratch_bytes = gemm_scratch_bytes,
-    .prepare_codes_for_gemv = avx512::prepare_codes_for_gemv,
+    .prepare_codes_for_gemv = prepare_codes_for_gemv,
     .gemm_codes = amx::gemm_codes,
     .unpacked_bytes = amx::codes_scratch_bytes,
     .dequantize = avx512::dequantize,

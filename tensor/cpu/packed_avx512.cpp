@@ -12,15 +12,17 @@
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_avx512.h"
+#include "tensor/cpu/packed_planes.h"
 
 namespace omq::cpu {
 
 namespace {
 
-// One chunk of n columns; the planes are written to the end of the chunk's slot, zeros past n. A
-// value that is not finite makes the scale NaN, so that it shows in every output that it touches.
-void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum, int8_t* hi,
-                   int8_t* lo) {
+// ---- prepared activations ----
+
+// One chunk of n columns. A value that is not finite makes the scale NaN, so that it shows in every
+// output that it touches.
+void prepare_chunk(const float* x, int64_t n, const ChunkOut& to) {
   __m512 top = _mm512_setzero_ps();
   __mmask16 bad = 0;
   for (int64_t i = 0; i < n; i += 16) {
@@ -31,32 +33,19 @@ void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_
   }
   const float peak = _mm512_reduce_max_ps(top);
   const bool flat = bad != 0 || peak < 1e-30f;  // below: 1 / scale would overflow
-  *scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
+  *to.scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
   const __m512 inverse = _mm512_set1_ps(flat ? 0.0f : kActMax / peak);
   __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < slot; i += 16) {
+  for (int64_t i = 0; i < to.slot; i += 16) {
     const __mmask16 live = flat || i >= n ? 0 : first(n - i);
     const __m512 a = _mm512_maskz_loadu_ps(live, x + (i < n ? i : 0));
     const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(hi + i), _mm512_cvtepi32_epi8(h));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(lo + i), _mm512_cvtepi32_epi8(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.hi + i), _mm512_cvtepi32_epi8(h));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lo + i), _mm512_cvtepi32_epi8(v));
     total = _mm512_add_epi32(total, v);
   }
-  *sum = _mm512_reduce_add_epi32(total);
-}
-
-// One chunk of whole numbers from codes, as prepare_chunk.
-void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
-                   int8_t* hi, int8_t* lo) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < slot; ++i) {
-    const int32_t whole = i < n ? codes[i] - zero : 0;
-    hi[i] = static_cast<int8_t>((whole + 128) >> 8);
-    lo[i] = static_cast<int8_t>(whole & 255);
-    total += whole;
-  }
-  *sum = total;
+  *to.sum = _mm512_reduce_add_epi32(total);
 }
 
 }  // namespace
@@ -67,28 +56,9 @@ bool avx512::runs_here() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-int64_t avx512::prepared_bytes(const PanelView& w) {
-  return 2 * list_bytes(w) + 2 * plane_bytes(w);
-}
-
 void avx512::prepare(const PanelView& w, const float* x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    prepare_chunk(x + col, n, w.chunk_stride, const_cast<float*>(a.scale) + chunk,
-                  const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
-                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
-  });
-}
-
-void avx512::prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    const_cast<float*>(a.scale)[chunk] = x.scale;
-    prepare_chunk(x.codes + col, x.zero, n, w.chunk_stride, const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int8_t*>(a.hi) + chunk * w.chunk_stride,
-                  const_cast<int8_t*>(a.lo) + chunk * w.chunk_stride);
-  });
+  for_each_chunk_out(
+      w, out, [&](int64_t col, int64_t n, const ChunkOut& to) { prepare_chunk(x + col, n, to); });
 }
 
 namespace {
@@ -156,7 +126,7 @@ template <int Bits, int P, int M>
 void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t panel,
                  int64_t stride) {
   constexpr int Q = kQuads<Bits>;
-  const int64_t row_bytes = avx512::prepared_bytes(w), stream_bytes = stride * w.panel_bytes;
+  const int64_t row_bytes = prepared_bytes(w), stream_bytes = stride * w.panel_bytes;
   Acts x[M];
   __m512 total[P][M];
   OMQ_UNROLL for (int m = 0; m < M; ++m) {
@@ -207,7 +177,7 @@ OMQ_INLINE void gemv_range(const PanelView& w, const std::byte* x, float* y, int
 template <int Bits>
 void gemv_bits(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                int64_t panel1) {
-  const int64_t row_bytes = avx512::prepared_bytes(w);
+  const int64_t row_bytes = prepared_bytes(w);
   for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows)
     gemv_range<Bits, 2, 4>(w, x, y, panel0, panel1);
   if (m == 3) gemv_range<Bits, 2, 3>(w, x, y, panel0, panel1);
@@ -255,11 +225,11 @@ void avx512::dequantize(const PanelView& w, int64_t panel, float* out, int64_t l
 const PackedIsa kAvx512Isa = {
     .name = "avx512",
     .runs_here = avx512::runs_here,
-    .prepared_bytes = avx512::prepared_bytes,
+    .prepared_bytes = prepared_bytes,
     .prepare = avx512::prepare,
     .gemv = avx512::gemv,
     .gemv_for_many_rows = true,
-    .prepare_codes_for_gemv = avx512::prepare_codes_for_gemv,
+    .prepare_codes_for_gemv = prepare_codes_for_gemv,
     .gemm_codes = avx512::gemm_codes,
     .unpacked_bytes = avx512::unpacked_bytes,
     .dequantize = avx512::dequantize,

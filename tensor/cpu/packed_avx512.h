@@ -11,9 +11,7 @@ namespace omq::cpu {
 // packed_avx512.cpp, packed_avx512_codes.cpp and packed_avx512_dense.cpp.
 namespace avx512 {
 bool runs_here();
-int64_t prepared_bytes(const PanelView& w);
 void prepare(const PanelView& w, const float* x, std::byte* out);
-void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out);
 void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
           int64_t panel1);
 void dequantize(const PanelView& w, int64_t panel, float* out, int64_t ld);
@@ -33,27 +31,6 @@ OMQ_INLINE void prefetch(const uint8_t* at) {
 
 OMQ_INLINE __mmask16 first(int64_t n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
-}
-
-// ---- prepared activations: one row = scales, sums, hi plane, lo plane, each padded to 64 bytes
-// ----
-
-struct Acts {
-  const float* scale;     // [chunks]
-  const int32_t* sum;     // [chunks] Σ of the whole numbers
-  const int8_t *hi, *lo;  // [chunks, chunk_stride]
-};
-
-OMQ_INLINE int64_t plane_bytes(const PanelView& w) {
-  return round_up(w.chunks * w.chunk_stride, 64);
-}
-
-OMQ_INLINE Acts acts_at(const PanelView& w, const std::byte* row) {
-  const std::byte* planes = row + 2 * list_bytes(w);
-  return {reinterpret_cast<const float*>(row),
-          reinterpret_cast<const int32_t*>(row + list_bytes(w)),
-          reinterpret_cast<const int8_t*>(planes),
-          reinterpret_cast<const int8_t*>(planes + plane_bytes(w))};
 }
 
 // ---- unpacking: one 64-byte vector (and, for 3 bits, its high bits) into quads of bytes ----

@@ -115,9 +115,11 @@ extern const PackedIsa kScalarIsa;
 extern const PackedIsa kAvx2Isa;    // x86-64 builds only
 extern const PackedIsa kAvx512Isa;  // x86-64 builds only
 extern const PackedIsa kAmxIsa;     // x86-64 builds only
+extern const PackedIsa kNeonIsa;    // AArch64 builds only
 
-// The tables of this build, the best first, ended by null. Defined in packed_isa_x86.cpp or
-// packed_isa_other.cpp: the build takes the file that fits the processor family.
+// The tables of this build, the best first, ended by null. Defined in packed_isa_x86.cpp,
+// packed_isa_arm.cpp or packed_isa_other.cpp: the build takes the file that fits the processor
+// family.
 extern const PackedIsa* const kPackedIsas[];
 
 // The table in use; tensor/isa.h says how it is chosen.

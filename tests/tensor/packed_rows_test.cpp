@@ -265,9 +265,9 @@ TEST_CASE(
   Restore restore;
   Random rng(3);
   const std::vector<const char*> isas = packed_isas_here();
-  for (const std::string_view wanted : {"amx", "avx512"})
-    if (std::find(isas.begin(), isas.end(), wanted) == isas.end())
-      MESSAGE("skipped: the loops of ", wanted, ", which this processor does not run");
+  if (std::string_view best = isas.front(); best != "amx" && best != "neon")
+    MESSAGE("skipped: the loops of the instruction sets above ", best,
+            ", which this processor does not run");
   for (int wbits : {2, 3, 4, 8})
     for (int64_t group : {0, 32, 40, 64, 128})
       for (bool symmetric : {false, true})

@@ -210,7 +210,7 @@ int run(int argc, char** argv) {
   app.add_option("--passes", s.passes, "Passes over a set; the median counts");
   app.add_option("--set-mib", s.set_mib,
                  "Size of a decoding set; below the caches' size: no memory");
-  app.add_option("--isa", isa, "Instruction set: amx, avx512, avx2 or scalar");
+  app.add_option("--isa", isa, "Instruction set: amx, avx512, avx2, neon or scalar");
   app.add_option("--shape", only, "One shape only, as 2048x5632");
   app.add_flag("--decode-only", s.decode_only, "Leave prefill out");
   CLI11_PARSE(app, argc, argv);

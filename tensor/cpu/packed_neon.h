@@ -1,0 +1,116 @@
+// The words of the NEON kernels: panels to registers (internal to tensor/). See packed_neon.cpp.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "tensor/cpu/packed_panels.h"
+
+namespace omq::cpu {
+
+// Defined in packed_neon_codes.cpp and packed_neon_dense.cpp, for the table in packed_neon.cpp.
+namespace neon {
+void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                int64_t panel1, std::byte* scratch);
+int64_t unpacked_bytes(const PanelView& w);
+void dense_gemv(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
+                int64_t row1);
+void widen(const void* values, Stored type, float* out, int64_t n);
+}  // namespace neon
+
+namespace {
+
+// A vector of 64 bytes is four registers. Each holds a quarter of the panel, 4 rows × 4 columns of
+// a quad once unpacked: the operand order of vdotq_s32.
+constexpr int kQuarters = 4;
+
+// vdotq_s32 multiplies signed bytes by signed bytes, so registers hold code − offset and zero
+// points are lessened alike: code − zero stays what it is. 8 bits need 128, codes of 2 and 4 bits
+// are positive as signed bytes too, and with 4 the third bit of 3-bit codes costs least (see
+// unpack).
+OMQ_INLINE int32_t offset_of(int bits) { return bits == 8 ? 128 : bits == 3 ? 4 : 0; }
+
+// body.operator()<0>() … <N − 1>(): lanes and shifts must be constants.
+template <int N, class Body> OMQ_INLINE void each(const Body& body) {
+  body.template operator()<0>();
+  if constexpr (N > 1) body.template operator()<1>();
+  if constexpr (N > 2) body.template operator()<2>();
+  if constexpr (N > 3) body.template operator()<3>();
+}
+
+// ---- unpacking ----
+
+// The high bits of 3-bit codes in one vector, inverted, a word a quad; nothing for other widths.
+template <int Bits> struct High {
+  OMQ_INLINE explicit High(const uint8_t*) {}
+};
+template <> struct High<3> {
+  uint8x16_t word[4];
+  OMQ_INLINE explicit High(const uint8_t* at) {
+    OMQ_UNROLL for (int s = 0; s < 4; ++s) {
+      uint64_t bits;
+      __builtin_memcpy(&bits, at + 8 * s, 8);
+      word[s] = vmvnq_u8(vreinterpretq_u8_u64(vdupq_n_u64(bits)));
+    }
+  }
+};
+
+// Quad S of a quarter, code − offset, from the quarter's 16 bytes of a vector.
+template <int Bits, int S>
+OMQ_INLINE int8x16_t unpack(uint8x16_t v, const High<Bits>& high, int quarter) {
+  if constexpr (Bits == 8) {
+    return vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
+  } else if constexpr (Bits == 4) {
+    return vreinterpretq_s8_u8(S == 0 ? vandq_u8(v, vdupq_n_u8(15)) : vshrq_n_u8(v, 4));
+  } else {
+    uint8x16_t low = v;
+    if constexpr (S > 0) low = vshrq_n_u8(v, 2 * S);
+    if constexpr (Bits == 2)
+      return vreinterpretq_s8_u8(S == 3 ? low : vandq_u8(low, vdupq_n_u8(3)));
+    if constexpr (Bits == 3) {
+      // Ones above the low two bits where the third bit is clear: low − 4 = code − 4. Where it is
+      // set: low = code − 4.
+      const uint8x16_t first = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
+      const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull));
+      const uint8x16_t source = vaddq_u8(first, vdupq_n_u8(static_cast<uint8_t>(2 * quarter)));
+      const uint8x16_t clear = vtstq_u8(vqtbl1q_u8(high.word[S], source), bit);
+      return vreinterpretq_s8_u8(vsliq_n_u8(low, clear, 2));
+    }
+  }
+}
+
+// 4 · N bytes of x, the others anything.
+template <int N> OMQ_INLINE int8x16_t load_quads(const int8_t* x) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  if constexpr (N == 4) return vld1q_s8(x);
+  if constexpr (N == 2) return vcombine_s8(vld1_s8(x), vdup_n_s8(0));
+  int32_t four_columns;
+  __builtin_memcpy(&four_columns, x, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four_columns));
+}
+
+// 4 of the 16 values of a grid line.
+OMQ_INLINE float32x4_t load_f16(const uint8_t* at) {
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at)));
+}
+OMQ_INLINE float32x4_t scales_at(const uint8_t* grid, int quarter) {
+  return load_f16(grid + 8 * quarter);
+}
+// zero − offset
+OMQ_INLINE int32x4_t zeros_at(const PanelView& w, const uint8_t* grid, int quarter) {
+  const int32x4_t offset = vdupq_n_s32(offset_of(w.bits));
+  const int32x4_t zero = w.symmetric ? vdupq_n_s32(1 << (w.bits - 1))
+                                     : vcvtq_s32_f32(load_f16(grid + 2 * kRows + 8 * quarter));
+  return vsubq_s32(zero, offset);
+}
+
+// The first `live` of 4 values.
+OMQ_INLINE void store_rows(float* y, float32x4_t v, int64_t live) {
+  if (live >= 4) return vst1q_f32(y, v);
+  float buffer[4];
+  vst1q_f32(buffer, v);
+  for (int64_t r = 0; r < live; ++r) y[r] = buffer[r];
+}
+
+}  // namespace
+
+}  // namespace omq::cpu
