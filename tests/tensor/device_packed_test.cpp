@@ -275,7 +275,7 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
           CAPTURE(packed);
           CAPTURE(quantised);
           CAPTURE(static_cast<int>(output));
-          const int64_t m = rng.between(1, 8), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
+          const int64_t m = rng.between(1, 16), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
           const size_t count = output == RowOutput::Store ? 3 : output == RowOutput::Add ? 1 : 2;
           std::vector<RowMatrix> cpu, gpu;
           int64_t columns = 0;
