@@ -3,6 +3,7 @@
 
 #include "autograd/ops.h"
 #include "models/continuation.h"
+#include "tensor/parallel.h"
 
 namespace omq {
 
@@ -142,7 +143,7 @@ std::vector<GenerateResult> Generator::generate_parallel(std::span<const int32_t
     return results;
   }
   use_threads(options.threads);
-  std::vector<int32_t> tokens(results.size());  // the last of each
+  std::vector<int32_t> tokens(results.size()), next(results.size());  // the last of each
   const auto take = [&](size_t i, int32_t id) {
     tokens[i] = id;
     if (results[i].tokens.empty()) results[i].stats.first_token_seconds = seconds_since(start);
@@ -174,13 +175,19 @@ std::vector<GenerateResult> Generator::generate_parallel(std::span<const int32_t
     else
       logits = sequences.push(tokens);
     seconds += seconds_since(begin);
+    // Sampling looks at all of a row, which on the host takes longer than a step on a GPU.
+    if (!greedy)
+      parallel_for(count, 1, [&](int64_t first, int64_t last) {
+        for (auto i = static_cast<size_t>(first); i < static_cast<size_t>(last); ++i)
+          if (texts.open(i)) next[i] = texts[i].sample(logits.subspan(i * V, V));
+      });
     for (size_t i = 0; i < results.size(); ++i) {
       // What has ended goes on with what was chosen: so a step that was begun ahead stays right.
-      if (greedy) tokens[i] = largest[i];
+      if (greedy) tokens[i] = next[i] = largest[i];
       if (!texts.open(i)) continue;
       results[i].stats.decode_seconds = seconds;
       ++results[i].stats.decode_steps;
-      take(i, greedy ? largest[i] : texts[i].sample(logits.subspan(i * V, V)));
+      take(i, next[i]);
     }
   }
   return results;

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "models/decode_plan.h"
 #include "models/generator.h"
@@ -87,6 +88,19 @@ TEST_CASE("devices: greedy steps of several sequences choose as their logits do"
       CHECK_THROWS_WITH_AS(plan.greedy(ids, caches),
                            "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
     }
+  });
+}
+
+TEST_CASE("devices: a logit that is no number stops all sequences") {
+  for_random_model([](const CheckpointReader& reader, Device d) {
+    Model model = Model::load(reader);
+    model.ends.norm.weight = Tensor::full(model.ends.norm.weight.shape(), NAN, DType::F32);
+    model.move_to(d);
+    auto caches = model.new_caches(3, 8);
+    DecodePlan plan(model, 8, 3);
+    CHECK_THROWS_WITH_AS(plan.greedy(std::vector<int32_t>{1, 2, 3}, caches),
+                         "decode: a logit behind token 1 at position 0 is NaN", Error);
+    CHECK(caches.front().length() == 0);
   });
 }
 
