@@ -1,7 +1,8 @@
 // The next token of greedy decoding, chosen where the logits are: the next step can begin before
 // the host has read it.
 //
-// One block; the logits are read once from the L2 cache, where the head has just left them.
+// A block a sequence; the logits are read once from the L2 cache, where the head has just left
+// them.
 #include "cuda/common.cuh"
 #include "cuda/packed.h"
 
@@ -43,6 +44,8 @@ __device__ Choice fold(Choice v) {
 
 __global__ void __launch_bounds__(kThreads)
     choose_kernel(int32_t* state, int64_t* told, const float* logits, int count) {
+  const int row = static_cast<int>(blockIdx.x), rows = static_cast<int>(gridDim.x);
+  logits += static_cast<int64_t>(row) * count;
   Choice best{-INFINITY, 0};
   constexpr int kAtOnce = 8;
   for (int base = 0; base < count; base += kThreads * kAtOnce) {
@@ -59,13 +62,13 @@ __global__ void __launch_bounds__(kThreads)
   best = fold(best);
   if (threadIdx.x != 0) return;
   const bool broken = best.value != best.value;
-  const int32_t at = state[1];
-  state[0] = broken ? 0 : best.id;
-  state[1] = at + 1;
+  const int32_t at = state[rows + row];
+  state[row] = broken ? 0 : best.id;
+  state[rows + row] = at + 1;
   // One store of eight bytes: the host sees the token and its place together.
   const auto word = static_cast<int64_t>(static_cast<uint64_t>(at) << 32 |
                                          static_cast<uint32_t>(broken ? -1 : best.id));
-  *reinterpret_cast<volatile int64_t*>(told + at % 2) = word;
+  *reinterpret_cast<volatile int64_t*>(told + at % 2 * rows + row) = word;
   __threadfence_system();
 }
 
@@ -74,13 +77,14 @@ __global__ void __launch_bounds__(kThreads)
 // ---- launchers ----
 
 void choose(Tensor& state, Tensor& told, const Tensor& logits) {
-  check(state.dtype() == DType::I32 && state.numel() == 2 && told.dtype() == DType::U8 &&
-            told.numel() == 16 && logits.dtype() == DType::F32 && logits.is_contiguous() &&
-            logits.numel() <= INT32_MAX,
+  const int64_t rows = logits.dim(0), count = logits.dim(1);
+  check(state.dtype() == DType::I32 && state.numel() == 2 * rows && told.dtype() == DType::U8 &&
+            told.numel() == 16 * rows && logits.dtype() == DType::F32 && logits.is_contiguous() &&
+            count <= INT32_MAX,
         "choose: state {}, told {}, logits {}", state.shape(), told.shape(), logits.shape());
-  launch("choose", logits, choose_kernel, dim3(1), kThreads, 0, state.data<int32_t>(),
-         reinterpret_cast<int64_t*>(told.raw()), logits.data<float>(),
-         static_cast<int>(logits.numel()));
+  launch("choose", logits, choose_kernel, dim3(static_cast<unsigned>(rows)), kThreads, 0,
+         state.data<int32_t>(), reinterpret_cast<int64_t*>(told.raw()), logits.data<float>(),
+         static_cast<int>(count));
 }
 
 }  // namespace omq::cuda

@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ AttentionArgs a) {
   __shared__ AttentionMemory<kEach, kWarps> memory;
   let_next_start();
-  const int position = *a.position;  // not written in a step before its last kernel
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y),
             row = static_cast<int>(blockIdx.z);
+  const int position = a.position[row];  // not written in a step before its last kernel
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
   const SplitTokens of(position + 1, a.splits);
   Sums<kEach> mine;
@@ -58,6 +58,8 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
             s.head_dim % decode_elements(s.head_dim) == 0,
         "decode attention: {} heads of {}, {} of keys, cache {}", s.heads, s.head_dim, s.kv_heads,
         s.keys.shape());
+  check(s.position.numel() == rows, "decode attention: positions {} for {} sequences",
+        s.position.shape(), rows);
   AttentionArgs a{};
   a.qkv = s.qkv.data<float>();
   a.cos = s.cos.data<float>();

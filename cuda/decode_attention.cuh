@@ -19,7 +19,7 @@ struct HeadForm {  // what happens to a head of q, k or v on its way
 
 struct AttentionArgs {
   const float *qkv, *cos, *sin;
-  const int32_t* position;
+  const int32_t* position;  // [rows]
   HeadForm q, k, v;
   Operand keys, values;
   float *parts, *y;

@@ -28,8 +28,9 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
   const int64_t at_once = rows_at_once(matrices[0], cols, y.device());
   check(at_once > 0, "{}: a row of {} columns does not fit the shared memory of {}", op, cols,
         to_string(y.device()));
-  for (int64_t first = 0; first < rows; first += at_once)
-    gemv(op, y, {x, codes, first, std::min(at_once, rows - first)}, matrices, output);
+  const int64_t launches = (rows + at_once - 1) / at_once, each = (rows + launches - 1) / launches;
+  for (int64_t first = 0; first < rows; first += each)
+    gemv(op, y, {x, codes, first, std::min(each, rows - first)}, matrices, output);
 }
 
 // Whether the rows meet weights that are unpacked, or in 16 bits.

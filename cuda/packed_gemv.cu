@@ -1,4 +1,4 @@
-// Packed weights times up to four rows of activations: decoding. The limit is the memory's: every
+// Packed weights times up to eight rows of activations: decoding. The limit is the memory's: every
 // byte of the codes is read once, 4.25 bits a weight at 4 bits and groups of 128.
 //
 //   block    16 warps, one block a processor; its panels are blockIdx, + gridDim, + 2 gridDim …
@@ -7,7 +7,8 @@
 //   unit     16 rows × U columns: U / 32 integer products on tensor cores, the codes as the 16-row
 //            operand as they are stored; of the 8 columns two belong to a row of x, its values
 //            being whole numbers of two bytes in units of the largest of U columns
-//            (packed_layout.cuh)
+//            (packed_layout.cuh); five rows and more are two tiles of four, which the codes meet
+//            one after the other once they are unpacked
 //   sums     exact in a unit, zero point by the sum of x; F32 from unit to unit; the warps' sums of
 //            a panel are added in order at the end
 //
@@ -106,7 +107,8 @@ __device__ __forceinline__ void write_panels(const GemvArgs& a, const float* par
   }
 }
 
-template <int kBits, int kUnit, bool kIntegers>
+// kTiles: of four rows of x.
+template <int kBits, int kUnit, bool kIntegers, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     packed_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit),
@@ -127,11 +129,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
                    static_cast<int>(gridDim.x);
   const int panels = a.output == RowOutput::SiluMul ? 2 * mine : mine;
-  // As an operand this lane reads a plane of row lane / 8; of the results it has row lane % 4.
-  const char* x_lane = x.bytes + (lane / 8 < rows ? lane / 8 : 0) * a.x_stride +
-                       lane / 4 % 2 * PlanePlace<kUnit>::lo_after +
-                       lane % 4 * PlanePlace<kUnit>::kRun;
-  const UnitScale* x_units = x.units + (lane % 4 < rows ? lane % 4 : 0) * a.x_units;
+  // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
+  // lane % 4.
+  const char* x_lane[kTiles];
+  const UnitScale* x_units[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const int read = kTileRows * t + lane / 8, got = kTileRows * t + lane % 4;
+    x_lane[t] = x.bytes + (read < rows ? read : 0) * a.x_stride +
+                lane / 4 % 2 * PlanePlace<kUnit>::lo_after + lane % 4 * PlanePlace<kUnit>::kRun;
+    x_units[t] = x.units + (got < rows ? got : 0) * a.x_units;
+  }
   let_next_start();
 #pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
@@ -189,12 +197,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = static_cast<int>(threadIdx.x); i < count * kWarps * each; i += kThreads)
       parts[i] = 0;
     __syncthreads();
-    float total[2] = {};
+    float total[kTiles][2] = {};
     const auto flush = [&](int p) {
       float* to = parts + (p * kWarps + warp) * each;
-      const int n = lane % 4, r = lane / 4;
-      if (n < rows) to[n * 16 + r] = total[0], to[n * 16 + r + 8] = total[1];
-      total[0] = total[1] = 0;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const int n = kTileRows * t + lane % 4, r = lane / 4;
+        if (n < rows) to[n * 16 + r] = total[t][0], to[n * 16 + r + 8] = total[t][1];
+        total[t][0] = total[t][1] = 0;
+      }
     };
     int slot = 0, last = panel;
 #pragma unroll 1
@@ -210,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int unit = span * kSpan;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i)
-        multiply_unit<kBits, kUnit>(total, from + i * kUnitBytes, grid + i * 16,
-                                    x_lane + (unit + i) * (2 * kUnit), x_units[unit + i], lane);
+        multiply_unit<kBits, kUnit, kTiles>(total, from + i * kUnitBytes, grid + i * 16, x_lane,
+                                            x_units, unit + i, lane);
       __syncwarp();
       fill(slot);
       slot = slot + 1 == kStages ? 0 : slot + 1;
@@ -283,8 +294,9 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   check(rows_bytes + kFewPanels * sums <= limit,
         "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
         a.in.rows, a.in.cols, rows_bytes + kFewPanels * sums, limit);
-  // Panels of a round: 24 KiB of sums, and no more than there are lanes to point at them.
-  const int most = std::min(24 * 1024, limit - rows_bytes) / sums / 2 * 2;
+  const bool two_tiles = a.in.rows > kTileRows;
+  // Panels of a round: 24 KiB of sums a tile, and no more than there are lanes to point at them.
+  const int most = std::min((two_tiles ? 48 : 24) * 1024, limit - rows_bytes) / sums / 2 * 2;
   a.per_round = std::min({panels, 32, std::max(kFewPanels, most)});
   int shared = rows_bytes + a.per_round * sums;
   const int row_floats = (a.in.cols + 3) / 4 * 4, room = row_floats * (a.in.gain ? 8 : 4);
@@ -294,11 +306,16 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   }
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;
-    const bool integers = a.in.codes || a.in.quantise;
-    const auto kernel =
-        integers ? packed_gemv_kernel<kBits, kUnit, true> : packed_gemv_kernel<kBits, kUnit, false>;
-    prepare_shared(kernel, static_cast<size_t>(shared));
-    launch_chained("packed_gemv", y, kernel, blocks, kThreads, static_cast<size_t>(shared), 1, a);
+    const auto run = [&](auto kernel) {
+      prepare_shared(kernel, static_cast<size_t>(shared));
+      launch_chained("packed_gemv", y, kernel, blocks, kThreads, static_cast<size_t>(shared), 1, a);
+    };
+    if (a.in.codes || a.in.quantise)
+      two_tiles ? run(packed_gemv_kernel<kBits, kUnit, true, 2>)
+                : run(packed_gemv_kernel<kBits, kUnit, true, 1>);
+    else
+      two_tiles ? run(packed_gemv_kernel<kBits, kUnit, false, 2>)
+                : run(packed_gemv_kernel<kBits, kUnit, false, 1>);
   });
 }
 

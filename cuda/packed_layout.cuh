@@ -124,9 +124,10 @@ __device__ __forceinline__ uint32_t four_codes(const uint32_t (&w)[unit_words(kB
 // ---- x ----
 //
 // A row of x meets codes as whole numbers of 15 bits, in units of its own: v = s · (256 hi + lo),
-// two bytes in two of the eight columns of a product; so four rows fit one.
+// two bytes in two of the eight columns of a product; so four rows fit one, a tile.
 
-constexpr int kPackedRows = 4;
+constexpr int kTileRows = 4;
+constexpr int kPackedRows = 2 * kTileRows;  // of a launch, at most
 
 // Byte of column c of a unit (all of a unit's bytes of one row stand together): runs of 16 columns
 // (U = 32: 8), each the hi bytes of lanes q = 0 … 3, then the lo bytes, which are `lo_after`

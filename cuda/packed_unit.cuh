@@ -84,10 +84,13 @@ __device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, fl
                    -sum};
 }
 
-// total: of rows r and r + 8 and row q of x. x: the lane's bytes of the unit.
-template <int kBits, int kUnit>
-__device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slot,
-                                              const GridWord* grid, const char* x, UnitScale x_unit,
+// A tile is four rows of x. total: of rows r and r + 8 and row q of each tile. x: where
+// the lane's bytes of each tile's row begin; x_units likewise. The codes are unpacked once for all
+// tiles.
+template <int kBits, int kUnit, int kTiles>
+__device__ __forceinline__ void multiply_unit(float (&total)[kTiles][2], const char* slot,
+                                              const GridWord* grid, const char* const (&x)[kTiles],
+                                              const UnitScale* const (&x_units)[kTiles], int unit,
                                               int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
   uint32_t w[kWords];
@@ -103,32 +106,42 @@ __device__ __forceinline__ void multiply_unit(float (&total)[2], const char* slo
   if constexpr (kWords % 2 == 1)
     w[kWords - 1] = *reinterpret_cast<const uint32_t*>(slot + (kWords - 1) * 128 + lane * 4);
   const GridWord upper = grid[lane / 4], lower = grid[lane / 4 + 8];
-  uint32_t b[kUnit / 16];
-  if constexpr (kUnit == 32) {
-    const uint2 v = *reinterpret_cast<const uint2*>(x);
-    b[0] = v.x, b[1] = v.y;
-  } else {
+  uint32_t b[kTiles][kUnit / 16];
 #pragma unroll
-    for (int i = 0; i < kUnit / 16; i += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(x + i / 4 * 128);
-      b[i] = v.x, b[i + 1] = v.y, b[i + 2] = v.z, b[i + 3] = v.w;
+  for (int t = 0; t < kTiles; ++t) {
+    const char* from = x[t] + unit * (2 * kUnit);
+    if constexpr (kUnit == 32) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      b[t][0] = v.x, b[t][1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit / 16; i += 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + i / 4 * 128);
+        b[t][i] = v.x, b[t][i + 1] = v.y, b[t][i + 2] = v.z, b[t][i + 3] = v.w;
+      }
     }
   }
-  int32_t sums[2][4] = {};  // two chains: a product waits for the one before the last
+  int32_t sums[kTiles][2][4] = {};  // two chains: a product waits for the one before the last
 #pragma unroll
   for (int s = 0; s < kUnit / 32; ++s) {
     const uint32_t a[4] = {
         four_codes<kBits, kUnit>(w, 0, 2 * s), four_codes<kBits, kUnit>(w, 1, 2 * s),
         four_codes<kBits, kUnit>(w, 0, 2 * s + 1), four_codes<kBits, kUnit>(w, 1, 2 * s + 1)};
-    multiply_bytes(sums[s % 2], a, b[2 * s], b[2 * s + 1]);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      multiply_bytes(sums[t][s % 2], a, b[t][2 * s], b[t][2 * s + 1]);
   }
-  const auto dot = [&](int i, GridWord g) {
-    const int hi = sums[0][i] + sums[1][i], lo = sums[0][i + 1] + sums[1][i + 1];
-    return static_cast<float>(hi * 256 + lo + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
-           grid_scale(g);
-  };
-  total[0] += dot(0, upper);
-  total[1] += dot(2, lower);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const UnitScale x_unit = x_units[t][unit];
+    const auto dot = [&](int i, GridWord g) {
+      const int hi = sums[t][0][i] + sums[t][1][i], lo = sums[t][0][i + 1] + sums[t][1][i + 1];
+      return static_cast<float>(hi * 256 + lo + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
+             grid_scale(g);
+    };
+    total[t][0] += dot(0, upper);
+    total[t][1] += dot(2, lower);
+  }
 }
 
 }  // namespace omq::cuda

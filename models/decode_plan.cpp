@@ -55,40 +55,59 @@ std::string DecodePlan::unsupported(const Model& model) {
   return reason;
 }
 
-DecodePlan::DecodePlan(const Model& model, int64_t capacity)
+DecodePlan::DecodePlan(const Model& model, int64_t capacity, int64_t batch)
     : vocabulary_(model.config().vocab_size),
       blocks_(model.blocks.size()),
-      context_(model.context()) {
+      context_(model.context()),
+      batch_(batch) {
+  check(batch >= 1 && batch <= kMaxBatch, "decode plan: {} sequences at once, 1 to {} are possible",
+        batch, kMaxBatch);
   const std::string reason = unsupported(model);
   check(reason.empty(), "decode plan: {}; run the blocks instead", reason);
-  impl_ = model.device().type == DeviceType::CPU ? cpu_decode_plan(model, capacity)
-                                                 : device_decode_plan(model, capacity);
+  chosen_.resize(static_cast<size_t>(batch));
+  next_.resize(static_cast<size_t>(batch));
+  impl_ = model.device().type == DeviceType::CPU ? cpu_decode_plan(model, capacity, batch)
+                                                 : device_decode_plan(model, capacity, batch);
 }
 DecodePlan::~DecodePlan() = default;
 DecodePlan::DecodePlan(DecodePlan&&) noexcept = default;
 
-int64_t DecodePlan::check_step(int32_t token, const std::vector<nn::KVCache>& caches) const {
-  check(caches.size() == blocks_ && !caches.empty() && caches.front().batch() == 1,
-        "decode: {} caches for {} blocks, of one sequence each", caches.size(), blocks_);
+int64_t DecodePlan::check_step(std::span<const int32_t> tokens,
+                               const std::vector<nn::KVCache>& caches) const {
+  check(caches.size() == blocks_ && !caches.empty(), "decode: {} caches for {} blocks",
+        caches.size(), blocks_);
   const int64_t at = caches.front().length();
+  for (const nn::KVCache& cache : caches) {
+    check(cache.batch() == batch_, "decode: caches of {} sequences, the plan was made for {}",
+          cache.batch(), batch_);
+    check(cache.length() == at, "decode: caches of {} and of {} tokens", at, cache.length());
+  }
   check(at < caches.front().capacity() && at < context_,
         "context is full: {} tokens cached, 1 more wanted, room for {}", at,
         std::min(caches.front().capacity(), context_));
-  check(token >= 0 && token < vocabulary_,
-        "decode: token {} is outside the model's vocabulary of {}", token, vocabulary_);
+  check(static_cast<int64_t>(tokens.size()) == batch_, "decode: {} tokens for {} sequences",
+        tokens.size(), batch_);
+  for (const int32_t token : tokens)
+    check(token >= 0 && token < vocabulary_,
+          "decode: token {} is outside the model's vocabulary of {}", token, vocabulary_);
   return at;
 }
 
-void DecodePlan::step(int32_t token, std::vector<nn::KVCache>& caches) {
-  impl_->step(token, check_step(token, caches), caches);
+void DecodePlan::step(std::span<const int32_t> tokens, std::vector<nn::KVCache>& caches) {
+  impl_->step(tokens, check_step(tokens, caches), caches);
 }
 
-int32_t DecodePlan::greedy(int32_t token, std::vector<nn::KVCache>& caches) {
-  const int64_t at = check_step(token, caches);
-  const int32_t id = impl_->greedy(token, at, caches);
-  if (id >= 0) return id;
-  for (nn::KVCache& cache : caches) cache.truncate(at);
-  fail("decode: a logit behind token {} at position {} is NaN", token, at);
+std::span<const int32_t> DecodePlan::greedy(std::span<const int32_t> tokens,
+                                            std::vector<nn::KVCache>& caches) {
+  const int64_t at = check_step(tokens, caches);
+  impl_->greedy(tokens, at, caches, next_);
+  for (size_t i = 0; i < next_.size(); ++i) {
+    if (next_[i] >= 0) continue;
+    for (nn::KVCache& cache : caches) cache.truncate(at);
+    fail("decode: a logit behind token {} at position {} is NaN", tokens[i], at);
+  }
+  std::swap(chosen_, next_);
+  return chosen_;
 }
 
 std::span<const float> DecodePlan::logits() { return impl_->logits(); }

@@ -1,11 +1,13 @@
-// DecodePlan: one token through all layers of a model, in fixed buffers (ARCHITECTURE §8).
+// DecodePlan: one token through all layers of a model, in fixed buffers (ARCHITECTURE §8); or one
+// of each of several sequences that are equally long, for the price of little more than one,
+// because weights are read once for all of them.
 //
 // Five stages a layer: [norm, q, k, v] → [rotation, cache, attention] → [o + residual] → [norm,
 // gate, up, SiLU ⊙] → [down + residual]; then norm and head. On the CPU a stage is one dispatch of
-// the pool (tensor/row_products.h), on a GPU one kernel, and all of them are one recording that is
-// replayed (tensor/decode_kernels.h). All memory is taken when the plan is made: a step records
-// nothing and allocates nothing. The blocks (models/llama.h) are its definition; the tests hold the
-// two equal.
+// the pool (tensor/row_products.h), on a GPU one kernel (products one for every few sequences), and
+// all of them are one recording that is replayed (tensor/decode_kernels.h). All memory is taken
+// when the plan is made: a step records nothing and allocates nothing. The blocks (models/llama.h)
+// are its definition; the tests hold the two equal.
 #pragma once
 
 #include <memory>
@@ -25,33 +27,46 @@ class DecodePlan {
   static std::string unsupported(const Model& model);
   static bool supports(const Model& model) { return unsupported(model).empty(); }
 
-  // capacity: the most tokens of the caches. Shares the weights of the model, which must outlive
-  // the plan; takes the instruction set in use now. Throws Error when the model is not supported.
-  DecodePlan(const Model& model, int64_t capacity);
+  static constexpr int64_t kMaxBatch = 16;
+
+  // capacity: the most tokens of the caches. batch: B sequences, 1 to kMaxBatch. Shares the weights
+  // of the model, which must outlive the plan; takes the instruction set in use now. Throws Error
+  // when the model is not supported.
+  DecodePlan(const Model& model, int64_t capacity, int64_t batch = 1);
   ~DecodePlan();
   DecodePlan(DecodePlan&&) noexcept;
+  int64_t batch() const { return batch_; }
 
-  // Puts `token` behind what the caches (one a block, of one sequence) hold. Hidden states after
-  // the final norm stay in the plan; logits() multiplies them. Throws Error when the token is
-  // unknown or the caches are full or not as the model's.
-  void step(int32_t token, std::vector<nn::KVCache>& caches);
-  // Of the token after the last step(): [V], valid until the next call. Behind greedy() they may be
-  // those of the step that was begun ahead.
+  // Puts a token of each sequence behind what the caches (one a block, each of B sequences) hold.
+  // Hidden states after the final norm stay in the plan; logits() multiplies them. Throws Error
+  // when a token is unknown or the caches are full, of different lengths, or not as the model's.
+  void step(std::span<const int32_t> tokens, std::vector<nn::KVCache>& caches);
+  // Of the tokens after the last step(): [B, V], valid until the next call. Behind greedy() they
+  // may be those of the step that was begun ahead.
   std::span<const float> logits();
-  // step(), and the id of the largest logit behind it, the lowest among equals. A GPU chooses by
-  // itself and has begun the step of that id when this returns, so that it does not wait for the
-  // host; what it writes into the caches counts only when that step is asked for. Throws Error when
-  // a logit is NaN; the caches are as before then.
-  int32_t greedy(int32_t token, std::vector<nn::KVCache>& caches);
+  // step(), and for each sequence the id of the largest logit behind it, the lowest among equals;
+  // valid until the call after the next, so that they may be its tokens. A GPU chooses by itself
+  // and has begun the step of these ids when this returns, so that it does not wait for the host;
+  // what it writes into the caches counts only when that step is asked for. Throws Error when a
+  // logit is NaN; the caches are as before then.
+  std::span<const int32_t> greedy(std::span<const int32_t> tokens,
+                                  std::vector<nn::KVCache>& caches);
+
+  // The same of one sequence.
+  void step(int32_t token, std::vector<nn::KVCache>& caches) { step({&token, 1}, caches); }
+  int32_t greedy(int32_t token, std::vector<nn::KVCache>& caches) {
+    return greedy({&token, 1}, caches).front();
+  }
 
   struct Impl;
 
  private:
-  int64_t check_step(int32_t token, const std::vector<nn::KVCache>& caches) const;
+  int64_t check_step(std::span<const int32_t> tokens, const std::vector<nn::KVCache>& caches) const;
 
   int64_t vocabulary_;
   size_t blocks_;
-  int64_t context_;
+  int64_t context_, batch_;
+  std::vector<int32_t> chosen_, next_;  // [B]: by the last greedy(), and by the one under way
   std::unique_ptr<Impl> impl_;
 };
 

@@ -1,4 +1,5 @@
 // The DecodePlan of the CPU: stages shared out to the pool.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -11,10 +12,11 @@ namespace omq {
 namespace {
 
 // Matrices that share their input share its quantisation too: they do in every model that is read.
-RowProducts products(std::initializer_list<const nn::Linear*> linears, RowOutput output) {
+RowProducts products(std::initializer_list<const nn::Linear*> linears, RowOutput output,
+                     int64_t batch) {
   std::vector<RowMatrix> matrices;
   for (const nn::Linear* l : linears) matrices.push_back(row_matrix(*l));
-  return {std::move(matrices), output, (*linears.begin())->input_quant};
+  return {std::move(matrices), output, (*linears.begin())->input_quant, batch};
 }
 
 struct Layer {
@@ -31,64 +33,65 @@ struct CpuPlan final : DecodePlan::Impl {
   std::vector<Layer> layers;
   RowProducts head;
   DecodeAttention attention;
-  Tensor id, position;  // I32 [1]
-  Tensor x, normed;     // [1, D]: the residual stream, and what the products read
-  Tensor qkv;           // [1, (H + 2K)·d]
-  Tensor q, k, v;       // its parts, [1, 1, heads, d]
-  Tensor q_turned, k_turned, v_kept, attended;  // [1, 1, heads, d]
-  Tensor attended_row;                          // the same memory as [1, H·d]
-  Tensor gated;                                 // [1, F]
-  Tensor scores;                                // [1, V]
+  Tensor ids, position;  // I32 [B], [1]
+  Tensor x, normed;      // [B, D]: the residual streams, and what the products read
+  Tensor qkv;            // [B · (H + 2K)·d]
+  Tensor q, k, v;        // its parts, [B, 1, heads, d]
+  Tensor q_turned, k_turned, v_kept, attended;  // [B, 1, heads, d]
+  Tensor attended_rows;                         // the same memory as [B, H·d]
+  Tensor gated;                                 // [B, F]
+  Tensor scores;                                // [B, V]
 
-  CpuPlan(const Model& m, int64_t capacity);
-  void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
+  CpuPlan(const Model& m, int64_t capacity, int64_t batch);
+  void step(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
-  void embed(int32_t token);
+  void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+              std::span<int32_t> chosen) override;
+  void embed(std::span<const int32_t> tokens);
   void attend(const nn::Attention& a, nn::KVCache& cache);
   void layer(Layer& l, nn::KVCache& cache);
 };
 
-CpuPlan::CpuPlan(const Model& m, int64_t capacity)
+CpuPlan::CpuPlan(const Model& m, int64_t capacity, int64_t B)
     : model(&m),
-      head(products({&m.ends.lm_head}, RowOutput::Store)),
-      attention(m.config().num_heads, m.config().num_kv_heads, m.config().head_dim, capacity) {
+      head(products({&m.ends.lm_head}, RowOutput::Store, B)),
+      attention(m.config().num_heads, m.config().num_kv_heads, m.config().head_dim, capacity, B) {
   for (const auto& block : m.blocks) {
     const nn::Attention& a = block->self_attn;
     const nn::MLP& mlp = block->mlp;
-    layers.push_back({block.get(), products({&a.q_proj, &a.k_proj, &a.v_proj}, RowOutput::Store),
-                      products({&a.o_proj}, RowOutput::Add),
-                      products({&mlp.gate_proj, &mlp.up_proj}, RowOutput::SiluMul),
-                      products({&mlp.down_proj}, RowOutput::Add)});
+    layers.push_back({block.get(), products({&a.q_proj, &a.k_proj, &a.v_proj}, RowOutput::Store, B),
+                      products({&a.o_proj}, RowOutput::Add, B),
+                      products({&mlp.gate_proj, &mlp.up_proj}, RowOutput::SiluMul, B),
+                      products({&mlp.down_proj}, RowOutput::Add, B)});
   }
   const ModelConfig& c = m.config();
   const int64_t H = c.num_heads, K = c.num_kv_heads, d = c.head_dim;
-  id = Tensor::zeros({1}, DType::I32);
+  ids = Tensor::zeros({B}, DType::I32);
   position = Tensor::zeros({1}, DType::I32);
-  x = Tensor::zeros({1, c.hidden_size});
-  normed = Tensor::zeros({1, c.hidden_size});
-  qkv = Tensor::zeros({1, (H + 2 * K) * d});
-  const auto part = [&](int64_t heads, int64_t first) {
-    return qkv.alias({1, 1, heads, d}, {heads * d, heads * d, d, 1}, first * d);
+  x = Tensor::zeros({B, c.hidden_size});
+  normed = Tensor::zeros({B, c.hidden_size});
+  qkv = Tensor::zeros({B * (H + 2 * K) * d});
+  const auto part = [&](int64_t heads, int64_t first) {  // the products stand one behind the other
+    return qkv.alias({B, 1, heads, d}, {heads * d, heads * d, d, 1}, B * first * d);
   };
   q = part(H, 0), k = part(K, H), v = part(K, H + K);
-  q_turned = Tensor::zeros({1, 1, H, d});
-  k_turned = Tensor::zeros({1, 1, K, d});
-  v_kept = Tensor::zeros({1, 1, K, d});
-  attended = Tensor::zeros({1, 1, H, d});
-  attended_row = attended.alias({1, H * d}, {H * d, 1});
-  gated = Tensor::zeros({1, c.intermediate_size});
-  scores = Tensor::zeros({1, c.vocab_size});
+  q_turned = Tensor::zeros({B, 1, H, d});
+  k_turned = Tensor::zeros({B, 1, K, d});
+  v_kept = Tensor::zeros({B, 1, K, d});
+  attended = Tensor::zeros({B, 1, H, d});
+  attended_rows = attended.alias({B, H * d}, {H * d, 1});
+  gated = Tensor::zeros({B, c.intermediate_size});
+  scores = Tensor::zeros({B, c.vocab_size});
 }
 
-void CpuPlan::embed(int32_t token) {
-  *id.data<int32_t>() = token;
+void CpuPlan::embed(std::span<const int32_t> tokens) {
+  std::copy(tokens.begin(), tokens.end(), ids.data<int32_t>());
   const nn::Weight& table = model->ends.embed_tokens.table;
   if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&table))
     cpu_packed_kernels().packed_embedding(
-        x, static_cast<const nn::PackedIntWeight&>(**packed).packed(), id);
+        x, static_cast<const nn::PackedIntWeight&>(**packed).packed(), ids);
   else
-    cpu_kernels().embedding(x, std::get<Tensor>(table), id);
+    cpu_kernels().embedding(x, std::get<Tensor>(table), ids);
 }
 
 // q, k, v as they come from the products → the cache and `attended`.
@@ -116,14 +119,14 @@ void CpuPlan::layer(Layer& l, nn::KVCache& cache) {
   norm(normed, x, b.input_layernorm);
   l.qkv(normed, qkv.data<float>());
   attend(b.self_attn, cache);
-  l.o(attended_row, x.data<float>());
+  l.o(attended_rows, x.data<float>());
   norm(normed, x, b.post_attention_layernorm);
   l.gate_up(normed, gated.data<float>());
   l.down(gated, x.data<float>());
 }
 
-void CpuPlan::step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
-  embed(token);
+void CpuPlan::step(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches) {
+  embed(tokens);
   *position.data<int32_t>() = static_cast<int32_t>(at);
   for (size_t i = 0; i < layers.size(); ++i) layer(layers[i], caches[i]);
   norm(normed, x, model->ends.norm);
@@ -134,21 +137,28 @@ std::span<const float> CpuPlan::logits() {
   return {scores.data<float>(), static_cast<size_t>(scores.numel())};
 }
 
-int32_t CpuPlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
-  step(token, at, caches);
+void CpuPlan::greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+                     std::span<int32_t> chosen) {
+  step(tokens, at, caches);
   const std::span<const float> all = logits();
-  size_t best = 0;
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (std::isnan(all[i])) return -1;
-    if (all[i] > all[best]) best = i;
+  const size_t V = all.size() / chosen.size();
+  for (size_t n = 0; n < chosen.size(); ++n) {
+    const auto row = all.subspan(n * V, V);
+    size_t best = 0;
+    bool broken = false;
+    for (size_t i = 0; i < V; ++i) {
+      broken |= std::isnan(row[i]);
+      if (row[i] > row[best]) best = i;
+    }
+    chosen[n] = broken ? -1 : static_cast<int32_t>(best);
   }
-  return static_cast<int32_t>(best);
 }
 
 }  // namespace
 
-std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity) {
-  return std::make_unique<CpuPlan>(model, capacity);
+std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity,
+                                                  int64_t batch) {
+  return std::make_unique<CpuPlan>(model, capacity, batch);
 }
 
 }  // namespace omq

@@ -38,17 +38,18 @@ int64_t splits_of(int64_t heads, int64_t capacity) {
 
 class DevicePlan final : public DecodePlan::Impl {
  public:
-  DevicePlan(const Model& model, int64_t capacity);
+  DevicePlan(const Model& model, int64_t capacity, int64_t batch);
   ~DevicePlan() override;
-  void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
+  void step(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) override;
+  void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+              std::span<int32_t> chosen) override;
 
  private:
   void bind(std::vector<nn::KVCache>& caches);
-  void run();  // a token, for the caches bound_
-  void set_state(int32_t token, int64_t at);
-  int32_t told(int64_t at) const;  // waits for the token behind position `at`
+  void run();  // a token of each sequence, for the caches bound_
+  void set_state(std::span<const int32_t> tokens, int64_t at);
+  int32_t told(int64_t at, int64_t sequence) const;  // waits for the token behind position `at`
   DecodeAttentionStage attention(const nn::Attention& a, const nn::KVCache& cache) const;
   DecodeInput behind(const nn::RMSNorm& n, const Product& p) const {
     return {x_, n.weight, n.bias, n.eps, p.quant};
@@ -59,8 +60,9 @@ class DevicePlan final : public DecodePlan::Impl {
   Device device_;
   std::vector<Layer> layers_;
   Product head_;
-  Tensor state_;          // I32 [2]: the token and its position
-  Tensor id_, position_;  // its parts
+  int64_t batch_;
+  Tensor state_;           // I32 [2, B]: the tokens and their positions
+  Tensor ids_, position_;  // its parts, [B]
   Tensor x_, qkv_, attended_, gated_, logits_;
   Tensor parts_, arrived_;                     // of attention
   Tensor host_;                                // logits, page-locked
@@ -68,18 +70,20 @@ class DevicePlan final : public DecodePlan::Impl {
   std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
   const void* bound_memory_ = nullptr;
   std::optional<StepGraph> graph_, greedy_graph_;
-  // The greedy step that was begun before it was asked for: at this position, of the token that
+  // The greedy step that was begun before it was asked for: at this position, of the tokens that
   // the step before it chose. −1: none.
   int64_t ahead_ = -1;
   uint64_t ahead_changes_ = 0;  // of the caches then: nobody else may have changed them since
-  int32_t ahead_token_ = -1;
+  std::vector<int32_t> ahead_tokens_;
 };
 
-DevicePlan::DevicePlan(const Model& m, int64_t capacity)
+DevicePlan::DevicePlan(const Model& m, int64_t capacity, int64_t B)
     : model_(m),
       kernels_(*decode_kernels(m.device())),
       device_(m.device()),
-      head_({&m.ends.lm_head}) {
+      head_({&m.ends.lm_head}),
+      batch_(B),
+      ahead_tokens_(static_cast<size_t>(B), -1) {
   for (const auto& block : m.blocks) {
     const nn::Attention& a = block->self_attn;
     const nn::MLP& mlp = block->mlp;
@@ -90,20 +94,20 @@ DevicePlan::DevicePlan(const Model& m, int64_t capacity)
                        {&mlp.down_proj}});
   }
   const ModelConfig& c = m.config();
-  const int64_t H = c.num_heads, K = c.num_kv_heads, d = c.head_dim, S = splits_of(H, capacity);
+  const int64_t H = c.num_heads, K = c.num_kv_heads, d = c.head_dim, S = splits_of(B * H, capacity);
   const auto floats = [&](Shape shape) { return Tensor::zeros(shape, DType::F32, device_); };
-  state_ = Tensor::zeros({2}, DType::I32, device_);
-  id_ = state_.alias({1}, {1}, 0);
-  position_ = state_.alias({1}, {1}, 1);
-  x_ = floats({1, c.hidden_size});
-  qkv_ = floats({1, (H + 2 * K) * d});
-  attended_ = floats({1, H * d});
-  gated_ = floats({1, c.intermediate_size});
-  logits_ = floats({1, c.vocab_size});
-  parts_ = floats({1, H, S, d + 2});
-  arrived_ = Tensor::zeros({1, H}, DType::I32, device_);
+  state_ = Tensor::zeros({2, B}, DType::I32, device_);
+  ids_ = state_.alias({B}, {1}, 0);
+  position_ = state_.alias({B}, {1}, B);
+  x_ = floats({B, c.hidden_size});
+  qkv_ = floats({B, (H + 2 * K) * d});
+  attended_ = floats({B, H * d});
+  gated_ = floats({B, c.intermediate_size});
+  logits_ = floats({B, c.vocab_size});
+  parts_ = floats({B, H, S, d + 2});
+  arrived_ = Tensor::zeros({B, H}, DType::I32, device_);
   host_ = empty_pinned(logits_.shape(), DType::F32, device_);
-  told_ = empty_pinned({16}, DType::U8, device_);
+  told_ = empty_pinned({16 * B}, DType::U8, device_);
 }
 
 DevicePlan::~DevicePlan() {
@@ -150,9 +154,9 @@ void DevicePlan::run() {
   const nn::Weight& table = model_.ends.embed_tokens.table;
   if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&table))
     packed_on(x_).packed_embedding(x_, dynamic_cast<const nn::PackedIntWeight&>(**packed).packed(),
-                                   id_);
+                                   ids_);
   else
-    on(x_).embedding(x_, std::get<Tensor>(table), id_);
+    on(x_).embedding(x_, std::get<Tensor>(table), ids_);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& l = layers_[i];
     const LlamaBlock& b = *l.block;
@@ -166,23 +170,27 @@ void DevicePlan::run() {
   kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store);
 }
 
-void DevicePlan::step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
+void DevicePlan::step(std::span<const int32_t> tokens, int64_t at,
+                      std::vector<nn::KVCache>& caches) {
   bind(caches);
-  set_state(token, at);
+  set_state(tokens, at);
   graph_->run();
   for (nn::KVCache& cache : caches) cache.advance(1);
 }
 
-void DevicePlan::set_state(int32_t token, int64_t at) {
+void DevicePlan::set_state(std::span<const int32_t> tokens, int64_t at) {
   ahead_ = -1;
-  const std::array<int32_t, 2> state{token, static_cast<int32_t>(at)};
-  device_api(device_).copy(state_.raw(), device_, state.data(), Device{}, sizeof state);
+  std::array<int32_t, 2 * DecodePlan::kMaxBatch> state;
+  std::fill(std::copy(tokens.begin(), tokens.end(), state.begin()), state.end(),
+            static_cast<int32_t>(at));
+  device_api(device_).copy(state_.raw(), device_, state.data(), Device{}, state_.nbytes());
 }
 
-int32_t DevicePlan::told(int64_t at) const {
+int32_t DevicePlan::told(int64_t at, int64_t sequence) const {
   // The device writes page-locked memory while the host looks; an error of the device would leave
   // it waiting, so now and then it asks.
-  const std::atomic_ref<int64_t> word(static_cast<int64_t*>(told_.raw())[at % 2]);
+  const std::atomic_ref<int64_t> word(
+      static_cast<int64_t*>(told_.raw())[at % 2 * batch_ + sequence]);
   for (auto since = std::chrono::steady_clock::now();;) {
     const int64_t w = word.load(std::memory_order_acquire);
     if (w >> 32 == at) return static_cast<int32_t>(w);
@@ -192,22 +200,23 @@ int32_t DevicePlan::told(int64_t at) const {
   }
 }
 
-int32_t DevicePlan::greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) {
+void DevicePlan::greedy(std::span<const int32_t> tokens, int64_t at,
+                        std::vector<nn::KVCache>& caches, std::span<int32_t> chosen) {
   bind(caches);
-  if (ahead_ != at || ahead_token_ != token || ahead_changes_ != caches.front().changes()) {
-    set_state(token, at);
+  if (ahead_ != at || ahead_changes_ != caches.front().changes() ||
+      !std::equal(tokens.begin(), tokens.end(), ahead_tokens_.begin())) {
+    set_state(tokens, at);
     device_api(device_).sync(device_.index);  // nothing is on its way that would write told_
-    std::fill_n(static_cast<int64_t*>(told_.raw()), 2, int64_t{-1});
+    std::fill_n(static_cast<int64_t*>(told_.raw()), 2 * batch_, int64_t{-1});
     greedy_graph_->run();
   }
   const bool room = at + 1 < std::min(caches.front().capacity(), model_.context());
   if (room) greedy_graph_->run();
-  const int32_t id = told(at);
+  for (size_t i = 0; i < chosen.size(); ++i) chosen[i] = told(at, static_cast<int64_t>(i));
   ahead_ = room ? at + 1 : -1;
-  ahead_token_ = id;
+  std::copy(chosen.begin(), chosen.end(), ahead_tokens_.begin());
   for (nn::KVCache& cache : caches) cache.advance(1);
   ahead_changes_ = caches.front().changes();
-  return id;
 }
 
 std::span<const float> DevicePlan::logits() {
@@ -217,8 +226,9 @@ std::span<const float> DevicePlan::logits() {
 
 }  // namespace
 
-std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity) {
-  return std::make_unique<DevicePlan>(model, capacity);
+std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity,
+                                                     int64_t batch) {
+  return std::make_unique<DevicePlan>(model, capacity, batch);
 }
 
 std::string device_plan_unsupported(const Model& model) {

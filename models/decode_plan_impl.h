@@ -13,15 +13,19 @@ namespace omq {
 
 struct DecodePlan::Impl {
   virtual ~Impl() = default;
-  // The token, which stands at position `at`, is known and the caches have room.
-  virtual void step(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
-  virtual std::span<const float> logits() = 0;
-  // step(), then the id of the largest logit; −1 when one is NaN.
-  virtual int32_t greedy(int32_t token, int64_t at, std::vector<nn::KVCache>& caches) = 0;
+  // The tokens, one a sequence, which stand at position `at`, are known and the caches have room.
+  virtual void step(std::span<const int32_t> tokens, int64_t at,
+                    std::vector<nn::KVCache>& caches) = 0;
+  virtual std::span<const float> logits() = 0;  // [B, V]
+  // step(), then the ids of the largest logits; −1 where one is NaN. chosen: not the tokens.
+  virtual void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+                      std::span<int32_t> chosen) = 0;
 };
 
-std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity);
-std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity);
+std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity,
+                                                  int64_t batch);
+std::unique_ptr<DecodePlan::Impl> device_decode_plan(const Model& model, int64_t capacity,
+                                                     int64_t batch);
 // What the device's kernels cannot run, beyond what no plan can: "" when nothing.
 std::string device_plan_unsupported(const Model& model);
 

@@ -1,4 +1,4 @@
-// Prefill, decode, and what becomes of the text on its way out.
+// Prefill and decode, of one sequence.
 #include "models/generator.h"
 
 #include <algorithm>
@@ -6,14 +6,14 @@
 #include <limits>
 
 #include "autograd/ops.h"
+#include "models/continuation.h"
 #include "tensor/parallel.h"
 
 namespace omq {
-namespace {
+namespace detail {
 
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void use_threads(int n) {
@@ -24,7 +24,11 @@ bool cancelled(const std::atomic<bool>* flag) {
   return flag && flag->load(std::memory_order_relaxed);
 }
 
-}  // namespace
+}  // namespace detail
+
+using detail::cancelled;
+using detail::seconds_since;
+using detail::use_threads;
 
 std::string_view to_string(FinishReason reason) {
   switch (reason) {
@@ -184,53 +188,38 @@ std::vector<float> Generator::next_logits(std::span<const int32_t> prompt) {
   return {logits.begin(), logits.end()};
 }
 
-namespace {
-
-// The options as the sampler wants them.
-SamplerOptions sampling_of(const GenerateOptions& options, const Generator& generator,
-                           int64_t vocab) {
+SamplerOptions Generator::sampling_of(const GenerateOptions& options) const {
+  const int64_t vocab = model_.config().vocab_size;
   SamplerOptions sampling = options.sampling;
   sampling.validate(vocab);
   if (options.ignore_eos)
-    for (int32_t id = 0; id < std::min(vocab, generator.tokenizer().vocab_size()); ++id)
-      if (generator.ends_text(id))
+    for (int32_t id = 0; id < std::min(vocab, tokenizer_.vocab_size()); ++id)
+      if (ends_text(id))
         sampling.logit_bias.emplace_back(id, -std::numeric_limits<double>::infinity());
   return sampling;
 }
 
-}  // namespace
-
-FinishReason Generator::decode(std::span<const float> logits, std::span<const int32_t> prompt,
-                               const GenerateOptions& options,
-                               const std::function<bool(int32_t)>& write, GenerateResult& result) {
-  Sampler sampler(sampling_of(options, *this, model_.config().vocab_size));
-  const bool greedy = plan_ && sampler.options().takes_largest();
-  // The context ends it at the latest, one token behind its last place.
-  const int64_t room = context_ - static_cast<int64_t>(prompt.size()) + 1;
-  const int64_t limit =
-      options.max_tokens < 0 ? std::numeric_limits<int64_t>::max() : options.max_tokens;
-  result.tokens.reserve(static_cast<size_t>(std::min(limit, room)));
-  std::vector<int32_t> history;
-  history.reserve(prompt.size() + result.tokens.capacity());
-  history.assign(prompt.begin(), prompt.end());
-  while (static_cast<int64_t>(result.tokens.size()) < limit) {
+FinishReason Generator::decode(std::span<const float> logits, const GenerateOptions& options,
+                               Clock::time_point start, Continuation& text,
+                               GenerateResult& result) {
+  GenerateStats& stats = result.stats;
+  const bool greedy = plan_ && text.takes_largest();
+  while (text.wants_more()) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     std::optional<int32_t> next;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
-      const auto start = Clock::now();
+      const auto begin = Clock::now();
       if (greedy)
         next = push_greedy(result.tokens.back());
       else
         logits = push({&result.tokens.back(), 1});
-      result.stats.decode_seconds += seconds_since(start);
-      ++result.stats.decode_steps;
+      stats.decode_seconds += seconds_since(begin);
+      ++stats.decode_steps;
     }
-    const int32_t id = next ? *next : sampler.sample(logits, history);
-    result.tokens.push_back(id);
-    history.push_back(id);
-    if (ends_text(id)) return FinishReason::EndOfText;
-    if (!write(id)) return FinishReason::StopString;
+    const int32_t id = next ? *next : text.sample(logits);
+    if (result.tokens.empty()) stats.first_token_seconds = seconds_since(start);
+    if (const auto end = text.take(id, ends_text(id))) return *end;
   }
   return FinishReason::MaxTokens;
 }
@@ -242,7 +231,7 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   GenerateResult result;
   options.sampling.validate(model_.config().vocab_size);
   use_threads(options.batch_threads);
-  Prefill prompt_done = prefill(prompt, options.batch, options.cancel);
+  const Prefill prompt_done = prefill(prompt, options.batch, options.cancel);
   GenerateStats& stats = result.stats;
   stats.prompt_tokens = static_cast<int64_t>(prompt.size());
   stats.reused_tokens = prompt_done.reused;
@@ -251,30 +240,11 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
     result.finish = FinishReason::Cancelled;
     return result;
   }
-
-  // Behind an empty prompt (BOS alone) the text begins here, and SentencePiece's first space is not
-  // real.
-  const bool text_starts = prompt.size() == 1 && tokenizer_.bos_id() == prompt.front();
-  StreamDecoder decoder(tokenizer_, {.start_of_text = text_starts});
-  StopFilter filter(options.stop);
-  auto emit = [&](std::string_view text) {
-    if (text.empty()) return;
-    if (options.keep_text) result.text += text;
-    if (options.on_text) options.on_text(text);
-  };
-  auto write = [&](int32_t id) {
-    if (stats.generated_tokens++ == 0) stats.first_token_seconds = seconds_since(start);
-    // Ids beyond the tokenizer's (padding of the table) stand for no text.
-    if (id < tokenizer_.vocab_size()) emit(filter.push(decoder.push(id)));
-    return !filter.met();
-  };
   use_threads(options.threads);
-  result.finish = decode(prompt_done.logits, prompt, options, write, result);
-  stats.generated_tokens = static_cast<int64_t>(result.tokens.size());
-  if (!filter.met()) emit(filter.push(decoder.flush()));
-  if (!filter.met()) emit(filter.flush());
-  if (filter.met()) result.finish = FinishReason::StopString;
-  result.stop = filter.found();
+  // The context ends it at the latest, one token behind its last place.
+  const int64_t room = context_ - stats.prompt_tokens + 1;
+  Continuation text(tokenizer_, prompt, options, sampling_of(options), room, result);
+  text.finish(decode(prompt_done.logits, options, start, text, result));
   return result;
 }
 

@@ -4,10 +4,12 @@
 // What the cache already holds of a new prompt's beginning is not computed again, so a chat turn
 // costs only what is new. Text leaves as whole UTF-8 characters, and never with any part of a stop
 // string. Single tokens run the DecodePlan where it supports the model, else the blocks; then a
-// generated token allocates nothing.
+// generated token allocates nothing. Several continuations of one prompt are made together, for
+// weights are read once for all of them.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -62,6 +64,8 @@ struct GenerateResult {
   GenerateStats stats;
 };
 
+class Continuation;  // models/continuation.h
+
 class Generator {
  public:
   // context: tokens that prompt and answer may hold together, at most model.context() (0: that).
@@ -70,6 +74,13 @@ class Generator {
 
   // Throws Error when the prompt is empty, holds an unknown id, or leaves no room in the context.
   GenerateResult generate(std::span<const int32_t> prompt, const GenerateOptions& options);
+  // `count` continuations of one prompt, 1 to DecodePlan::kMaxBatch: number i is sampled with
+  // seed + i, and on the CPU is what generate() makes with that seed. The prompt goes through the
+  // model once; each sequence has a cache of its own, and one that has ended waits for the others.
+  // The texts are in the results: on_text is not called. Where no plan runs the model, its blocks
+  // take the sequences together. Throws Error as generate() does, and for another count.
+  std::vector<GenerateResult> generate_parallel(std::span<const int32_t> prompt, int64_t count,
+                                                const GenerateOptions& options);
   // Logits [V] of the token after `prompt`; the cache is used and kept as above.
   std::vector<float> next_logits(std::span<const int32_t> prompt);
   // The same without a copy: valid until the next call; empty when cancelled.
@@ -94,10 +105,12 @@ class Generator {
     int64_t reused = 0;             // tokens found in the cache
   };
   Prefill prefill(std::span<const int32_t> prompt, int64_t batch, const std::atomic<bool>* cancel);
-  // Samples until there is a reason to end; write(id) shows a token and says whether to go on.
-  FinishReason decode(std::span<const float> logits, std::span<const int32_t> prompt,
-                      const GenerateOptions& options, const std::function<bool(int32_t)>& write,
-                      GenerateResult& result);
+  using Clock = std::chrono::steady_clock;
+  // Samples until there is a reason to end. logits: behind the prompt.
+  FinishReason decode(std::span<const float> logits, const GenerateOptions& options,
+                      Clock::time_point start, Continuation& text, GenerateResult& result);
+  // The options as the sampler wants them.
+  SamplerOptions sampling_of(const GenerateOptions& options) const;
   void truncate(size_t length);
 
   const Model& model_;

@@ -18,12 +18,12 @@ namespace omq {
 // What a stage multiplies: rows of x, behind an RMSNorm where gain is defined, rounded to a grid of
 // their own where `quant` says so.
 struct DecodeInput {
-  Tensor x;                      // F32 [rows, K], 1 to kDecodeRows rows
+  Tensor x;                      // F32 [rows, K]; weights are read anew for every few rows
   Tensor gain = {}, shift = {};  // F32 [K] or undefined
   double eps = 0;
   std::optional<RowQuant> quant = {};
 };
-inline constexpr int64_t kDecodeRows = 8;
+inline constexpr int64_t kDecodeRows = 8;  // of a launch, at most
 // Neighbouring elements of a head that a lane of attention takes; heads are multiples of it, up to
 // 256.
 inline constexpr int64_t decode_elements(int64_t head_dim) {
@@ -36,9 +36,9 @@ struct DecodeAttentionStage {
   Tensor q_gain = {}, k_gain = {};  // F32 [d], norms on each head of q and k; or undefined
   double q_eps = 0, k_eps = 0;
   Tensor cos, sin;                  // F32 [positions, d/2]
-  Tensor position;                  // I32 [1]: where the token stands, and how many are cached
+  Tensor position;                  // I32 [rows]: where a token stands, and how many are cached
   std::optional<RowQuant> q, k, v;  // each head on its own grid, behind the rotation
-  Tensor keys, values;  // F32 or F16 [rows, capacity, K, d]; position `position` is written
+  Tensor keys, values;  // F32 or F16 [rows, capacity, K, d]; a row's `position` is written
   Tensor parts;         // F32 [rows, H, splits, d + 2], scratch
   Tensor arrived;       // I32 [rows, H], zeros before and after
   Tensor y;             // F32 [rows, H·d]
@@ -52,9 +52,10 @@ struct DecodeKernels {
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
                    RowOutput output);
   void (*attention)(const DecodeAttentionStage& s);
-  // The token of the largest logit, the lowest id among equals: state (I32 [2]: token, position)
-  // becomes it and the next position; word position % 2 of told (U8 [16], page-locked,
-  // two 64-bit words) becomes position · 2³² + id, or + (2³² − 1) when a logit is NaN.
+  // For each row of logits [rows, V] the token of the largest, the lowest id among equals: state
+  // (I32 [2, rows]: tokens, positions) becomes it and the next position; word (position % 2, row)
+  // of told (U8 [16 · rows], page-locked, 64-bit words [2, rows]) becomes position · 2³² + id, or
+  // + (2³² − 1) when a logit is NaN.
   void (*choose)(Tensor& state, Tensor& told, const Tensor& logits);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);

@@ -1,9 +1,11 @@
-// RowProducts: one row of activations times all the matrices that read it, for decoding.
+// RowProducts: one row of activations, or one of each of B sequences, times all the matrices that
+// read it, for decoding.
 //
-// The row is quantised once and the matrices' panels are shared out to the pool in one dispatch;
-// what follows the product (residual, SiLU and gate, bias) is done by whoever made the rows. Memory
-// is taken when the object is made: a product allocates nothing. Results equal packed_matmul,
-// packed_matmul_rows and dense_matmul bit for bit. CPU only. Reference: kernels spec §2.
+// A row is quantised once and the matrices' panels are shared out to the pool in one dispatch;
+// what follows the product (residual, SiLU and gate, bias) is done by whoever made the rows. A
+// task's weights come from memory once for all rows of x. Memory is taken when the object is made:
+// a product allocates nothing. Results equal packed_matmul, packed_matmul_rows and dense_matmul of
+// each row alone bit for bit. CPU only. Reference: kernels spec §2.
 #pragma once
 
 #include <memory>
@@ -23,25 +25,25 @@ struct RowMatrix {                         // W [N, K]
 };
 
 enum class RowOutput {
-  Store,   // y [Σ N]: W x + b of all matrices, one behind the other
-  Add,     // one matrix: y [N] += W x + b
-  SiluMul  // two matrices of one size: y [N] = silu(W₀ x + b₀) ⊙ (W₁ x + b₁)
+  Store,   // y: W x + b of all matrices, [B, N] one behind the other
+  Add,     // one matrix: y [B, N] += W x + b
+  SiluMul  // two matrices of one size: y [B, N] = silu(W₀ x + b₀) ⊙ (W₁ x + b₁)
 };
 
 class RowProducts {
  public:
   // input: the grid on which x is quantised first; codes meet codes where W is packed (and zero
-  // points are codes). Takes the instruction set that is in use now (tensor/isa.h). Throws Error
-  // when the matrices do not fit each other or are malformed.
-  RowProducts(std::vector<RowMatrix> matrices, RowOutput output,
-              std::optional<RowQuant> input = {});
+  // points are codes). batch: B, the rows of x. Takes the instruction set that is in use now
+  // (tensor/isa.h). Throws Error when the matrices do not fit each other or are malformed.
+  RowProducts(std::vector<RowMatrix> matrices, RowOutput output, std::optional<RowQuant> input = {},
+              int64_t batch = 1);
   ~RowProducts();
   RowProducts(RowProducts&&) noexcept;
   RowProducts& operator=(RowProducts&&) noexcept;
 
   int64_t cols() const;  // K
-  int64_t rows() const;  // of y
-  // x: F32 [1, K] on the CPU. Not to be called by two threads at once.
+  int64_t rows() const;  // of y, for one row of x
+  // x: F32 [B, K] on the CPU. Not to be called by two threads at once.
   void operator()(const Tensor& x, float* y);
 
  private:

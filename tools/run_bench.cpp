@@ -1,6 +1,7 @@
-// omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one), its
-// fields, and beside them GB/s and the share of the machine's read bandwidth (on a GPU: of what a
-// copy inside it moves), which bounds the decoding of one sequence.
+// omq-run bench: llama-bench's tests (ppN: a prompt of N tokens, tgN: N tokens one by one, tgNxB:
+// of each of B sequences, tokens/s in total), its fields, and beside them GB/s and the share of the
+// machine's read bandwidth (on a GPU: of what a copy inside it moves), which bounds the decoding of
+// one sequence.
 //
 // Bandwidth is measured in turn with the test, once a repetition, because shared machines drift;
 // the share is the median of one over the median of the other.
@@ -12,6 +13,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <span>
 
 #include "autograd/node.h"
 #include "models/decode_plan.h"
@@ -30,7 +32,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Options {
   ModelOptions model;
-  std::string prompt = "512", gen = "128", threads, output = "md";
+  std::string prompt = "512", gen = "128", parallel = "1", threads, output = "md";
   int repetitions = 5;
   int64_t batch = 512;
   bool no_warmup = false, no_bandwidth = false;
@@ -46,6 +48,10 @@ bool parse(const cli::Args& args, Options& o) {
       ->type_name("N,…");
   app.add_option("-n,--n-gen", o.gen,
                  "numbers of tokens to generate (default 128); 0: no such test")
+      ->type_name("N,…");
+  app.add_option("--parallel", o.parallel,
+                 "-np: numbers of sequences that -n is measured with, at once (default 1, at most "
+                 "16); tokens/s are those of all")
       ->type_name("N,…");
   app.add_option("-t,--threads", o.threads,
                  "numbers of threads (default: the CPUs this process may use)")
@@ -72,10 +78,13 @@ bool parse(const cli::Args& args, Options& o) {
 struct Test {
   int64_t prompt = 0, gen = 0;
   int threads = 1;
+  int64_t batch = 1;  // sequences
   std::string name() const {
-    return prompt > 0 ? fmt::format("pp{}", prompt) : fmt::format("tg{}", gen);
+    if (prompt > 0) return fmt::format("pp{}", prompt);
+    return batch == 1 ? fmt::format("tg{}", gen) : fmt::format("tg{}x{}", gen, batch);
   }
-  int64_t tokens() const { return prompt + gen; }
+  int64_t length() const { return prompt + gen; }  // of a sequence
+  int64_t tokens() const { return batch * length(); }
 };
 
 struct Samples {
@@ -101,11 +110,13 @@ double median(std::vector<double> v) {
 class Tokens {
  public:
   explicit Tokens(int64_t vocab) : vocab_(static_cast<uint64_t>(vocab)), random_(1) {}
-  int32_t next_id() { return static_cast<int32_t>(random_.next() % vocab_); }
-  Tensor next(int64_t n) {
-    std::vector<int32_t> ids;
-    for (int64_t i = 0; i < n; ++i) ids.push_back(next_id());
-    return Tensor::from<int32_t>(ids, {1, n});
+  void next(std::span<int32_t> ids) {
+    for (int32_t& id : ids) id = static_cast<int32_t>(random_.next() % vocab_);
+  }
+  Tensor next(int64_t sequences, int64_t n) {
+    std::vector<int32_t> ids(static_cast<size_t>(sequences * n));
+    next(ids);
+    return Tensor::from<int32_t>(ids, {sequences, n});
   }
 
  private:
@@ -117,8 +128,10 @@ class Tokens {
 struct Prepared {
   std::vector<nn::KVCache> caches;
   std::optional<DecodePlan> plan;
-  Prepared(const Model& model, const Test& test) : caches(model.new_caches(1, test.tokens())) {
-    if (test.prompt == 0 && DecodePlan::supports(model)) plan.emplace(model, test.tokens());
+  Prepared(const Model& model, const Test& test)
+      : caches(model.new_caches(test.batch, test.length())) {
+    if (test.prompt == 0 && DecodePlan::supports(model))
+      plan.emplace(model, test.length(), test.batch);
   }
 };
 
@@ -134,20 +147,22 @@ double run_once(const Model& model, Prepared& p, const Test& test, int64_t batch
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
   if (p.plan) {
-    for (int64_t at = 0; at < test.tokens(); ++at) {
-      p.plan->step(tokens.next_id(), caches);
+    std::vector<int32_t> ids(static_cast<size_t>(test.batch));
+    for (int64_t at = 0; at < test.length(); ++at) {
+      tokens.next(ids);
+      p.plan->step(ids, caches);
       p.plan->logits();
     }
     return seconds();
   }
   const int64_t step = test.prompt > 0 ? batch : 1;
-  for (int64_t at = 0; at < test.tokens(); at += step) {
-    const int64_t n = std::min(step, test.tokens() - at);
-    const Tensor hidden = model.forward(tokens.next(n), at, &caches);
+  for (int64_t at = 0; at < test.length(); at += step) {
+    const int64_t n = std::min(step, test.length() - at);
+    const Tensor hidden = model.forward(tokens.next(test.batch, n), at, &caches);
     // A prompt's logits are wanted after its last token only.
-    if (test.prompt == 0 || at + n == test.tokens())
-      model.logits(
-          hidden.alias({1, hidden.dim(2)}, {hidden.stride(1), 1}, (n - 1) * hidden.stride(1)));
+    if (test.prompt == 0 || at + n == test.length())
+      model.logits(hidden.alias({test.batch, hidden.dim(2)}, {hidden.stride(0), 1},
+                                (n - 1) * hidden.stride(1)));
   }
   return seconds();
 }
@@ -179,10 +194,12 @@ Samples measure(const Model& model, const Test& test, const Options& o,
   set_num_threads(test.threads);
   Prepared prepared(model, test);
   if (!o.no_warmup) {
-    run_once(
-        model, prepared,
-        {.prompt = test.prompt, .gen = std::min<int64_t>(test.gen, 4), .threads = test.threads},
-        o.batch);
+    run_once(model, prepared,
+             {.prompt = test.prompt,
+              .gen = std::min<int64_t>(test.gen, 4),
+              .threads = test.threads,
+              .batch = test.batch},
+             o.batch);
     if (bandwidth) bandwidth();
   }
   for (int i = 0; i < o.repetitions; ++i) {
@@ -223,6 +240,7 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"n_gpu_layers", gpu ? m.model->config().num_layers : 0},
             {"n_prompt", test.prompt},
             {"n_gen", test.gen},
+            {"n_parallel", test.batch},
             {"test_time", time},
             {"avg_ns", std::llround(mean(ns))},
             {"stddev_ns", std::llround(deviation(ns))},
@@ -231,7 +249,8 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"samples_ts", rates}};
   if (test.gen > 0) {
     j["decode"] = decode_path(*m.model);
-    const double gbs = median(rates) * static_cast<double>(m.size.token_bytes) / 1e9;
+    const double steps = median(rates) / static_cast<double>(test.batch);  // a second
+    const double gbs = steps * static_cast<double>(m.size.token_bytes) / 1e9;
     j["bytes_per_token"] = m.size.token_bytes;
     j["gigabytes_per_second"] = gbs;
     if (!s.bandwidth.empty()) {
@@ -244,10 +263,10 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
 
 void print_md(const json& j, const std::string& name, bool first) {
   if (first) {
-    fmt::print("| {:20} | {:>10} | {:>8} | {:>5} | {:>7} | {:>7} | {:>18} | {:>7} | {:>13} |\n",
+    fmt::print("| {:20} | {:>10} | {:>8} | {:>5} | {:>7} | {:>9} | {:>18} | {:>7} | {:>13} |\n",
                "model", "size", "params", "bits", "threads", "test", "t/s", "GB/s", "of read peak");
     fmt::print(
-        "| -------------------- | ---------: | -------: | ----: | ------: | ------: | "
+        "| -------------------- | ---------: | -------: | ----: | ------: | --------: | "
         "-----------------: | ------: "
         "| ------------: |\n");
   }
@@ -258,7 +277,7 @@ void print_md(const json& j, const std::string& name, bool first) {
     share = fmt::format("{:.0f}% of {:.1f}", 100 * j["bandwidth_share"].get<double>(),
                         j["read_bandwidth_gigabytes_per_second"].get<double>());
   fmt::print(
-      "| {:20} | {:>10} | {:>8} | {:5.2f} | {:7} | {:>7} | {:9.2f} ± {:6.2f} | {:>7} | {:>13} |\n",
+      "| {:20} | {:>10} | {:>8} | {:5.2f} | {:7} | {:>9} | {:9.2f} ± {:6.2f} | {:>7} | {:>13} |\n",
       j["model_type"].get<std::string>(), cli::human_bytes(j["model_size"].get<double>()),
       human_count(j["model_n_params"].get<int64_t>()), j["bits_per_weight"].get<double>(),
       j["n_threads"].get<int>(), name, j["avg_ts"].get<double>(), j["stddev_ts"].get<double>(), gbs,
@@ -267,11 +286,13 @@ void print_md(const json& j, const std::string& name, bool first) {
 
 void print_csv(const json& j, bool first) {
   static const std::vector<std::string> kColumns = {
-      "build_version",  "cpu_info",   "kernels",        "model_filename",
-      "model_type",     "model_size", "model_n_params", "bits_per_weight",
-      "n_batch",        "n_threads",  "type_k",         "type_v",
-      "n_prompt",       "n_gen",      "test_time",      "avg_ns",
-      "stddev_ns",      "avg_ts",     "stddev_ts",      "gigabytes_per_second",
+      "build_version",  "cpu_info",        "kernels",
+      "model_filename", "model_type",      "model_size",
+      "model_n_params", "bits_per_weight", "n_batch",
+      "n_threads",      "type_k",          "type_v",
+      "n_prompt",       "n_gen",           "n_parallel",
+      "test_time",      "avg_ns",          "stddev_ns",
+      "avg_ts",         "stddev_ts",       "gigabytes_per_second",
       "bandwidth_share"};
   std::string names, values;
   for (const std::string& column : kColumns) {
@@ -304,7 +325,12 @@ std::vector<Test> tests_of(const Options& o) {
     for (const int64_t n : cli::parse_int_list(o.prompt, "--n-prompt", 0))
       if (n > 0) tests.push_back({.prompt = n, .gen = 0, .threads = static_cast<int>(t)});
     for (const int64_t n : cli::parse_int_list(o.gen, "--n-gen", 0))
-      if (n > 0) tests.push_back({.prompt = 0, .gen = n, .threads = static_cast<int>(t)});
+      for (const int64_t batch : cli::parse_int_list(o.parallel, "--parallel", 1)) {
+        if (batch > DecodePlan::kMaxBatch)
+          throw cli::UsageError(
+              fmt::format("--parallel {}: 1 to {}", batch, DecodePlan::kMaxBatch));
+        if (n > 0) tests.push_back({.gen = n, .threads = static_cast<int>(t), .batch = batch});
+      }
   }
   if (tests.empty()) throw cli::UsageError("-p 0 -n 0 leave nothing to measure");
   return tests;
@@ -326,7 +352,7 @@ int bench(const cli::Args& args) {
   apply(o.model);
   const std::vector<Test> tests = tests_of(o);
   int64_t context = 0;
-  for (const Test& t : tests) context = std::max(context, t.tokens());
+  for (const Test& t : tests) context = std::max(context, t.length());
   Bandwidth bandwidth;
   if (!o.no_bandwidth) bandwidth = bandwidth_of(device_of(o.model));
   bool first = true;

@@ -20,10 +20,11 @@
 
 namespace omq::run {
 
-const cli::Aliases kAliases = {
-    {"-sys", "--system"},       {"-ngl", "--gpu-layers"},    {"-dev", "--device"},
-    {"-ctk", "--cache-type-k"}, {"-ctv", "--cache-type-v"},  {"-ub", "--batch-size"},
-    {"-tb", "--threads-batch"}, {"-ubatch", "--batch-size"}, {"-st", "--single-turn"}};
+const cli::Aliases kAliases = {{"-sys", "--system"},       {"-ngl", "--gpu-layers"},
+                               {"-dev", "--device"},       {"-ctk", "--cache-type-k"},
+                               {"-ctv", "--cache-type-v"}, {"-ub", "--batch-size"},
+                               {"-tb", "--threads-batch"}, {"-ubatch", "--batch-size"},
+                               {"-st", "--single-turn"},   {"-np", "--parallel"}};
 
 // ---- the model ----
 
@@ -87,11 +88,11 @@ void apply(const ModelOptions& o) {
 
 namespace {
 
-// The context to prepare for when the user named none.
-int64_t default_context(const ModelConfig& c, bool quiet) {
+// The context to prepare for when the user named none. caches: as ModelOptions.
+int64_t default_context(const ModelConfig& c, int64_t caches, bool quiet) {
   const int64_t own = c.usable_context();
   int64_t context = std::min<int64_t>(own, 8192);
-  const int64_t token_bytes = cache_token_bytes(c);
+  const int64_t token_bytes = caches * cache_token_bytes(c);
   const auto half_free = static_cast<int64_t>(cli::available_memory_bytes() / 2);
   if (half_free > 0) context = std::min(context, std::max<int64_t>(512, half_free / token_bytes));
   context = std::min(context, own);
@@ -110,7 +111,7 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   m.reader = open_checkpoint(options.model);
   m.tokenizer = std::make_unique<Tokenizer>(m.reader->tokenizer());
   const ModelConfig& c = m.reader->config();
-  if (context == 0) context = default_context(c, options.quiet);
+  if (context == 0) context = default_context(c, options.caches, options.quiet);
   check(context <= c.usable_context(),
         "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
         context, c.usable_context());
@@ -255,40 +256,72 @@ std::string read_input(const std::string& file) {
 
 namespace {
 
-double decode_gbs(const GenerateResult& r, const OpenModel& m) {
-  return r.stats.decode_rate() * static_cast<double>(m.size.token_bytes) / 1e9;
-}
+// What continuations that were made together took, as one. steps: each of them read the weights
+// once.
+struct Total {
+  GenerateStats stats;
+  int64_t steps = 0;
+  std::string ends;
+
+  explicit Total(std::span<const GenerateResult> results) : stats(results.front().stats) {
+    stats.generated_tokens = stats.decode_steps = 0;
+    for (const GenerateResult& r : results) {
+      stats.generated_tokens += r.stats.generated_tokens;
+      stats.decode_steps += r.stats.decode_steps;
+      stats.decode_seconds = std::max(stats.decode_seconds, r.stats.decode_seconds);
+      steps = std::max(steps, r.stats.decode_steps);
+      ends += fmt::format("{}{}", ends.empty() ? "" : ", ", to_string(r.finish));
+    }
+  }
+  double gbs(const OpenModel& m) const {
+    if (stats.decode_seconds <= 0) return 0;
+    return static_cast<double>(steps) * static_cast<double>(m.size.token_bytes) /
+           stats.decode_seconds / 1e9;
+  }
+};
 
 }  // namespace
 
-nlohmann::json stats_json(const GenerateResult& r, const OpenModel& m, uint64_t seed) {
-  const GenerateStats& s = r.stats;
+nlohmann::json stats_json(std::span<const GenerateResult> results, const OpenModel& m,
+                          uint64_t seed) {
+  const Total total(results);
+  const GenerateStats& s = total.stats;
   return {{"prompt_tokens", s.prompt_tokens},
           {"reused_tokens", s.reused_tokens},
           {"prompt_tokens_per_second", s.prompt_rate()},
           {"generated_tokens", s.generated_tokens},
           {"generated_tokens_per_second", s.decode_rate()},
           {"time_to_first_token_seconds", s.first_token_seconds},
-          {"gigabytes_per_second", decode_gbs(r, m)},
+          {"gigabytes_per_second", total.gbs(m)},
           {"peak_memory_bytes", cli::peak_memory_bytes()},
           {"load_seconds", m.seconds},
-          {"finish_reason", to_string(r.finish)},
+          {"finish_reason", total.ends},
           {"truncated", false},
           {"seed", seed},
           {"threads", num_threads()},
           {"kernels", packed_isa_name()}};
 }
 
-void print_stats(const GenerateResult& r, const OpenModel& m, uint64_t seed) {
-  const GenerateStats& s = r.stats;
+nlohmann::json stats_json(const GenerateResult& result, const OpenModel& m, uint64_t seed) {
+  return stats_json({&result, 1}, m, seed);
+}
+
+void print_stats(std::span<const GenerateResult> results, const OpenModel& m, uint64_t seed) {
+  const Total total(results);
+  const GenerateStats& s = total.stats;
   fmt::print(
       stderr, "\nprompt     {:6} tokens  {:8.2f} t/s{}\n", s.prompt_tokens, s.prompt_rate(),
       s.reused_tokens > 0 ? fmt::format("   ({} of them from the cache)", s.reused_tokens) : "");
   fmt::print(stderr, "generated  {:6} tokens  {:8.2f} t/s   {:.2f} GB/s of weights read\n",
-             s.generated_tokens, s.decode_rate(), decode_gbs(r, m));
-  fmt::print(stderr, "first token after {:.3f} s, peak memory {}, ended by: {}, seed {}\n",
+             s.generated_tokens, s.decode_rate(), total.gbs(m));
+  fmt::print(stderr, "first token after {:.3f} s, peak memory {}, ended by: {}, seed {}{}\n",
              s.first_token_seconds, cli::human_bytes(static_cast<double>(cli::peak_memory_bytes())),
-             to_string(r.finish), seed);
+             total.ends, seed,
+             results.size() > 1 ? fmt::format(" … {}", seed + results.size() - 1) : "");
+}
+
+void print_stats(const GenerateResult& result, const OpenModel& m, uint64_t seed) {
+  print_stats({&result, 1}, m, seed);
 }
 
 // ---- Ctrl-C ----

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,7 @@ struct ModelOptions {
   std::string model, device = "auto", cuda_path = "auto", isa;
   int64_t context = 0;  // 0: the model's own, as far as memory allows
   int threads = 0;      // 0: the CPUs that this process may use
+  int64_t caches = 1;   // of so many sequences are to fit into memory
   std::string gpu_layers, cache_k = "f32", cache_v = "f32";
   bool quiet = false;
 };
@@ -87,9 +89,13 @@ std::string read_input(const std::string& file);
 
 // ---- figures ----
 
+// Several results are of continuations that were made together: tokens/s of all of them.
 nlohmann::json stats_json(const GenerateResult& result, const OpenModel& m, uint64_t seed);
+nlohmann::json stats_json(std::span<const GenerateResult> results, const OpenModel& m,
+                          uint64_t seed);
 // The block that ends a run, on stderr.
 void print_stats(const GenerateResult& result, const OpenModel& m, uint64_t seed);
+void print_stats(std::span<const GenerateResult> results, const OpenModel& m, uint64_t seed);
 
 // ---- Ctrl-C ----
 

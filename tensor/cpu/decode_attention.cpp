@@ -14,16 +14,18 @@ namespace {
 constexpr int64_t kRun = 256;      // keys of a task
 constexpr int64_t kAlone = 32768;  // products; below, waking a thread costs more than it saves
 
-// Row (token, head) of a cache; what is not stored as floats is made in `scratch` [d].
+// Row (token, head) of a sequence's cache; what is not stored as floats is made in `scratch` [d].
 class Rows {
  public:
-  Rows(const CachedRows& c, int64_t kv_heads, int64_t d)
+  Rows(const CachedRows& c, int64_t sequence, int64_t kv_heads, int64_t d)
       : kv_heads_(kv_heads), d_(d), bytes_(c.floats.defined() ? 0 : c.codes.code_bytes()) {
+    const Tensor& stored = c.floats.defined() ? c.floats : c.codes.codes;
+    const int64_t first = sequence * stored.dim(1) * kv_heads;
     if (c.floats.defined()) {
-      floats_ = c.floats.data<float>();
+      floats_ = c.floats.data<float>() + first * d;
     } else {
-      codes_ = c.codes.codes.data<uint8_t>();
-      grid_ = c.codes.grid.data<float>();
+      codes_ = c.codes.codes.data<uint8_t>() + first * bytes_;
+      grid_ = c.codes.grid.data<float>() + 2 * first;
       paired_ = c.codes.paired;
     }
   }
@@ -57,7 +59,7 @@ int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // floats to whole cac
 }  // namespace
 
 struct DecodeAttention::Impl {
-  int64_t heads, kv_heads, d, group, runs;
+  int64_t batch, heads, kv_heads, d, group, runs;
   // A slot a task: what it found of each of its query heads (its y [d], the largest score, Σ exp),
   // then a row of floats and the scores.
   int64_t found_floats, slot_floats;
@@ -66,7 +68,7 @@ struct DecodeAttention::Impl {
   float* slot(int64_t task) const { return slots.data<float>() + task * slot_floats; }
   void run(const float* q, const Rows& k, const Rows& v, int64_t head, int64_t begin, int64_t n,
            float* slot) const;
-  void join(int64_t head, int64_t used, float* y) const;
+  void join(int64_t sequence, int64_t head, int64_t used, float* y) const;
 };
 
 // Attention to keys begin … begin + n − 1 alone, as the general kernel forms it (attention.cpp,
@@ -103,11 +105,13 @@ void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, in
   }
 }
 
-// The runs of one key/value head, in order.
-void DecodeAttention::Impl::join(int64_t head, int64_t used, float* y) const {
+// The runs of one sequence's key/value head, in order.
+void DecodeAttention::Impl::join(int64_t sequence, int64_t head, int64_t used, float* y) const {
   for (int64_t g = 0; g < group; ++g) {
-    const auto found = [&](int64_t r) { return slot(r * kv_heads + head) + g * found_floats; };
-    float* out = y + (head * group + g) * d;
+    const auto found = [&](int64_t r) {
+      return slot((sequence * used + r) * kv_heads + head) + g * found_floats;
+    };
+    float* out = y + (sequence * heads + head * group + g) * d;
     std::copy_n(found(0), d, out);
     float top = found(0)[d], total = found(0)[d + 1];
     for (int64_t r = 1; r < used; ++r) {
@@ -124,17 +128,19 @@ void DecodeAttention::Impl::join(int64_t head, int64_t used, float* y) const {
 }
 
 DecodeAttention::DecodeAttention(int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                 int64_t capacity)
+                                 int64_t capacity, int64_t batch)
     : impl_(std::make_unique<Impl>()) {
-  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && capacity > 0,
-        "decode attention: {} heads over {} of {} values, {} tokens", heads, kv_heads, head_dim,
-        capacity);
+  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && capacity > 0 &&
+            batch > 0,
+        "decode attention: {} heads over {} of {} values, {} tokens of {} sequences", heads,
+        kv_heads, head_dim, capacity, batch);
   Impl& m = *impl_;
+  m.batch = batch;
   m.heads = heads, m.kv_heads = kv_heads, m.d = head_dim, m.group = heads / kv_heads;
   m.runs = (capacity + kRun - 1) / kRun;
   m.found_floats = padded(head_dim + 2);
   m.slot_floats = m.group * (m.found_floats + kRun) + padded(head_dim);
-  m.slots = Tensor::zeros({m.runs * kv_heads, m.slot_floats});
+  m.slots = Tensor::zeros({batch * m.runs * kv_heads, m.slot_floats});
 }
 DecodeAttention::~DecodeAttention() = default;
 DecodeAttention::DecodeAttention(DecodeAttention&&) noexcept = default;
@@ -144,18 +150,25 @@ void DecodeAttention::operator()(const float* q, const CachedRows& k, const Cach
   const Impl& m = *impl_;
   check(length > 0 && length <= m.runs * kRun, "decode attention: {} tokens, room for {}", length,
         m.runs * kRun);
-  const Rows keys(k, m.kv_heads, m.d), values(v, m.kv_heads, m.d);
-  const int64_t used = (length + kRun - 1) / kRun, tasks = used * m.kv_heads;
-  const bool alone = length * m.heads * m.d < kAlone;
+  for (const CachedRows* c : {&k, &v}) {
+    const Tensor& stored = c->floats.defined() ? c->floats : c->codes.codes;
+    check(stored.dim(0) == m.batch && stored.dim(1) >= length,
+          "decode attention: {} tokens of {} sequences, the cache is {}", length, m.batch,
+          stored.shape());
+  }
+  const int64_t used = (length + kRun - 1) / kRun, each = used * m.kv_heads, tasks = m.batch * each;
+  const bool alone = m.batch * length * m.heads * m.d < kAlone;
   parallel_for(tasks, alone ? tasks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t at = task / m.kv_heads * kRun;
+      const int64_t sequence = task / each, at = task % each / m.kv_heads * kRun;
       const int64_t head = task % m.kv_heads;
-      m.run(q + head * m.group * m.d, keys, values, head, at, std::min(kRun, length - at),
-            m.slot(task));
+      const Rows keys(k, sequence, m.kv_heads, m.d), values(v, sequence, m.kv_heads, m.d);
+      m.run(q + (sequence * m.heads + head * m.group) * m.d, keys, values, head, at,
+            std::min(kRun, length - at), m.slot(task));
     }
   });
-  for (int64_t head = 0; head < m.kv_heads; ++head) m.join(head, used, y);
+  for (int64_t sequence = 0; sequence < m.batch; ++sequence)
+    for (int64_t head = 0; head < m.kv_heads; ++head) m.join(sequence, head, used, y);
 }
 
 }  // namespace omq

@@ -1,7 +1,8 @@
 // RowProducts on the CPU: tasks are runs of rows of one matrix (of both, for SiluMul), listed once.
 //
-// The calling thread brings x into the form that the loops read while the others wait for the
-// dispatch: it is a few microseconds' work at most, less than handing it over would cost.
+// The calling thread brings a row of x into the form that the loops read while the others wait for
+// the dispatch: it is a few microseconds' work at most, less than handing it over would cost. Of
+// several rows the threads take their share.
 #include "tensor/row_products.h"
 
 #include <algorithm>
@@ -19,7 +20,8 @@ using cpu::PanelView;
 
 namespace {
 
-constexpr int64_t kDenseGrain = 32;  // rows of a dense matrix a task
+constexpr int64_t kDenseGrain = 32;      // rows of a dense matrix a task
+constexpr int64_t kPrepareGrain = 8192;  // values of x that are prepared together
 
 // Rows of a packed matrix a task: whole panels, at least as many as gemv has streams, so many tasks
 // that threads end together.
@@ -33,11 +35,14 @@ bool same_chunks(const PanelView& a, const PanelView& b) {
   return a.groups == b.groups && a.group_cols == b.group_cols && a.last_cols == b.last_cols;
 }
 
-// A row of activations as the packed loops read it: it depends on the groups alone, so matrices of
-// one grouping share it.
+// The rows of activations as the packed loops read them: it depends on the groups alone, so
+// matrices of one grouping share it.
 struct Prepared {
   PanelView view;
-  Tensor bytes;  // U8
+  Tensor bytes;  // U8 [B, bytes of a row]
+  std::byte* row(int64_t i) const {
+    return reinterpret_cast<std::byte*>(bytes.data<uint8_t>()) + i * bytes.dim(1);
+  }
 };
 
 struct Part {  // one matrix
@@ -68,14 +73,15 @@ struct RowProducts::Impl {
   std::vector<Task> tasks;
   QuantizedRows quantized;  // x as codes
   Tensor on_grid;           // x as the floats that these stand for
-  Tensor products;          // [Σ N], before the output is formed; unused by Store
+  Tensor products;          // [B, N] of each matrix, before the output is formed; unused by Store
   Tensor scratch;           // of gemm_codes, a slot a task
-  int64_t cols = 0, rows = 0;
+  int64_t cols = 0, rows = 0, batch = 1;
 
   void add(RowMatrix m);
   void share_out();
   void prepare_input();
   const float* prepare(const Tensor& x);
+  void prepare_row(int64_t i, const float* x);
   void multiply(const Part& p, const float* x, float* y, int64_t begin, int64_t end, size_t task);
   void run(const Task& t, size_t index, const float* x, float* y);
   size_t prepared_for(const PanelView& view);
@@ -90,7 +96,7 @@ size_t RowProducts::Impl::prepared_for(const PanelView& view) {
   const int64_t bytes = plain ? cpu::prepared_codes_bytes(view)
                               : std::max(floats->prepared_bytes(view),
                                          codes ? codes->prepared_bytes(view) : int64_t{0});
-  prepared.push_back({view, Tensor::zeros({bytes}, DType::U8)});
+  prepared.push_back({view, Tensor::zeros({batch, bytes}, DType::U8)});
   return prepared.size() - 1;
 }
 
@@ -134,10 +140,10 @@ void RowProducts::Impl::share_out() {
 void RowProducts::Impl::prepare_input() {
   const bool any_dense =
       std::any_of(parts.begin(), parts.end(), [](const Part& p) { return !p.packed; });
-  if (input && (any_dense || !codes)) on_grid = Tensor::zeros({1, cols});
+  if (input && (any_dense || !codes)) on_grid = Tensor::zeros({batch, cols});
   if (!codes) return;
-  quantized = {.codes = Tensor::zeros({1, cols}, DType::U8),
-               .grid = Tensor::zeros({1, 2}),
+  quantized = {.codes = Tensor::zeros({batch, cols}, DType::U8),
+               .grid = Tensor::zeros({batch, 2}),
                .spec = *input,
                .cols = cols};
   int64_t bytes = 0;
@@ -149,23 +155,25 @@ void RowProducts::Impl::prepare_input() {
 }
 
 RowProducts::RowProducts(std::vector<RowMatrix> matrices, RowOutput output,
-                         std::optional<RowQuant> input)
+                         std::optional<RowQuant> input, int64_t batch)
     : impl_(std::make_unique<Impl>()) {
   Impl& m = *impl_;
   check(!matrices.empty(), "row products: no matrix");
+  check(batch >= 1, "row products: {} rows of x", batch);
   check(output != RowOutput::Add || matrices.size() == 1, "row products: Add takes one matrix");
   m.floats = &cpu::active_packed_isa();
   // As packed_matmul_rows: a table without integer loops leaves these to the scalar one.
   if (input && input->include_zero) m.codes = m.floats->gemm_codes ? m.floats : &cpu::kScalarIsa;
   m.output = output;
   m.input = input;
+  m.batch = batch;
   for (RowMatrix& matrix : matrices) m.add(std::move(matrix));
   if (output == RowOutput::SiluMul)
     check(m.parts.size() == 2 && m.parts[0].rows == m.parts[1].rows,
           "row products: SiluMul takes two matrices of one size");
   m.share_out();
   m.prepare_input();
-  if (output != RowOutput::Store) m.products = Tensor::zeros({m.rows});
+  if (output != RowOutput::Store) m.products = Tensor::zeros({batch * m.rows});
 }
 
 RowProducts::~RowProducts() = default;
@@ -179,6 +187,20 @@ int64_t RowProducts::rows() const {
 
 // ---- per token ----
 
+// Row i of x, whose floats are at x, into the form that the packed loops read.
+void RowProducts::Impl::prepare_row(int64_t i, const float* x) {
+  if (!codes) {
+    for (const Prepared& p : prepared) floats->prepare(p.view, x, p.row(i));
+    return;
+  }
+  const float* grid = quantized.grid.data<float>() + 2 * i;
+  const cpu::RowCodes row{quantized.codes.data<uint8_t>() + i * cols, grid[0],
+                          static_cast<int32_t>(grid[1]), input->bits};
+  for (const Prepared& p : prepared)
+    codes->prepare_codes_for_gemv ? codes->prepare_codes_for_gemv(p.view, row, p.row(i))
+                                  : cpu::prepare_codes(p.view, row, p.row(i));
+}
+
 // x in every form that is wanted; gives the floats.
 const float* RowProducts::Impl::prepare(const Tensor& x) {
   const float* values = x.data<float>();
@@ -186,63 +208,57 @@ const float* RowProducts::Impl::prepare(const Tensor& x) {
     cpu::fake_quant_rows(on_grid, x, *input);
     values = on_grid.data<float>();
   }
-  if (!codes) {
-    for (Prepared& p : prepared)
-      floats->prepare(p.view, values, reinterpret_cast<std::byte*>(p.bytes.data<uint8_t>()));
-    return values;
-  }
-  cpu::quantize_rows(quantized, x);
-  const float* grid = quantized.grid.data<float>();
-  const cpu::RowCodes row{quantized.codes.data<uint8_t>(), grid[0], static_cast<int32_t>(grid[1]),
-                          input->bits};
-  for (Prepared& p : prepared) {
-    auto* out = reinterpret_cast<std::byte*>(p.bytes.data<uint8_t>());
-    codes->prepare_codes_for_gemv ? codes->prepare_codes_for_gemv(p.view, row, out)
-                                  : cpu::prepare_codes(p.view, row, out);
-  }
+  if (codes) cpu::quantize_rows(quantized, x);
+  if (prepared.empty()) return values;
+  parallel_for(batch, std::max<int64_t>(1, kPrepareGrain / cols), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) prepare_row(i, values + i * cols);
+  });
   return values;
 }
 
-// y [N of p]: rows begin … end − 1.
+// y [B, N of p]: columns begin … end − 1.
 void RowProducts::Impl::multiply(const Part& p, const float* x, float* y, int64_t begin,
                                  int64_t end, size_t task) {
   if (!p.packed) {
-    floats->dense_gemv(p.dense, x, 1, y, begin, end);
+    floats->dense_gemv(p.dense, x, batch, y, begin, end);
   } else {
-    const auto* row =
-        reinterpret_cast<const std::byte*>(prepared[p.prepared].bytes.data<uint8_t>());
+    const std::byte* rows_of_x = prepared[p.prepared].row(0);
     const int64_t first = begin / kPanelRows, last = panels_of(end);
     if (!codes || codes->prepare_codes_for_gemv) {
-      (codes ? codes : floats)->gemv(p.panels, row, 1, y, first, last);
+      (codes ? codes : floats)->gemv(p.panels, rows_of_x, batch, y, first, last);
     } else {
       auto* slot = scratch.defined() ? reinterpret_cast<std::byte*>(scratch.data<uint8_t>()) +
                                            static_cast<int64_t>(task) * scratch.dim(1)
                                      : nullptr;
-      codes->gemm_codes(p.panels, row, 1, y, first, last, slot);
+      codes->gemm_codes(p.panels, rows_of_x, batch, y, first, last, slot);
     }
   }
-  if (p.bias)
-    for (int64_t i = begin; i < end; ++i) y[i] += p.bias[i];
+  if (!p.bias) return;
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t i = begin; i < end; ++i) y[n * p.rows + i] += p.bias[i];
 }
 
 void RowProducts::Impl::run(const Task& t, size_t index, const float* x, float* y) {
   const Part& p = parts[t.part];
-  if (output == RowOutput::Store) return multiply(p, x, y + p.at, t.begin, t.end, index);
+  if (output == RowOutput::Store) return multiply(p, x, y + batch * p.at, t.begin, t.end, index);
   float* first = products.data<float>();
   multiply(p, x, first, t.begin, t.end, index);
-  if (output == RowOutput::Add) {
-    for (int64_t i = t.begin; i < t.end; ++i) y[i] += first[i];
-    return;
+  float* second = first + batch * p.rows;
+  if (output == RowOutput::SiluMul) multiply(parts[1], x, second, t.begin, t.end, index);
+  for (int64_t n = 0; n < batch; ++n) {
+    const int64_t begin = n * p.rows + t.begin, end = n * p.rows + t.end;
+    if (output == RowOutput::Add) {
+      for (int64_t i = begin; i < end; ++i) y[i] += first[i];
+    } else {
+      for (int64_t i = begin; i < end; ++i) y[i] = fn::Silu{}.fwd(first[i]) * second[i];
+    }
   }
-  float* second = first + parts[1].at;
-  multiply(parts[1], x, second, t.begin, t.end, index);
-  for (int64_t i = t.begin; i < t.end; ++i) y[i] = fn::Silu{}.fwd(first[i]) * second[i];
 }
 
 void RowProducts::operator()(const Tensor& x, float* y) {
   Impl& m = *impl_;
-  check(x.shape() == (Shape{1, m.cols}) && x.is_contiguous(), "row products: x {}, [1, {}] wanted",
-        x.shape(), m.cols);
+  check(x.shape() == (Shape{m.batch, m.cols}) && x.is_contiguous(),
+        "row products: x {}, [{}, {}] wanted", x.shape(), m.batch, m.cols);
   const float* values = m.prepare(x);
   parallel_for(static_cast<int64_t>(m.tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

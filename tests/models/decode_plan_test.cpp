@@ -169,6 +169,108 @@ TEST_CASE("decode plan: many keys; the same bits on any number of threads") {
   CHECK(last[2] == last[0]);
 }
 
+namespace {
+
+// Every sequence of a batch has the logits, bit for bit, that it has alone.
+void check_batch(const Model& model, int64_t batch, int64_t tokens) {
+  const NoGrad off;
+  CAPTURE(batch);
+  const int64_t V = model.config().vocab_size;
+  const auto id = [V](int64_t n, int64_t t) { return some_id(t + 37 * n, V); };
+  DecodePlan together(model, tokens, batch), alone(model, tokens);
+  std::vector<std::vector<nn::KVCache>> caches;
+  for (int64_t n = 0; n < batch; ++n) caches.push_back(model.new_caches(1, tokens));
+  auto of_all = model.new_caches(batch, tokens);
+  std::vector<int32_t> ids(static_cast<size_t>(batch));
+  int64_t different = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (size_t n = 0; n < ids.size(); ++n) ids[n] = id(static_cast<int64_t>(n), t);
+    together.step(ids, of_all);
+    const auto got = together.logits();
+    REQUIRE(got.size() == ids.size() * static_cast<size_t>(V));
+    for (size_t n = 0; n < ids.size(); ++n) {
+      alone.step(ids[n], caches[n]);
+      const auto want = alone.logits();
+      different +=
+          std::equal(want.begin(), want.end(), got.begin() + static_cast<int64_t>(n * want.size()))
+              ? 0
+              : 1;
+    }
+  }
+  CHECK(different == 0);
+}
+
+}  // namespace
+
+TEST_CASE("decode plan: sequences together are each alone, packed and dense") {
+  const Restore restore;
+  for (const char* isa : packed_isas_here()) {
+    CAPTURE(std::string(isa));
+    REQUIRE(force_packed_isa(isa));
+    for (const DType type : {DType::F32, DType::F16}) {
+      const OnDisk source({.type = "qwen2", .tied = false, .dtype = type});
+      for (const int64_t batch : {2, 3, 16}) check_batch(Model::load(*source.reader), batch, 12);
+    }
+    const OnDisk source({.type = "llama", .tied = true});
+    for (const int bits : {3, 4})
+      for (const int64_t batch : {2, 3, 16}) {
+        CAPTURE(bits);
+        Model model = Model::load(*source.reader, 0, LoadAs::F32);
+        pack(model, bits, 32, bits == 3, 8);
+        check_batch(model, batch, 12);
+      }
+  }
+}
+
+TEST_CASE("decode plan: sequences together are each alone, activations and caches of codes") {
+  const Restore restore;
+  const OnDisk source({.type = "qwen2", .layers = 2, .seed = 5});
+  const std::vector<ActivationSpec> specs = {
+      {.activation = 8, .q = 8, .k = 8, .v = 8},
+      {.activation = 4, .q = 16, .k = 8, .v = 3},
+      {.activation = 16, .q = 16, .k = 4, .v = 16},
+      {.activation = 4, .q = 4, .k = 4, .v = 4, .p = 16, .include_zero = false}};
+  for (const bool packed : {true, false})
+    for (const ActivationSpec& s : specs) {
+      CAPTURE(packed);
+      CAPTURE(s.activation);
+      Model model = Model::load(*source.reader, 0, LoadAs::F32);
+      if (packed) pack(model, 4, 32, false, 8);
+      quantize_activations(model, s);
+      for (const int64_t batch : {2, 16})
+        for (const int threads : {1, 3}) {
+          set_num_threads(threads);
+          check_batch(model, batch, 24);
+        }
+    }
+}
+
+TEST_CASE("decode plan: greedy tokens of several sequences are those of each") {
+  const auto reader = open_checkpoint(source_path("tests/fixtures/tiny-llama"));
+  const Model model = Model::load(*reader);
+  constexpr int64_t kTokens = 40;
+  for (const int64_t batch : {2, 3, 16}) {
+    CAPTURE(batch);
+    DecodePlan together(model, kTokens, batch), alone(model, kTokens);
+    std::vector<int32_t> first;
+    for (int64_t n = 0; n < batch; ++n) first.push_back(some_id(n, 512));
+    auto caches = model.new_caches(batch, kTokens);
+    std::vector<std::vector<int32_t>> got(first.size());
+    std::span<const int32_t> ids = first;
+    for (int64_t t = 0; t < kTokens; ++t) {
+      ids = together.greedy(ids, caches);
+      for (size_t n = 0; n < ids.size(); ++n) got[n].push_back(ids[n]);
+    }
+    for (size_t n = 0; n < first.size(); ++n) {
+      auto own = model.new_caches(1, kTokens);
+      std::vector<int32_t> want;
+      for (int32_t id = first[n]; static_cast<int64_t>(want.size()) < kTokens;)
+        want.push_back(id = alone.greedy(id, own));
+      CHECK(got[n] == want);
+    }
+  }
+}
+
 TEST_CASE("decode plan: what it cannot run is said, and the generator uses the blocks") {
   const OnDisk source({.tied = true});
   Model model = Model::load(*source.reader, 0, LoadAs::F32);
@@ -208,8 +310,24 @@ TEST_CASE("decode plan: unhappy paths") {
   for (int i = 0; i < 3; ++i) plan.step(5, caches);
   CHECK(message_of([&] { plan.step(5, caches); }) ==
         "context is full: 3 tokens cached, 1 more wanted, room for 3");
-  auto two = model.new_caches(2, 3);
-  CHECK(contains(message_of([&] { plan.step(5, two); }), "of one sequence each"));
+  auto two = model.new_caches(2, 3), fresh = model.new_caches(1, 3);
+  CHECK(message_of([&] { plan.step(5, two); }) ==
+        "decode: caches of 2 sequences, the plan was made for 1");
+  CHECK(message_of([&] {
+          plan.step(std::vector<int32_t>{5, 5}, fresh);
+        }) == "decode: 2 tokens for 1 sequences");
+  DecodePlan pair(model, 3, 2);
+  CHECK(pair.batch() == 2);
+  CHECK(message_of([&] {
+          pair.step(std::vector<int32_t>{5, 300}, two);
+        }) == "decode: token 300 is outside the model's vocabulary of 257");
+  two.back().advance(1);
+  CHECK(message_of([&] {
+          pair.greedy(std::vector<int32_t>{5, 5}, two);
+        }) == "decode: caches of 0 and of 1 tokens");
+  for (const int64_t batch : {0, 17})
+    CHECK(message_of([&] { DecodePlan(model, 3, batch); }) ==
+          fmt::format("decode plan: {} sequences at once, 1 to 16 are possible", batch));
   caches.pop_back();
   CHECK(contains(message_of([&] { plan.step(5, caches); }), "1 caches for 2 blocks"));
 }
@@ -232,16 +350,22 @@ TEST_CASE("decode plan: no memory is taken for a token, nor for its sampling and
       Model model = Model::load(*source.reader, 0, LoadAs::F32);
       pack(model, 4, 32, false, 8);
       if (integers) quantize_activations(model, {.activation = 8, .q = 8, .k = 8, .v = 4});
-      auto caches = model.new_caches(1, 64);
-      DecodePlan plan(model, 64);
-      plan.step(1, caches);  // starts the threads
-      plan.logits();
-      const int64_t before = allocation_count();
-      for (int64_t t = 0; t < 32; ++t) {
-        plan.step(some_id(t, 257), caches);
+      for (const int64_t batch : {1, 3}) {
+        auto caches = model.new_caches(batch, 64);
+        DecodePlan plan(model, 64, batch);
+        std::vector<int32_t> ids(static_cast<size_t>(batch), 1);
+        plan.step(ids, caches);  // starts the threads
         plan.logits();
+        const int64_t before = allocation_count();
+        for (int64_t t = 0; t < 32; ++t) {
+          ids.front() = some_id(t, 257);
+          plan.step(ids, caches);
+          plan.logits();
+          plan.greedy(ids, caches);
+          for (nn::KVCache& cache : caches) cache.truncate(t + 2);
+        }
+        CHECK(allocation_count() == before);
       }
-      CHECK(allocation_count() == before);
 
       const Tokenizer tokenizer = source.reader->tokenizer();
       Generator generator(model, tokenizer);

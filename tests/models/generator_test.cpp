@@ -190,6 +190,88 @@ TEST_CASE("a full context ends the text and is said; a prompt that does not fit 
   CHECK_THROWS_AS(Generator(tiny().model, tiny().tokenizer, 257), Error);
 }
 
+TEST_CASE("continuations made together are those of their seeds") {
+  Generator g(tiny().model, tiny().tokenizer), single(tiny().model, tiny().tokenizer);
+  GenerateOptions o = greedy(40);
+  for (const double temperature : {0.0, 1.2}) {
+    o.sampling.temperature = temperature;
+    for (const int64_t count : {1, 3, 16}) {
+      CAPTURE(temperature);
+      CAPTURE(count);
+      o.sampling.seed = 11;
+      bool streamed = false;
+      o.on_text = [&](std::string_view) { streamed = true; };
+      const auto all = g.generate_parallel(prompt(), count, o);
+      CHECK_FALSE(streamed);
+      o.on_text = nullptr;
+      REQUIRE(static_cast<int64_t>(all.size()) == count);
+      for (const GenerateResult& r : all) {
+        const GenerateResult one = single.generate(prompt(), o);
+        ++o.sampling.seed;
+        CHECK(r.tokens == one.tokens);
+        CHECK(r.text == one.text);
+        CHECK(r.finish == one.finish);
+        CHECK(r.stats.generated_tokens == one.stats.generated_tokens);
+        CHECK(r.stats.decode_steps == one.stats.decode_steps);
+      }
+      // The prompt stays in the generator's cache.
+      CHECK(g.generate_parallel(prompt(), 2, greedy(1)).front().stats.reused_tokens ==
+            static_cast<int64_t>(prompt().size()) - 1);
+    }
+  }
+}
+
+TEST_CASE("continuations made together end one by one") {
+  Generator g(tiny().model, tiny().tokenizer), single(tiny().model, tiny().tokenizer);
+  GenerateOptions o = greedy(60);
+  o.sampling.temperature = 1.5;
+  o.stop = {"."};
+  std::vector<size_t> lengths;
+  uint64_t seed = o.sampling.seed = 3;
+  for (const GenerateResult& r : g.generate_parallel(prompt(), 6, o)) {
+    o.sampling.seed = seed++;
+    const GenerateResult one = single.generate(prompt(), o);
+    CHECK(r.tokens == one.tokens);
+    CHECK(r.text == one.text);
+    CHECK(r.finish == one.finish);
+    CHECK(r.stop == one.stop);
+    lengths.push_back(r.tokens.size());
+  }
+  std::sort(lengths.begin(), lengths.end());
+  CHECK(lengths.front() < lengths.back());
+
+  for (const GenerateResult& r : g.generate_parallel(prompt(), 2, greedy(0))) {
+    CHECK(r.tokens.empty());
+    CHECK(r.finish == FinishReason::MaxTokens);
+  }
+  Generator narrow(tiny().model, tiny().tokenizer, 16);
+  o = greedy(-1);
+  o.ignore_eos = true;
+  for (const GenerateResult& r : narrow.generate_parallel(prompt(), 3, o)) {
+    CHECK(r.finish == FinishReason::ContextFull);
+    CHECK(r.tokens == narrow.generate(prompt(), o).tokens);
+  }
+  std::atomic<bool> stop{true};
+  o.cancel = &stop;
+  for (const GenerateResult& r : narrow.generate_parallel(Ids{5, 6}, 2, o))
+    CHECK(r.finish == FinishReason::Cancelled);
+  for (const int64_t count : {0, 17})
+    CHECK_THROWS_WITH_AS(
+        g.generate_parallel(prompt(), count, greedy(3)),
+        fmt::format("generate: {} continuations at once, 1 to 16 are possible", count).c_str(),
+        Error);
+}
+
+TEST_CASE("continuations made together by the blocks, where no plan runs the model") {
+  Model model = Model::load(*tiny().reader);
+  for (auto& block : model.blocks) block->self_attn.taps.p = RowQuant{.bits = 8};
+  Generator g(model, tiny().tokenizer);
+  REQUIRE_FALSE(g.unplanned().empty());
+  const auto all = g.generate_parallel(prompt(), 3, greedy(12));
+  const GenerateResult one = g.generate(prompt(), greedy(12));
+  for (const GenerateResult& r : all) CHECK(r.tokens == one.tokens);
+}
+
 TEST_CASE("cancelling ends at the next token and leaves the generator usable") {
   Generator g(tiny().model, tiny().tokenizer);
   std::atomic<bool> stop{false};

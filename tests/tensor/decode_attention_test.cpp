@@ -27,8 +27,9 @@ struct Cache {
   Tensor stored;  // undefined when they are codes
   QuantizedRows codes;
 
-  Cache(Rng& rng, int64_t capacity, int64_t heads, int64_t d, const std::optional<RowQuant>& s)
-      : floats(normal_tensor(rng, {1, capacity, heads, d}, DType::F32)) {
+  Cache(Rng& rng, int64_t capacity, int64_t heads, int64_t d, const std::optional<RowQuant>& s,
+        int64_t batch = 1)
+      : floats(normal_tensor(rng, {batch, capacity, heads, d}, DType::F32)) {
     if (!s) {
       stored = floats;
       return;
@@ -36,12 +37,22 @@ struct Cache {
     codes.spec = *s;
     codes.cols = d;
     codes.paired = s->bits <= 4;
-    codes.codes = Tensor::zeros({1, capacity, heads, codes.code_bytes()}, DType::U8);
-    codes.grid = Tensor::zeros({1, capacity, heads, 2});
+    codes.codes = Tensor::zeros({batch, capacity, heads, codes.code_bytes()}, DType::U8);
+    codes.grid = Tensor::zeros({batch, capacity, heads, 2});
     cpu::quantize_rows(codes, floats);
     cpu::dequantize_rows(floats, codes);
   }
   CachedRows rows() const { return {stored, codes}; }
+  Cache sequence(int64_t i) const {
+    const auto part = [i](const Tensor& t) {
+      if (!t.defined()) return Tensor{};
+      return t.alias({1, t.dim(1), t.dim(2), t.dim(3)}, t.strides(), i * t.stride(0));
+    };
+    Cache one = *this;
+    one.stored = part(stored);
+    one.codes.codes = part(codes.codes), one.codes.grid = part(codes.grid);
+    return one;
+  }
 };
 
 Tensor first(const Tensor& t, int64_t n) {
@@ -82,6 +93,31 @@ TEST_CASE("decode attention: grouped heads, floats and codes, short and long") {
     }
 }
 
+TEST_CASE("decode attention: sequences together are each alone") {
+  Rng rng(7);
+  constexpr int64_t kHeads = 6, kKvHeads = 2, kDim = 20, kCapacity = 700, kBatch = 3;
+  for (const auto& kind : {std::optional<RowQuant>{}, std::optional(RowQuant{.bits = 8}),
+                           std::optional(RowQuant{.bits = 4})}) {
+    const Cache k(rng, kCapacity, kKvHeads, kDim, kind, kBatch),
+        v(rng, kCapacity, kKvHeads, kDim, kind, kBatch);
+    DecodeAttention together(kHeads, kKvHeads, kDim, kCapacity, kBatch),
+        alone(kHeads, kKvHeads, kDim, kCapacity);
+    for (const int64_t n : {1, 65, 257, 700}) {
+      CAPTURE(n);
+      const Tensor q = normal_tensor(rng, {kBatch, kHeads, kDim}, DType::F32, 3);
+      Tensor got = Tensor::full(q.shape(), 77.0), want = Tensor::full(q.shape(), 55.0);
+      const Threads scope(2);
+      together(q.data<float>(), k.rows(), v.rows(), n, got.data<float>());
+      for (int64_t i = 0; i < kBatch; ++i) {
+        const Cache own_k = k.sequence(i), own_v = v.sequence(i);
+        const int64_t at = i * kHeads * kDim;
+        alone(q.data<float>() + at, own_k.rows(), own_v.rows(), n, want.data<float>() + at);
+      }
+      CHECK(bit_equal(got, want));
+    }
+  }
+}
+
 TEST_CASE("decode attention: large scores stay finite, and NaN shows") {
   Rng rng(4);
   const Cache k(rng, 300, 2, 16, std::nullopt), v(rng, 300, 2, 16, std::nullopt);
@@ -102,6 +138,10 @@ TEST_CASE("decode attention: what cannot be is refused") {
   float q[8] = {}, y[8];
   CHECK_THROWS_WITH_AS(attention(q, k.rows(), k.rows(), 0, y),
                        "decode attention: 0 tokens, room for 256", Error);
+  DecodeAttention pair(2, 1, 4, 10, 2);
+  CHECK_THROWS_WITH_AS(pair(q, k.rows(), k.rows(), 3, y),
+                       "decode attention: 3 tokens of 2 sequences, the cache is [1, 10, 1, 4]",
+                       Error);
 }
 
 }  // namespace omq

@@ -106,7 +106,7 @@ TEST_CASE("devices: groups that fall into no unit are left to dense weights") {
 TEST_CASE("devices: products with packed weights, few rows and many") {
   for_packed([](Rng& rng, Device d, int64_t rows, int64_t cols, GroupSpec spec) {
     const Packed w = random_packed(rng, rows, cols, spec, d);
-    for (const int64_t m : {1, 3, 8, 11, 40}) {
+    for (const int64_t m : {1, 3, 5, 8, 11, 16, 40}) {
       CAPTURE(m);
       const Tensor x = random_tensor(rng, {m, cols}, DType::F32, -2, 2);
       Tensor want = floats({m, rows}), dense = floats({rows, cols});
@@ -126,7 +126,7 @@ TEST_CASE("devices: several rows as wide as a large model's") {
       CAPTURE(bits);
       constexpr int64_t kRows = 16, kCols = 11008;
       const Packed w = random_packed(rng, kRows, kCols, {.bits = bits, .group_size = 128}, d);
-      for (const int64_t m : {4, 5}) {
+      for (const int64_t m : {4, 5, 8, 16}) {
         CAPTURE(m);
         const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
         Tensor want = floats({m, kRows}), dense = floats({kRows, kCols});
@@ -275,7 +275,7 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
           CAPTURE(packed);
           CAPTURE(quantised);
           CAPTURE(static_cast<int>(output));
-          const int64_t m = rng.between(1, 8), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
+          const int64_t m = rng.between(1, 16), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
           const size_t count = output == RowOutput::Store ? 3 : output == RowOutput::Add ? 1 : 2;
           std::vector<RowMatrix> cpu, gpu;
           int64_t columns = 0;

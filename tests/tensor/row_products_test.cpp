@@ -148,6 +148,52 @@ TEST_CASE("row products: dense matrices, beside packed ones too") {
     }
 }
 
+TEST_CASE("row products: several rows at once are each row alone") {
+  const Restore restore;
+  for (const char* isa : packed_isas_here()) {
+    CAPTURE(std::string(isa));
+    REQUIRE(force_packed_isa(isa));
+    set_num_threads(3);
+    Rng rng(9);
+    constexpr int64_t kCols = 136, kRows = 217;
+    for (const int bits : {2, 3, 4, 8, 16})
+      for (const auto& input : kInputs)
+        for (const int64_t batch : {2, 3, 5, 16}) {
+          CAPTURE(bits);
+          CAPTURE(batch);
+          const auto matrix = [&](int64_t rows) -> RowMatrix {
+            const Tensor bias = normal_tensor(rng, {rows}, DType::F32);
+            if (bits == 16) return {normal_tensor(rng, {rows, kCols}, DType::F16), bias};
+            return {random_packed(rng, rows, kCols, {.bits = bits, .group_size = 64}), bias};
+          };
+          const Tensor x = normal_tensor(rng, {batch, kCols}, DType::F32);
+          const std::vector<RowMatrix> all{matrix(kRows), matrix(40)}, one{matrix(kRows)},
+              pair{matrix(kRows), matrix(kRows)};
+          for (const auto& [matrices, output] :
+               {std::pair{&all, RowOutput::Store}, std::pair{&one, RowOutput::Add},
+                std::pair{&pair, RowOutput::SiluMul}}) {
+            RowProducts together(*matrices, output, input, batch), alone(*matrices, output, input);
+            const int64_t n = alone.rows();
+            CHECK(together.rows() == n);
+            Tensor got = Tensor::full({batch * n}, 0.5), want = Tensor::full({batch, n}, 0.5);
+            together(x, got.data<float>());
+            for (int64_t i = 0; i < batch; ++i)
+              alone(x.alias({1, kCols}, {kCols, 1}, i * kCols), want.data<float>() + i * n);
+            // Stored products stand matrix by matrix.
+            const int64_t first = output == RowOutput::Store ? kRows : n;
+            int64_t different = 0;
+            for (int64_t i = 0; i < batch; ++i)
+              for (int64_t j = 0; j < n; ++j) {
+                const int64_t at =
+                    j < first ? i * first + j : batch * first + i * (n - first) + j - first;
+                different += got.data<float>()[at] != want.data<float>()[i * n + j];
+              }
+            CHECK(different == 0);
+          }
+        }
+  }
+}
+
 TEST_CASE("row products: a value that is not finite shows") {
   Rng rng(7);
   Tensor x = normal_tensor(rng, {1, 64}, DType::F32);
@@ -191,6 +237,12 @@ TEST_CASE("row products: what does not fit is refused") {
   CHECK(message([&] {
           p(Tensor::zeros({1, 32}), y);
         }) == "row products: x [1, 32], [1, 64] wanted");
+  CHECK(message([&] {
+          p(Tensor::zeros({2, 64}), y);
+        }) == "row products: x [2, 64], [1, 64] wanted");
+  CHECK(message([&] {
+          RowProducts({{w, {}}}, RowOutput::Store, {}, 0);
+        }) == "row products: 0 rows of x");
 }
 
 }  // namespace omq

@@ -92,6 +92,11 @@ TEST_CASE("wrong usage: code 2, the flag named, the nearest one suggested") {
       {"generate -m x -p a --device cuda:x", "--device cuda:x: a number after cuda: wanted"},
       {"generate -m x -p a -ctk q8_0", "cache type q8_0: only f32 is there"},
       {"generate -m x -p a --isa z80", "--isa z80: this machine runs"},
+      {"generate -m x -p a --parallel 0", "--parallel 0: 1 to 16"},
+      {"generate -m x -p a -np 17", "--parallel 17: 1 to 16"},
+      {"generate -m x -p a -np two", "--parallel"},
+      {"bench -m x -np 1,32", "--parallel 32: 1 to 16"},
+      {"bench -m x -np 0", "--parallel"},
       {"ppl -m x -f y --protocol wiki",
        "protocol \"wiki\" is not known; there are gptq, llama.cpp and documents"},
       {"bench -m x -p 5,a", "--n-prompt: \"5,a\" is not a list of whole numbers"},
@@ -173,6 +178,29 @@ TEST_CASE("generate: seeds, stop strings, bias") {
   CHECK(omq_run("generate " + model() + kStory + "-l banana").code == 2);
 }
 
+TEST_CASE("generate: several continuations, each under its heading") {
+  const std::string hot = "generate -q " + model() + " -p 'Ella was' --temp 1.5 -n 12 ";
+  const auto text = [&](int seed) { return omq_run(hot + "-s " + std::to_string(seed)).out; };
+  const Outcome three = omq_run(hot + "-s 7 -np 3");
+  CHECK(three.code == 0);
+  CHECK(three.err.empty());
+  CHECK(three.out == "== 1 of 3, seed 7 ==\n" + text(7) + "\n\n== 2 of 3, seed 8 ==\n" + text(8) +
+                         "\n\n== 3 of 3, seed 9 ==\n" + text(9) + "\n");
+  CHECK(omq_run(hot + "-s 7 --parallel 1").out == text(7));
+  const Outcome greedy = omq_run("generate " + model() + kStory + "-n 5 --parallel 2");
+  CHECK(has(greedy.out, "== 2 of 2 ==\n"));
+  CHECK(has(greedy.err, "generated      10 tokens"));
+  const json j = json::parse(omq_run(hot + "-s 7 -np 2 --json").out);
+  REQUIRE(j["continuations"].size() == 2);
+  CHECK(j["generated_tokens"] == 24);
+  CHECK(j["continuations"][1]["text"] == text(8));
+  CHECK(j["continuations"][1]["seed"] == 8);
+  const Outcome full =
+      omq_run("generate --no-perf " + model() + kStory + "-c 16 -n 100 --ignore-eos -np 2");
+  CHECK(full.code == 1);
+  CHECK(has(full.err, "the context of 16 tokens is full"));
+}
+
 TEST_CASE("generate: a full context is said") {
   const Outcome o = omq_run("generate --no-perf " + model() + kStory + "-c 16 -n 100 --ignore-eos");
   CHECK(o.code == 1);
@@ -246,6 +274,13 @@ TEST_CASE("bench: llama-bench's fields, lists multiplied out") {
   const Outcome md = omq_run("bench -q " + model() + " -p 0 -n 4 -r 1 --no-bandwidth");
   CHECK(has(md.out, "tg4"));
   CHECK_FALSE(has(md.out, "pp"));
+  const json batches = json::parse(
+      omq_run("bench -q " + model() + " -p 0 -n 4 -r 1 -np 1,3 --no-bandwidth -o json").out);
+  REQUIRE(batches.size() == 2);
+  CHECK(batches[1]["n_parallel"] == 3);
+  CHECK(batches[1]["avg_ts"].get<double>() * batches[1]["avg_ns"].get<double>() ==
+        doctest::Approx(12e9));
+  CHECK(has(omq_run("bench -q " + model() + " -p 0 -n 4 -r 1 -np 3 --no-bandwidth").out, "tg4x3"));
   const Outcome csv = omq_run("bench -q " + model() + " -p 4 -n 0 -r 1 -o csv");
   CHECK(csv.out.starts_with("build_version,"));
 }

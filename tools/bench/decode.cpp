@@ -1,11 +1,13 @@
-// Benchmark of running a model: tokens a second of decoding one sequence (the recorded plan, head,
-// logits to the host and greedy choice included), of a prompt, and GB/s of single products with one
-// row, each as a share of what a copy on the same device reaches. Random weights of well-known
-// shapes with realistic scales; nothing is read from a file. A table, then one line of JSON.
+// Benchmark of running a model: tokens a second of decoding one sequence, or several at once (the
+// recorded plan, head, logits to the host and greedy choice included), of a prompt, and GB/s of
+// single products with one row, each as a share of what a copy on the same device reaches. Random
+// weights of well-known shapes with realistic scales; nothing is read from a file. A table, then
+// one line of JSON.
 //
-//   omq-bench-decode --device cuda --shape 7b --weights w4g128,w3g128,w2g128,f16
+//   omq-bench-decode --device cuda --shape 7b --weights w4g128,w3g128,w2g128,f16 --batch 1,4,16
 //
-// The floor of a decoded token is its bytes: the blocks' weights with their grids, and the head.
+// The floor of a step is its bytes: the blocks' weights with their grids, and the head, once for
+// all sequences.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -14,6 +16,7 @@
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <sstream>
 
 #include "autograd/ops.h"
@@ -200,22 +203,23 @@ struct Bench {
   }
 };
 
-// Seconds of a token behind a prompt, median of whole runs.
-double decode_seconds(const Bench& b, const Model& m) {
+// Seconds of a step behind a prompt, a token of each of `batch` sequences; median of whole runs.
+double decode_seconds(const Bench& b, const Model& m, int64_t batch) {
   const NoGrad off;
   const int64_t all = b.prompt + b.gen;
-  DecodePlan plan(m, all);
-  auto caches = m.new_caches(1, all);
-  std::vector<int32_t> ids(static_cast<size_t>(b.prompt));
+  DecodePlan plan(m, all, batch);
+  auto caches = m.new_caches(batch, all);
+  std::vector<int32_t> ids(static_cast<size_t>(batch * b.prompt));
   for (size_t i = 0; i < ids.size(); ++i)
     ids[i] = static_cast<int32_t>((i * i * 31 + 7) % static_cast<size_t>(m.config().vocab_size));
   std::vector<double> times;
   for (int r = 0; r <= b.repetitions; ++r) {
     for (nn::KVCache& cache : caches) cache.truncate(0);
-    m.forward(Tensor::from<int32_t>(ids, {1, b.prompt}), 0, &caches);
-    int32_t token = 1;
+    m.forward(Tensor::from<int32_t>(ids, {batch, b.prompt}), 0, &caches);
+    const std::vector<int32_t> first(static_cast<size_t>(batch), 1);
+    std::span<const int32_t> tokens = first;
     const double s = b.seconds([&] {
-      for (int64_t i = 0; i < b.gen; ++i) token = plan.greedy(token, caches);
+      for (int64_t i = 0; i < b.gen; ++i) tokens = plan.greedy(tokens, caches);
     });
     if (r > 0) times.push_back(s / static_cast<double>(b.gen));
   }
@@ -279,7 +283,8 @@ double product_seconds(const Bench& b, const Form& f, int64_t rows, int64_t cols
 
 int run(int argc, char** argv) {
   Bench b;
-  std::string device = "auto", path = "auto", shape = "7b", weights = "w4g128,w3g128,w2g128,f16";
+  std::string device = "auto", path = "auto", shape = "7b", weights = "w4g128,w3g128,w2g128,f16",
+              batch = "1";
   int threads = 0;
   CLI::App app("Tokens a second of running models of well-known shapes with random weights");
   app.add_option("--device", device, "cpu, cuda, cuda:N or auto");
@@ -288,6 +293,7 @@ int run(int argc, char** argv) {
   app.add_option("--weights", weights, "such as w4g128,w8a8,f16");
   app.add_option("-p,--prompt", b.prompt, "tokens in front of those generated");
   app.add_option("-n,--gen", b.gen, "tokens generated");
+  app.add_option("--batch", batch, "sequences at once, such as 1,4,16; tokens/s are those of all");
   app.add_option("--long-prompt", b.long_prompt, "tokens of the prompt that is timed; 0: none");
   app.add_option("-r,--repetitions", b.repetitions, "of each measurement");
   app.add_option("-t,--threads", threads, "on the CPU");
@@ -298,10 +304,14 @@ int run(int argc, char** argv) {
   const auto* s = std::find_if(std::begin(kShapes), std::end(kShapes),
                                [&](const ModelShape& m) { return shape == m.name; });
   if (s == std::end(kShapes)) throw cli::UsageError(fmt::format("--shape {} is not known", shape));
+  const std::vector<int64_t> batches = cli::parse_int_list(batch, "--batch", 1);
+  for (const int64_t n : batches)
+    if (n > DecodePlan::kMaxBatch)
+      throw cli::UsageError(fmt::format("--batch {}: 1 to {}", n, DecodePlan::kMaxBatch));
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
-  fmt::print("{:10} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8}\n", "weights", "decode t/s",
-             "ms/token", "GB/s", "of copy", "prompt t/s", "gemv GB/s", "of copy");
+  fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8}\n", "weights", "batch",
+             "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s", "gemv GB/s", "of copy");
   nlohmann::json rows = nlohmann::json::array();
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
@@ -311,21 +321,25 @@ int run(int argc, char** argv) {
     const double gemv = static_cast<double>(bytes) / alone;
     const Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
     const ModelSize size = model_size(m);
-    const double token = decode_seconds(b, m),
-                 prompt = b.long_prompt > 0 ? prompt_seconds(b, m) : NAN;
-    const double rate = static_cast<double>(size.token_bytes) / token;
+    const double prompt = b.long_prompt > 0 ? prompt_seconds(b, m) : NAN;
     const double prompt_rate = static_cast<double>(b.long_prompt) / prompt;
-    fmt::print("{:10} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}%\n", f.name,
-               1 / token, token * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
-               gemv / 1e9, 100 * gemv / b.copy_rate);
-    rows.push_back({{"shape", s->name},
-                    {"weights", f.name},
-                    {"decode_ts", 1 / token},
-                    {"bytes_per_token", size.token_bytes},
-                    {"decode_share", rate / b.copy_rate},
-                    {"prompt_ts", prompt_rate},
-                    {"gemv_share", gemv / b.copy_rate}});
-    std::fflush(stdout);
+    for (const int64_t n : batches) {
+      const double step = decode_seconds(b, m, n);
+      const double tokens = static_cast<double>(n) / step,
+                   rate = static_cast<double>(size.token_bytes) / step;
+      fmt::print("{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}%\n",
+                 f.name, n, tokens, step * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
+                 gemv / 1e9, 100 * gemv / b.copy_rate);
+      rows.push_back({{"shape", s->name},
+                      {"weights", f.name},
+                      {"batch", n},
+                      {"decode_ts", tokens},
+                      {"bytes_per_token", size.token_bytes},
+                      {"decode_share", rate / b.copy_rate},
+                      {"prompt_ts", prompt_rate},
+                      {"gemv_share", gemv / b.copy_rate}});
+      std::fflush(stdout);
+    }
   }
   fmt::print("{}\n", nlohmann::json{{"device", cli::device_text(b.device)},
                                     {"copy_bytes_per_second", b.copy_rate},
