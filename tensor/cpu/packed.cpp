@@ -23,11 +23,11 @@
 namespace omq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;                // of x: up to here weights are read as they lie
-constexpr int64_t kDenseGrain = 32;            // rows of a dense w a chunk of work
-constexpr int64_t kTileBytes = 1024 * 1024;    // of weights turned to F32: half of a usual L2
-constexpr int64_t kBlocksBytes = 1280 * 1024;  // of prepared x in gemm: weights go by, x stays in
-                                               // the L2 of a processor that has AMX, 2 MiB
+constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
+constexpr int64_t kDenseGrain = 32;          // rows of a dense w a chunk of work
+constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
+constexpr int64_t kPreparedBytes =
+    1280 * 1024;  // of many rows of x: weights go by, x stays in an L2 cache of 2 MiB
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
 // never share.
@@ -100,15 +100,22 @@ void multiply_packed(const PackedIsa& isa, const PanelView& w, const float* x, i
   }
 }
 
+// Rows of x in a pass of m rows, by blocks of so many rows and bytes: even passes, each in the L2
+// cache.
+int64_t rows_of_pass(int64_t m, int64_t block_rows, int64_t block_bytes) {
+  const int64_t most =
+      std::clamp<int64_t>(kPreparedBytes / block_bytes, 2, kMaxGemmRows / block_rows);
+  const int64_t blocks = (m + block_rows - 1) / block_rows, passes = (blocks + most - 1) / most;
+  return (blocks + passes - 1) / passes * block_rows;
+}
+
 // y = x · wᵀ by the table's own way for many rows.
 void multiply_blocks(const PackedIsa& isa, const PanelView& w, const float* x, int64_t m,
                      float* y) {
   constexpr int64_t kRows = 16;  // of a block
   const int64_t block_bytes = isa.gemm_block_bytes(w), unpacked = isa.gemm_scratch_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t most = std::clamp<int64_t>(kBlocksBytes / block_bytes, 2, kMaxGemmRows / kRows);
-  const int64_t all = (m + kRows - 1) / kRows, passes = (all + most - 1) / most;
-  const int64_t pass = (all + passes - 1) / passes * kRows;
+  const int64_t pass = rows_of_pass(m, kRows, block_bytes);
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     const int64_t rows = std::min(pass, m - m0), blocks = (rows + kRows - 1) / kRows;
     auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(blocks * block_bytes));
@@ -161,9 +168,11 @@ void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x
   const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.unpacked_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
   const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 4);  // panels go in pairs
-  for (int64_t m0 = 0; m0 < m; m0 += kMaxGemmRows) {
-    const int64_t rows = std::min(kMaxGemmRows, m - m0);
-    const int64_t readable = (rows + 31) / 32 * 32 * row_bytes + 64;
+  constexpr int64_t kRows = 32;
+  const int64_t pass = rows_of_pass(m, kRows, kRows * row_bytes);
+  for (int64_t m0 = 0; m0 < m; m0 += pass) {
+    const int64_t rows = std::min(pass, m - m0);
+    const int64_t readable = (rows + kRows - 1) / kRows * kRows * row_bytes + 64;
     auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(readable));
     parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)

@@ -90,59 +90,54 @@ void prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, std::b
 constexpr int64_t kBlocksAtOnce =
     8;  // of x: their sums, 16 KiB for two panels, stay in the L1 cache
 
-// The two sums of each panel as they leave their tiles: I32 [panel][plane][row of x][row of w].
-template <int P> struct Spilled { alignas(64) int32_t sums[P][2][kTileRows][kRows]; };
+// The sums of two panels as they leave their tiles: I32 [panel][plane][row of x][row of w].
+struct Spilled {
+  alignas(64) int32_t sums[2][2][kTileRows][kRows];
+};
 
-// Multiplies the tiles of one chunk of a block of x with those of P panels.
-template <int P>
-OMQ_INLINE void multiply_chunk(const int8_t* x, const uint8_t* const (&w)[P], int64_t steps,
-                               Spilled<P>& out) {
+// Multiplies the tiles of one chunk of a block of x with those of two panels.
+OMQ_INLINE void multiply_chunk(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
+                               Spilled& out) {
   _tile_zero(0);
   _tile_zero(1);
-  if constexpr (P == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t step = 0; step < steps; ++step) {
     _tile_loadd(4, x + 2 * kTileBytes * step, kTileCols);
-    _tile_loadd(6, w[0] + kTileBytes * step, kTileCols);
+    _tile_loadd(6, w0 + kTileBytes * step, kTileCols);
     _tile_dpbssd(0, 4, 6);
     _tile_loadd(5, x + 2 * kTileBytes * step + kTileBytes, kTileCols);
     _tile_dpbssd(1, 5, 6);
-    if constexpr (P == 2) {
-      _tile_loadd(7, w[1] + kTileBytes * step, kTileCols);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(3, 5, 7);
-    }
+    _tile_loadd(7, w1 + kTileBytes * step, kTileCols);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 5, 7);
   }
   _tile_stored(0, out.sums[0][0], kTileCols);
   _tile_stored(1, out.sums[0][1], kTileCols);
-  if constexpr (P == 2) {
-    _tile_stored(2, out.sums[P - 1][0], kTileCols);
-    _tile_stored(3, out.sums[P - 1][1], kTileCols);
-  }
+  _tile_stored(2, out.sums[1][0], kTileCols);
+  _tile_stored(3, out.sums[1][1], kTileCols);
   memory_barrier();
 }
 
 // What a chunk's sums are multiplied with, and for 8 bits what the bytes of its weights leave out:
 // code − zero = byte − rest.
-template <int P> struct ChunkGrid {
-  __m512 scale[P];
-  __m512i rest[P];
+struct ChunkGrid {
+  __m512 scale[2];
+  __m512i rest[2];
 };
 
-// y of the block, F32 [row of x][P · 16], plus its sums of one chunk. `next`: tiles of x that come
+// y of the block, F32 [row of x][2 · 16], plus its sums of one chunk. `next`: tiles of x that come
 // soon.
-template <int Bits, int P>
-OMQ_INLINE void add_scaled(const Spilled<P>& in, const ChunkGrid<P>& grid, const float* x_scale,
+template <bool kRest>
+OMQ_INLINE void add_scaled(const Spilled& in, const ChunkGrid& grid, const float* x_scale,
                            const int32_t* x_sum, const int8_t* next, int64_t next_bytes, float* y) {
   for (int64_t r = 0; r < kTileRows; ++r) {
     const __m512 xs = _mm512_set1_ps(x_scale[r]);
-    OMQ_UNROLL for (int p = 0; p < P; ++p) {
-      float* to = y + (P * r + p) * kRows;
+    OMQ_UNROLL for (int p = 0; p < 2; ++p) {
+      float* to = y + (2 * r + p) * kRows;
       __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(in.sums[p][0][r]), 8),
                                      _mm512_load_si512(in.sums[p][1][r]));
-      if constexpr (Bits == 8)
+      if constexpr (kRest)
         sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(grid.rest[p], _mm512_set1_epi32(x_sum[r])));
       _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(grid.scale[p], xs),
                                           _mm512_load_ps(to)));
@@ -152,43 +147,47 @@ OMQ_INLINE void add_scaled(const Spilled<P>& in, const ChunkGrid<P>& grid, const
   }
 }
 
-// y of P panels for up to kBlocksAtOnce blocks of x, summed in `sums`, F32 [16 · blocks][P · 16].
+// Two panels, unpacked. The last of a matrix may have no partner: it is its own then, and what the
+// partner gives is not written.
+struct Pair {
+  const uint8_t* tiles[2];
+  int64_t panel[2];
+};
+
+// y of a pair for up to kBlocksAtOnce blocks of x, summed in `sums`, F32 [16 · blocks][2 · 16].
 // Chunk by chunk over all blocks: the weights of a chunk stay in the L1 cache, x comes from the L2.
-template <int Bits, int P>
-void multiply_blocks(const PanelView& w, const uint8_t* unpacked, int64_t panel, const std::byte* x,
-                     int64_t blocks, float* sums) {
-  constexpr int64_t kSums = kTileRows * P * kRows;
-  const int64_t block_bytes = gemm_block_bytes(w), panel_steps = steps_of_panel(w);
+template <bool kRest>
+void multiply_blocks(const PanelView& w, const Pair& pair, const std::byte* x, int64_t blocks,
+                     float* sums) {
+  constexpr int64_t kSums = kTileRows * 2 * kRows;
+  const int64_t block_bytes = gemm_block_bytes(w);
   const int64_t x_chunk_bytes = 2 * kTileBytes * steps_of(w.chunk_stride);
   XBlock at[kBlocksAtOnce];
   for (int64_t b = 0; b < blocks; ++b) at[b] = x_block_at(w, x + b * block_bytes);
   for (int64_t i = 0; i < blocks * kSums; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
-  Spilled<P> spilled[2];
-  const uint8_t* tiles = unpacked;
-  int64_t chunk = 0;
+  Spilled spilled[2];
+  int64_t chunk = 0, tile_at = 0;
   for_each_stored_chunk(w, [&](int64_t, int64_t cols, int64_t group_at, int64_t grid_at) {
-    const int64_t steps = steps_of(cols);
-    const uint8_t* from[P];
-    ChunkGrid<P> grid;
-    OMQ_UNROLL for (int p = 0; p < P; ++p) {
-      from[p] = tiles + p * panel_steps * kTileBytes;
-      const uint8_t* stored = w.data + (panel + p) * w.panel_bytes + group_at + grid_at;
+    ChunkGrid grid;
+    OMQ_UNROLL for (int p = 0; p < 2; ++p) {
+      const uint8_t* stored = w.data + pair.panel[p] * w.panel_bytes + group_at + grid_at;
       grid.scale[p] = load_f16(stored);
       grid.rest[p] = _mm512_sub_epi32(zeros_at(w, stored), _mm512_set1_epi32(128));
     }
     const auto add = [&](int64_t b) {
       const bool last = b + 2 >= blocks;  // of this chunk to be fetched
       const int8_t* next = at[last ? 0 : b + 2].tiles + (chunk + last) * x_chunk_bytes;
-      add_scaled<Bits, P>(spilled[b % 2], grid, at[b].scale + kTileRows * chunk,
-                          at[b].sum + kTileRows * chunk, next,
-                          last && b + 1 == blocks ? 0 : x_chunk_bytes, sums + b * kSums);
+      add_scaled<kRest>(spilled[b % 2], grid, at[b].scale + kTileRows * chunk,
+                        at[b].sum + kTileRows * chunk, next,
+                        last && b + 1 == blocks ? 0 : x_chunk_bytes, sums + b * kSums);
     };
     for (int64_t b = 0; b < blocks; ++b) {
-      multiply_chunk<P>(at[b].tiles + chunk * x_chunk_bytes, from, steps, spilled[b % 2]);
+      multiply_chunk(at[b].tiles + chunk * x_chunk_bytes, pair.tiles[0] + tile_at,
+                     pair.tiles[1] + tile_at, steps_of(cols), spilled[b % 2]);
       if (b > 0) add(b - 1);
     }
     add(blocks - 1);
-    tiles += steps * kTileBytes;
+    tile_at += steps_of(cols) * kTileBytes;
     ++chunk;
   });
 }
@@ -209,34 +208,32 @@ int64_t gemm_scratch_bytes(const PanelView& w) {
   return 2 * kTileBytes * steps_of_panel(w) + kBlocksAtOnce * kTileRows * 2 * kRows * 4;
 }
 
-template <int Bits, int P>
-void gemm_panels(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel,
-                 std::byte* scratch) {
-  const int64_t panel_bytes = kTileBytes * steps_of_panel(w);
-  auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
-  auto* sums = reinterpret_cast<float*>(scratch + P * panel_bytes);
-  OMQ_UNROLL for (int p = 0; p < P; ++p)
-      unpack_panel<Bits>(w, panel + p, unpacked + p * panel_bytes);
-  for (int64_t row = 0; row < m; row += kBlocksAtOnce * kTileRows) {
-    const int64_t rows = min64(m - row, kBlocksAtOnce * kTileRows);
-    multiply_blocks<Bits, P>(w, unpacked, panel, x + row / kTileRows * gemm_block_bytes(w),
-                             (rows + kTileRows - 1) / kTileRows, sums);
-    for (int64_t r = 0; r < rows; ++r) OMQ_UNROLL for (int p = 0; p < P; ++p) {
-        const int64_t out = (panel + p) * kRows;
-        _mm512_mask_storeu_ps(y + (row + r) * w.rows + out, first(w.rows - out),
-                              _mm512_load_ps(sums + (P * r + p) * kRows));
-      }
-  }
-}
-
 void gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
           int64_t panel1, std::byte* scratch) {
   take_tiles();
-  with_bits(w.bits, [&]<int Bits>() {
-    int64_t panel = panel0;
-    for (; panel + 2 <= panel1; panel += 2) gemm_panels<Bits, 2>(w, x, m, y, panel, scratch);
-    if (panel < panel1) gemm_panels<Bits, 1>(w, x, m, y, panel, scratch);
-  });
+  const int64_t panel_bytes = kTileBytes * steps_of_panel(w);
+  auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
+  auto* sums = reinterpret_cast<float*>(scratch + 2 * panel_bytes);
+  const auto multiply = w.bits == 8 ? multiply_blocks<true> : multiply_blocks<false>;
+  for (int64_t panel = panel0; panel < panel1; panel += 2) {
+    const int64_t count = min64(2, panel1 - panel);
+    with_bits(w.bits, [&]<int Bits>() {
+      for (int64_t p = 0; p < count; ++p)
+        unpack_panel<Bits>(w, panel + p, unpacked + p * panel_bytes);
+    });
+    const Pair pair{{unpacked, unpacked + (count - 1) * panel_bytes}, {panel, panel + count - 1}};
+    for (int64_t row = 0; row < m; row += kBlocksAtOnce * kTileRows) {
+      const int64_t rows = min64(m - row, kBlocksAtOnce * kTileRows);
+      multiply(w, pair, x + row / kTileRows * gemm_block_bytes(w),
+               (rows + kTileRows - 1) / kTileRows, sums);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t out = (panel + p) * kRows;
+          _mm512_mask_storeu_ps(y + (row + r) * w.rows + out, first(w.rows - out),
+                                _mm512_load_ps(sums + (2 * r + p) * kRows));
+        }
+    }
+  }
   release_tiles();
 }
 
