@@ -143,24 +143,28 @@ void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant
       T* o = out + at;
       auto [hi, lo] = extremes(p, n);
       const RowGrid<T> g = row_grid(hi, lo, s);
-      const T total = lane_sum<T>(n, [&](int64_t i) {
-        const T r = p[i] / g.scale, t = round_even(r) + g.zero;
-        const bool in_range = t > first && t < last;
-        const T q = t < T(0) ? T(0) : t > top ? top : t;
-        o[i] = in_range ? d[i] : T(0);
-        return d[i] * ((q - g.zero) - (in_range ? r : T(0)));
-      });
-      if (!g.free_scale) return;
-      if (s.include_zero) hi = std::max(hi, T(0)), lo = std::min(lo, T(0));
-      T count_hi = 0, count_lo = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        count_hi += p[i] == hi ? T(1) : T(0);
-        count_lo += p[i] == lo ? T(1) : T(0);
+      // Locals and no stores inside the sum: else nothing of this vectorises.
+      const T h = g.scale, z = g.zero;
+      const auto inside = [=](T t) { return (t > first) & (t < last); };
+      T up = 0, down = 0;  // to each maximum, from each minimum
+      if (g.free_scale) {
+        const T total = lane_sum<T>(n, [=](int64_t i) {
+          const T r = p[i] / h, t = round_even(r) + z;
+          const T q = t < T(0) ? T(0) : t > top ? top : t;
+          return d[i] * ((q - z) - (inside(t) ? r : T(0)));
+        });
+        if (s.include_zero) hi = std::max(hi, T(0)), lo = std::min(lo, T(0));
+        const T end = total * static_cast<T>(s.clip) / top;
+        const auto share = [=](T bound) {
+          const T count = lane_sum<T>(n, [=](int64_t i) { return p[i] == bound ? T(1) : T(0); });
+          return count > 0 ? end / count : T(0);
+        };
+        up = share(hi), down = share(lo);
       }
-      const T end = total * static_cast<T>(s.clip) / top;
-      const T up = count_hi > 0 ? end / count_hi : T(0);
-      const T down = count_lo > 0 ? end / count_lo : T(0);
-      for (int64_t i = 0; i < n; ++i) o[i] += (p[i] == hi ? up : T(0)) - (p[i] == lo ? down : T(0));
+      for (int64_t i = 0; i < n; ++i) {
+        const T straight = inside(round_even(p[i] / h) + z) ? d[i] : T(0);
+        o[i] = straight + ((p[i] == hi ? up : T(0)) - (p[i] == lo ? down : T(0)));
+      }
     });
   });
 }
