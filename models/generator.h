@@ -46,6 +46,7 @@ struct GenerateStats {
   int64_t prompt_tokens = 0, reused_tokens = 0;  // of the prompt, and found in the cache
   int64_t generated_tokens = 0;                  // the one that ended the text counts
   int64_t decode_steps = 0;                      // passes of one token
+  // decode_seconds: in the model, without sampling.
   double prompt_seconds = 0, first_token_seconds = 0, decode_seconds = 0;
   double prompt_rate() const {
     return rate(prompt_tokens - reused_tokens, prompt_seconds);
@@ -75,10 +76,11 @@ class Generator {
   // Throws Error when the prompt is empty, holds an unknown id, or leaves no room in the context.
   GenerateResult generate(std::span<const int32_t> prompt, const GenerateOptions& options);
   // `count` continuations of one prompt, 1 to DecodePlan::kMaxBatch: number i is sampled with
-  // seed + i, and on the CPU is what generate() makes with that seed. The prompt goes through the
-  // model once; each sequence has a cache of its own, and one that has ended waits for the others.
-  // The texts are in the results: on_text is not called. Where no plan runs the model, its blocks
-  // take the sequences together. Throws Error as generate() does, and for another count.
+  // seed + i, and on the CPU, where a plan runs the model, is what generate() makes with that seed.
+  // The prompt goes through the model once; each sequence has a cache of its own, and one that has
+  // ended waits for the others. The texts are in the results: on_text is not called. Where no plan
+  // runs the model, its blocks take the sequences together. Throws Error as generate() does, and
+  // for another count.
   std::vector<GenerateResult> generate_parallel(std::span<const int32_t> prompt, int64_t count,
                                                 const GenerateOptions& options);
   // Logits [V] of the token after `prompt`; the cache is used and kept as above.

@@ -138,7 +138,7 @@ std::vector<GenerateResult> Generator::generate_parallel(std::span<const int32_t
     texts.add({tokenizer_, prompt, options, sampling, room, result});
     ++sampling.seed;
   }
-  if (prompt_done.logits.empty()) {
+  if (prompt_done.logits.empty() || cancelled(options.cancel)) {
     texts.end_all(FinishReason::Cancelled);
     return results;
   }

@@ -27,7 +27,7 @@ cmake --build $build --parallel "${JOBS:-$(nproc)}" --target omq-test-tensor omq
 emulate() { qemu-aarch64 -cpu "$@"; }
 kernels() { grep -o 'packed kernels [a-z0-9]*' | cut -d' ' -f3; }
 for pair in neoverse-n1:neon cortex-a72:scalar; do
-  found=$(emulate "${pair%:*}" $build/bin/omq-run --version | kernels)
+  found=$(emulate "${pair%:*}" $build/bin/omq-run --version | kernels || true)
   if [ "$found" != "${pair#*:}" ]; then
     say "a ${pair%:*} takes the kernels '$found', expected '${pair#*:}'"
     exit 1

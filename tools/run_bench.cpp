@@ -251,7 +251,7 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
     j["decode"] = decode_path(*m.model);
     const double steps = median(rates) / static_cast<double>(test.batch);  // a second
     const double gbs = steps * static_cast<double>(m.size.token_bytes) / 1e9;
-    j["bytes_per_token"] = m.size.token_bytes;
+    j["bytes_per_step"] = m.size.token_bytes;  // a token of each sequence
     j["gigabytes_per_second"] = gbs;
     if (!s.bandwidth.empty()) {
       j["read_bandwidth_gigabytes_per_second"] = median(s.bandwidth) / 1e9;

@@ -1,13 +1,13 @@
 // The CPU's running kernels: y = x · wᵀ for packed and dense weights, with x as floats or as codes,
 // dequantisation, embedding rows.
 //
-// Two ways through a product, by the number of rows of x. Few rows (decoding): weights are read
+// The way through a product goes by the number of rows of x. Few rows (decoding): weights are read
 // once, straight from their packed form, panel by panel; the limit is memory. Many rows (prefill):
-// the same loops where they beat floats, else tiles of weights become F32 once each and meet all
-// rows in gemm_tile. Work is cut by shape alone, every element of y is summed by one thread in one
-// order: results do not depend on the number of threads. Codes with codes go the same two ways:
-// straight from the packed form, or over panels unpacked to a byte a code, both exact in integers.
-// Inner loops: packed_isa.h.
+// the instruction set's own product where it has one, the same loops where they beat floats, else
+// tiles of weights become F32 once each and meet all rows in gemm_tile. Work is cut by shape alone,
+// every element of y is summed by one thread in one order: results do not depend on the number of
+// threads. Codes with codes go the same two ways: straight from the packed form, or over panels
+// unpacked to a byte a code, both exact in integers. Inner loops: packed_isa.h.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -23,9 +23,9 @@
 namespace omq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;              // of x: up to here weights are read as they lie
-constexpr int64_t kDenseGrain = 32;          // rows of a dense w a chunk of work
-constexpr int64_t kTileBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
+constexpr int64_t kFewRows = 8;                // of x: up to here weights are read as they lie
+constexpr int64_t kDenseGrain = 32;            // rows of a dense w a chunk of work
+constexpr int64_t kWeightBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
 constexpr int64_t kPreparedBytes =
     1280 * 1024;  // of many rows of x: weights go by, x stays in an L2 cache of 2 MiB
 
@@ -57,7 +57,7 @@ int64_t panel_grain(int64_t panels) { return std::clamp<int64_t>(panels / 32 * 4
 // the threads to share where the matrix is not too small for that.
 int64_t tile_rows(int64_t rows, int64_t cols) {
   const int64_t fitting =
-      std::max<int64_t>(2, kTileBytes / 4 / std::max<int64_t>(1, cols) / kPanelRows) * kPanelRows;
+      std::max<int64_t>(2, kWeightBytes / 4 / std::max<int64_t>(1, cols) / kPanelRows) * kPanelRows;
   const int64_t shared =
       std::max<int64_t>(2, (rows / 8 + kPanelRows - 1) / kPanelRows) * kPanelRows;
   return std::min({fitting, shared, int64_t{256}});
@@ -165,11 +165,12 @@ void multiply_few_codes(const PackedIsa& isa, const PanelView& w, const CodesVie
 
 void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x, int64_t m,
                     float* y) {
-  const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.unpacked_bytes(w);
+  const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.gemm_codes_scratch_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
   const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 4);  // panels go in pairs
   constexpr int64_t kRows = 32;
-  const int64_t pass = rows_of_pass(m, kRows, kRows * row_bytes);
+  // Products that are as fast as tiles wait for x, others for their multiplications.
+  const int64_t pass = isa.gemm ? rows_of_pass(m, kRows, kRows * row_bytes) : kMaxGemmRows;
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     const int64_t rows = std::min(pass, m - m0);
     const int64_t readable = (rows + kRows - 1) / kRows * kRows * row_bytes + 64;
@@ -266,6 +267,7 @@ Stored stored_type(const Tensor& w) {
 void packed_matmul(Tensor& y, const Tensor& x, const PackedInt& w) {
   const PanelView view = view_of("packed_matmul", w);
   const int64_t m = check_product("packed_matmul", y, x, w.rows, w.cols);
+  if (m == 0) return;
   const PackedIsa& loops = active_packed_isa();
   if (m > kFewRows && loops.gemm)
     multiply_blocks(loops, view, x.data<float>(), m, y.data<float>());
@@ -289,6 +291,7 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   check(x.grid.shape() == (Shape{m, 2}) && y.shape() == (Shape{m, w.rows}),
         "{}: grid {} and y {}, expected [{}, 2] and [{}, {}]", op, x.grid.shape(), y.shape(), m, m,
         w.rows);
+  if (m == 0) return;
   const PackedIsa& best = active_packed_isa();
   const PackedIsa& loops = best.gemm_codes ? best : kScalarIsa;
   const CodesView codes{x.codes.data<uint8_t>(), x.grid.data<float>(), w.cols, x.spec.bits};

@@ -25,7 +25,8 @@ namespace omq::cpu {
 
 namespace {
 
-// The kernel must be asked for the tiles' state before their first use (Linux, arch_prctl(2)).
+// The kernel must be asked for the tiles' state before their first use (Linux, arch_prctl(2)); the
+// answer holds for the process, whose signal stacks must then have room for that state.
 bool tiles_permitted() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -51,7 +52,7 @@ struct XBlock {
 OMQ_INLINE int64_t x_steps(const PanelView& w) { return w.chunks * steps_of(w.chunk_stride); }
 OMQ_INLINE int64_t x_tiles_at(const PanelView& w) { return 128 * w.chunks; }
 OMQ_INLINE int64_t x_row_at(const PanelView& w) {
-  return x_tiles_at(w) + 2 * kTileBytes * x_steps(w);
+  return x_tiles_at(w) + 2 * kTileSize * x_steps(w);
 }
 OMQ_INLINE XBlock x_block_at(const PanelView& w, const std::byte* block) {
   return {reinterpret_cast<const float*>(block),
@@ -74,12 +75,12 @@ void prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, std::b
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
       scale[kTileRows * chunk + r] = r < rows ? a.scale[chunk] : 0.0f;
       sum[kTileRows * chunk + r] = r < rows ? a.sum[chunk] : 0;
-      for (int64_t step = 0; step < steps; ++step, to += 2 * kTileBytes) {
+      for (int64_t step = 0; step < steps; ++step, to += 2 * kTileSize) {
         const int64_t col = kTileCols * step, at = chunk * w.chunk_stride + col;
         const int64_t n = r < rows ? min64(kTileCols, w.chunk_stride - col) : 0;
         const __mmask64 live = n >= 64 ? ~0ull : (1ull << n) - 1;
         _mm512_store_si512(to, _mm512_maskz_loadu_epi8(live, a.hi + at));
-        _mm512_store_si512(to + kTileBytes, _mm512_maskz_loadu_epi8(live, a.lo + at));
+        _mm512_store_si512(to + kTileSize, _mm512_maskz_loadu_epi8(live, a.lo + at));
       }
     }
   }
@@ -98,17 +99,18 @@ struct Spilled {
 // Multiplies the tiles of one chunk of a block of x with those of two panels.
 OMQ_INLINE void multiply_chunk(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
                                Spilled& out) {
+  memory_barrier();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, x + 2 * kTileBytes * step, kTileCols);
-    _tile_loadd(6, w0 + kTileBytes * step, kTileCols);
+    _tile_loadd(4, x + 2 * kTileSize * step, kTileCols);
+    _tile_loadd(6, w0 + kTileSize * step, kTileCols);
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, x + 2 * kTileBytes * step + kTileBytes, kTileCols);
+    _tile_loadd(5, x + 2 * kTileSize * step + kTileSize, kTileCols);
     _tile_dpbssd(1, 5, 6);
-    _tile_loadd(7, w1 + kTileBytes * step, kTileCols);
+    _tile_loadd(7, w1 + kTileSize * step, kTileCols);
     _tile_dpbssd(2, 4, 7);
     _tile_dpbssd(3, 5, 7);
   }
@@ -161,7 +163,7 @@ void multiply_blocks(const PanelView& w, const Pair& pair, const std::byte* x, i
                      float* sums) {
   constexpr int64_t kSums = kTileRows * 2 * kRows;
   const int64_t block_bytes = gemm_block_bytes(w);
-  const int64_t x_chunk_bytes = 2 * kTileBytes * steps_of(w.chunk_stride);
+  const int64_t x_chunk_bytes = 2 * kTileSize * steps_of(w.chunk_stride);
   XBlock at[kBlocksAtOnce];
   for (int64_t b = 0; b < blocks; ++b) at[b] = x_block_at(w, x + b * block_bytes);
   for (int64_t i = 0; i < blocks * kSums; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
@@ -187,7 +189,7 @@ void multiply_blocks(const PanelView& w, const Pair& pair, const std::byte* x, i
       if (b > 0) add(b - 1);
     }
     add(blocks - 1);
-    tile_at += steps_of(cols) * kTileBytes;
+    tile_at += steps_of(cols) * kTileSize;
     ++chunk;
   });
 }
@@ -200,18 +202,18 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
     // The third bits begin where two bits a code end.
     const int64_t high = grid_at / Bits * 2;
     unpack_chunk<Bits, kForm>(block, high, col, cols, zeros_at(w, block + grid_at), out);
-    out += steps_of(cols) * kTileBytes;
+    out += steps_of(cols) * kTileSize;
   });
 }
 
 int64_t gemm_scratch_bytes(const PanelView& w) {
-  return 2 * kTileBytes * steps_of_panel(w) + kBlocksAtOnce * kTileRows * 2 * kRows * 4;
+  return 2 * kTileSize * steps_of_panel(w) + kBlocksAtOnce * kTileRows * 2 * kRows * 4;
 }
 
 void gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
           int64_t panel1, std::byte* scratch) {
   take_tiles();
-  const int64_t panel_bytes = kTileBytes * steps_of_panel(w);
+  const int64_t panel_bytes = kTileSize * steps_of_panel(w);
   auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
   auto* sums = reinterpret_cast<float*>(scratch + 2 * panel_bytes);
   const auto multiply = w.bits == 8 ? multiply_blocks<true> : multiply_blocks<false>;
@@ -252,7 +254,7 @@ const PackedIsa kAmxIsa = {
     .gemm_scratch_bytes = gemm_scratch_bytes,
     .prepare_codes_for_gemv = prepare_codes_for_gemv,
     .gemm_codes = amx::gemm_codes,
-    .unpacked_bytes = amx::codes_scratch_bytes,
+    .gemm_codes_scratch_bytes = amx::gemm_codes_scratch_bytes,
     .dequantize = avx512::dequantize,
     .dense_gemv = avx512::dense_gemv,
     .widen = avx512::widen,

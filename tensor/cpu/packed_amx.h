@@ -10,12 +10,12 @@ namespace omq::cpu {
 namespace amx {
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch);
-int64_t codes_scratch_bytes(const PanelView& w);
+int64_t gemm_codes_scratch_bytes(const PanelView& w);
 }  // namespace amx
 
 namespace {
 
-constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kTileSize = 1024;  // bytes
 constexpr int64_t kTileCols =
     64;  // bytes of a tile's row: columns of x that one multiplication takes
 constexpr int64_t kTileRows = 16;  // rows of x in a tile, and of w in a panel

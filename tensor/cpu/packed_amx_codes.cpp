@@ -35,7 +35,7 @@ OMQ_INLINE Scratch divide(const PanelView& w, std::byte* at) {
   Scratch s;
   for (int p = 0; p < 2; ++p) {
     s.tiles[p] = reinterpret_cast<uint8_t*>(at);
-    at += kTileBytes * steps_of_panel(w);
+    at += kTileSize * steps_of_panel(w);
     s.code_sums[p] = reinterpret_cast<__m512i*>(at);
     at += 64 * w.chunks;
   }
@@ -50,7 +50,7 @@ void unpack_panel(const PanelView& w, int64_t panel, uint8_t* tiles, __m512i* su
     for_each_stored_chunk(w, [&](int64_t col, int64_t cols, int64_t group_at, int64_t grid_at) {
       *sums++ = unpack_chunk<Bits, As::Codes>(data + group_at, grid_at / Bits * 2, col, cols,
                                               _mm512_setzero_si512(), tiles);
-      tiles += steps_of(cols) * kTileBytes;
+      tiles += steps_of(cols) * kTileSize;
     });
   });
 }
@@ -58,6 +58,7 @@ void unpack_panel(const PanelView& w, int64_t panel, uint8_t* tiles, __m512i* su
 // Adds one stretch to the four sums, or starts them.
 OMQ_INLINE void multiply_stretch(const int8_t* x, int64_t row_bytes, const uint8_t* w0,
                                  const uint8_t* w1, int64_t steps, bool start, Ints& ints) {
+  memory_barrier();
   if (start) {
     _tile_zero(0);
     _tile_zero(1);
@@ -72,11 +73,11 @@ OMQ_INLINE void multiply_stretch(const int8_t* x, int64_t row_bytes, const uint8
   for (int64_t step = 0; step < steps; ++step) {
     const int8_t* columns = x + kTileCols * step;
     _tile_loadd(4, columns, row_bytes);
-    _tile_loadd(6, w0 + kTileBytes * step, kTileCols);
+    _tile_loadd(6, w0 + kTileSize * step, kTileCols);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(5, columns + kTileRows * row_bytes, row_bytes);
     _tile_dpbsud(1, 5, 6);
-    _tile_loadd(7, w1 + kTileBytes * step, kTileCols);
+    _tile_loadd(7, w1 + kTileSize * step, kTileCols);
     _tile_dpbsud(2, 4, 7);
     _tile_dpbsud(3, 5, 7);
   }
@@ -135,7 +136,7 @@ void gemm_panels(const PanelView& w, const std::byte* x, int64_t m, float* y, in
       for (int64_t b = 0; b < blocks; ++b) {
         const std::byte* rows = x + kXRows * b * row_bytes;
         const int8_t* columns = bytes_at(w, rows).x + chunk * w.chunk_stride + done * kTileCols;
-        const int64_t at = (tile + done) * kTileBytes;
+        const int64_t at = (tile + done) * kTileSize;
         multiply_stretch(columns, row_bytes, s.tiles[0] + at, s.tiles[second] + at, take, done == 0,
                          s.ints[b]);
         if (done + take == steps)
@@ -156,9 +157,9 @@ void gemm_panels(const PanelView& w, const std::byte* x, int64_t m, float* y, in
 
 }  // namespace
 
-int64_t amx::codes_scratch_bytes(const PanelView& w) {
+int64_t amx::gemm_codes_scratch_bytes(const PanelView& w) {
   const int64_t blocks = blocks_of(kMaxGemmRows);
-  return 2 * (kTileBytes * steps_of_panel(w) + 64 * w.chunks) +
+  return 2 * (kTileSize * steps_of_panel(w) + 64 * w.chunks) +
          blocks * (static_cast<int64_t>(sizeof(Ints)) + 4 * kSums);
 }
 

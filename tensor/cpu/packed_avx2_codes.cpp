@@ -166,7 +166,9 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
 
 }  // namespace
 
-int64_t avx2::unpacked_bytes(const PanelView& w) { return unpacked_panel_bytes(w, planes_of(w)); }
+int64_t avx2::gemm_codes_scratch_bytes(const PanelView& w) {
+  return unpacked_panel_bytes(w, planes_of(w));
+}
 
 // A panel stays in the first-level cache while all rows of x pass by, 4 at once: 8 sums of the 16
 // registers.

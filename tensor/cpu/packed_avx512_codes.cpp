@@ -89,7 +89,7 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
 
 }  // namespace
 
-int64_t avx512::unpacked_bytes(const PanelView& w) { return unpacked_panel_bytes(w, 1); }
+int64_t avx512::gemm_codes_scratch_bytes(const PanelView& w) { return unpacked_panel_bytes(w, 1); }
 
 // A panel stays in the first-level cache while all rows of x pass by, 12 at once: as many sums keep
 // both multipliers busy through their latency.

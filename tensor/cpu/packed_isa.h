@@ -97,10 +97,10 @@ struct PackedIsa {
   void (*prepare_codes_for_gemv)(const PanelView& w, const RowCodes& x, std::byte* out);
   // y [m, rows] for the rows of panels panel0 … panel1 − 1, from m ≤ kMaxGemmRows rows of
   // prepare_codes that follow each other; the rest of the last 32 rows, and 64 bytes more, must be
-  // readable, whatever they hold. scratch: unpacked_bytes, 64-byte aligned.
+  // readable, whatever they hold. scratch: gemm_codes_scratch_bytes, 64-byte aligned.
   void (*gemm_codes)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch);
-  int64_t (*unpacked_bytes)(const PanelView& w);
+  int64_t (*gemm_codes_scratch_bytes)(const PanelView& w);
   // out[c · ld + r] = scale · (code − zero) for all 16 rows r and all columns c of one panel.
   void (*dequantize)(const PanelView& w, int64_t panel, float* out, int64_t ld);
 

@@ -11,7 +11,7 @@ namespace omq::cpu {
 namespace neon {
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch);
-int64_t unpacked_bytes(const PanelView& w);
+int64_t gemm_codes_scratch_bytes(const PanelView& w);
 void dense_gemv(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
                 int64_t row1);
 void widen(const void* values, Stored type, float* out, int64_t n);

@@ -115,7 +115,7 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
 
 }  // namespace
 
-int64_t neon::unpacked_bytes(const PanelView& w) { return unpacked_panel_bytes(w, 1); }
+int64_t neon::gemm_codes_scratch_bytes(const PanelView& w) { return unpacked_panel_bytes(w, 1); }
 
 // A panel stays in the first-level cache while all rows of x pass by, 4 at once: 16 sums of the 32
 // registers, and 4 registers of x.

@@ -135,7 +135,7 @@ void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int
     }
 }
 
-int64_t unpacked_bytes(const PanelView&) { return 0; }
+int64_t gemm_codes_scratch_bytes(const PanelView&) { return 0; }
 
 float value_at(const void* values, Stored type, int64_t i) {
   if (type == Stored::F32) return static_cast<const float*>(values)[i];
@@ -197,7 +197,7 @@ const PackedIsa kScalarIsa = {
     .gemv_for_many_rows = false,
     .prepare_codes_for_gemv = nullptr,
     .gemm_codes = gemm_codes,
-    .unpacked_bytes = unpacked_bytes,
+    .gemm_codes_scratch_bytes = gemm_codes_scratch_bytes,
     .dequantize = dequantize,
     .dense_gemv = dense_gemv,
     .widen = widen,

@@ -96,7 +96,9 @@ size_t RowProducts::Impl::prepared_for(const PanelView& view) {
   const int64_t bytes = plain ? cpu::prepared_codes_bytes(view)
                               : std::max(floats->prepared_bytes(view),
                                          codes ? codes->prepared_bytes(view) : int64_t{0});
-  prepared.push_back({view, Tensor::zeros({batch, bytes}, DType::U8)});
+  // gemm_codes may look at the whole of the last 32 rows and 64 bytes more (packed_isa.h).
+  const int64_t count = plain ? (batch + 31) / 32 * 32 + 1 : batch;
+  prepared.push_back({view, Tensor::zeros({count, bytes}, DType::U8)});
   return prepared.size() - 1;
 }
 
@@ -148,7 +150,7 @@ void RowProducts::Impl::prepare_input() {
                .cols = cols};
   int64_t bytes = 0;
   for (const Part& p : parts)
-    if (p.packed) bytes = std::max(bytes, codes->unpacked_bytes(p.panels));
+    if (p.packed) bytes = std::max(bytes, codes->gemm_codes_scratch_bytes(p.panels));
   bytes = (bytes + 63) / 64 * 64;
   if (!codes->prepare_codes_for_gemv && bytes > 0)
     scratch = Tensor::zeros({static_cast<int64_t>(tasks.size()), bytes}, DType::U8);

@@ -262,6 +262,25 @@ TEST_CASE("continuations made together end one by one") {
         Error);
 }
 
+TEST_CASE("continuations made together that fail leave the generator usable") {
+  Model model = Model::load(*tiny().reader);
+  Generator g(model, tiny().tokenizer, 32);
+  const Tensor norm = model.ends.norm.weight;
+  CHECK_THROWS_AS(g.generate_parallel(Ids{}, 2, greedy(3)), Error);
+  CHECK_THROWS_AS(g.generate_parallel(Ids(40, 5), 2, greedy(3)), Error);
+  const auto wanted = g.generate(prompt(), greedy(8)).tokens;
+  const float kept = norm.data<float>()[0];
+  for (const double temperature : {0.0, 1.0}) {  // chosen by the plan, and sampled
+    GenerateOptions o = greedy(8);
+    o.sampling.temperature = temperature;
+    norm.data<float>()[0] = std::nanf("");
+    CHECK_THROWS_AS(g.generate_parallel(prompt(), 3, o), Error);
+    norm.data<float>()[0] = kept;
+    CHECK(g.generate(prompt(), greedy(8)).tokens == wanted);
+    CHECK(g.generate_parallel(prompt(), 2, greedy(8)).back().tokens == wanted);
+  }
+}
+
 TEST_CASE("continuations made together by the blocks, where no plan runs the model") {
   Model model = Model::load(*tiny().reader);
   for (auto& block : model.blocks) block->self_attn.taps.p = RowQuant{.bits = 8};

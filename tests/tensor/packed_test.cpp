@@ -279,21 +279,40 @@ TEST_CASE("packed_matmul keeps large, tiny and missing activations in their plac
   for (const char* name : packed_isas_here()) {
     REQUIRE(force_packed_isa(name));
     CAPTURE(name);
-    // An outlier of 1e4 in one group leaves the other group's precision alone; zeros stay exact.
-    Tensor x = random_rows(1, 256, 9), y = Tensor::empty({1, 16}, DType::F32);
-    for (int64_t c = 0; c < 128; ++c) x.data<float>()[c] = 0.0f;
-    x.data<float>()[0] = 1e4f;
-    cpu::packed_matmul(y, x, s.packed);
-    CHECK(product_error(y, x, [&](int64_t n, int64_t k) { return s.weight(n, k); }) <
-          kQuantizedBound);
-    Tensor nothing = Tensor::zeros({1, 256});
-    cpu::packed_matmul(y, nothing, s.packed);
-    for (int i = 0; i < 16; ++i) CHECK(y.data<float>()[i] == 0.0f);
-    for (float bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
-      x.data<float>()[200] = bad;
+    for (int64_t m : {1, 17}) {  // one row, or one among many
+      CAPTURE(m);
+      const int64_t row = m / 2;
+      // An outlier of 1e4 in one group leaves the other group's precision alone; zeros stay exact.
+      Tensor x = random_rows(m, 256, 9), y = Tensor::empty({m, 16}, DType::F32);
+      float* ours = x.data<float>() + row * 256;
+      const float* result = y.data<float>() + row * 16;
+      for (int64_t c = 0; c < 128; ++c) ours[c] = 0.0f;
+      ours[0] = 1e4f;
       cpu::packed_matmul(y, x, s.packed);
-      for (int i = 0; i < 16; ++i) CHECK(!std::isfinite(y.data<float>()[i]));
+      CHECK(product_error(y, x, [&](int64_t n, int64_t k) { return s.weight(n, k); }) <
+            kQuantizedBound);
+      const std::vector<float> good(y.data<float>(), y.data<float>() + y.numel());
+      for (float bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
+        ours[200] = bad;
+        cpu::packed_matmul(y, x, s.packed);
+        for (int i = 0; i < 16; ++i) CHECK(!std::isfinite(result[i]));
+        for (int64_t i = 0; i < y.numel(); ++i)
+          if (i / 16 != row) CHECK(y.data<float>()[i] == good[static_cast<size_t>(i)]);
+      }
+      for (int64_t c = 0; c < 256; ++c) ours[c] = 0.0f;
+      cpu::packed_matmul(y, x, s.packed);
+      for (int i = 0; i < 16; ++i) CHECK(result[i] == 0.0f);
     }
+  }
+}
+
+TEST_CASE("no rows of x give no rows of y") {
+  Restore restore;
+  const Sample s = sample(40, 256, {.bits = 4, .group_size = 128}, 5);
+  for (const char* name : packed_isas_here()) {
+    REQUIRE(force_packed_isa(name));
+    Tensor y = Tensor::zeros({0, 40});
+    CHECK_NOTHROW(cpu::packed_matmul(y, Tensor::zeros({0, 256}), s.packed));
   }
 }
 
@@ -307,12 +326,16 @@ TEST_CASE("the extremes of codes and activations fit the integer sums") {
         const PackedInt w =
             pack_codes(Tensor::full({16, 256}, code, DType::U8), Tensor::full({16, 1}, 1.0),
                        Tensor::full({16, 1}, static_cast<double>(zero)), {.bits = 8});
-        const Tensor x = Tensor::full({1, 256}, static_cast<double>(sign));
-        Tensor y = Tensor::empty({1, 16}, DType::F32);
-        cpu::packed_matmul(y, x, w);
-        CAPTURE(name);
-        CHECK(y.data<float>()[0] ==
-              doctest::Approx(sign * (zero == 0.0f ? 1.0f : -1.0f) * 255 * 256));
+        for (int64_t m : {1, 17}) {
+          const Tensor x = Tensor::full({m, 256}, static_cast<double>(sign));
+          Tensor y = Tensor::empty({m, 16}, DType::F32);
+          cpu::packed_matmul(y, x, w);
+          CAPTURE(name);
+          CAPTURE(m);
+          for (int64_t i = 0; i < y.numel(); ++i)
+            CHECK(y.data<float>()[i] ==
+                  doctest::Approx(sign * (zero == 0.0f ? 1.0f : -1.0f) * 255 * 256));
+        }
       }
   }
 }

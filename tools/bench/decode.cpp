@@ -334,7 +334,7 @@ int run(int argc, char** argv) {
                       {"weights", f.name},
                       {"batch", n},
                       {"decode_ts", tokens},
-                      {"bytes_per_token", size.token_bytes},
+                      {"bytes_per_step", size.token_bytes},
                       {"decode_share", rate / b.copy_rate},
                       {"prompt_ts", prompt_rate},
                       {"gemv_share", gemv / b.copy_rate}});
