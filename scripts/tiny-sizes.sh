@@ -16,7 +16,7 @@ trap 'rm -rf "$work"' EXIT
 # at_most WHAT BYTES LIMIT
 at_most() {
   awk -v what="$1" -v n="$2" -v limit="$3" 'BEGIN {
-    printf "%-58s %5.2f MB (limit %.1f)\n", what, n / 1e6, limit / 1e6; exit n > limit }' ||
+    printf "%-58s %5.2f MB (limit %.2f)\n", what, n / 1e6, limit / 1e6; exit n > limit }' ||
     { echo "tiny: $1 is too large" >&2; exit 1; }
 }
 

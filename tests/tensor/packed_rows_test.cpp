@@ -297,6 +297,19 @@ TEST_CASE(
         }
 }
 
+TEST_CASE("no rows of x give no rows of y, as floats and as codes") {
+  Restore restore;
+  Random rng(5);
+  const Weights w = random_weights(40, 256, {.bits = 4, .group_size = 128}, rng);
+  for (const char* name : packed_isas_here()) {
+    CAPTURE(name);
+    REQUIRE(force_packed_isa(name));
+    CHECK(product(random_codes(0, 256, 8, rng), w.packed).shape() == (Shape{0, 40}));
+    Tensor y = Tensor::zeros({0, 40});
+    CHECK_NOTHROW(cpu::packed_matmul(y, Tensor::zeros({0, 256}), w.packed));
+  }
+}
+
 TEST_CASE("codes times codes: a row alone is that row among many, on any number of threads") {
   Restore restore;
   Random rng(4);

@@ -306,16 +306,6 @@ TEST_CASE("packed_matmul keeps large, tiny and missing activations in their plac
   }
 }
 
-TEST_CASE("no rows of x give no rows of y") {
-  Restore restore;
-  const Sample s = sample(40, 256, {.bits = 4, .group_size = 128}, 5);
-  for (const char* name : packed_isas_here()) {
-    REQUIRE(force_packed_isa(name));
-    Tensor y = Tensor::zeros({0, 40});
-    CHECK_NOTHROW(cpu::packed_matmul(y, Tensor::zeros({0, 256}), s.packed));
-  }
-}
-
 TEST_CASE("the extremes of codes and activations fit the integer sums") {
   Restore restore;
   for (const char* name : packed_isas_here()) {
