@@ -19,7 +19,7 @@ __device__ __forceinline__ int byte_sum(uint32_t signed_bytes, int before) {
   return __dp4a(static_cast<int>(signed_bytes), 0x01010101, before);
 }
 
-// A warp a row; sixteen codes a lane at a time.
+// A warp a row; sixteen codes a lane at a time. y: null where codes are signed bytes as they stand.
 __global__ void signed_rows_kernel(uint4* y, int32_t* sums, const uint4* codes, int64_t rows,
                                    int64_t packs, uint32_t flip) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -29,7 +29,7 @@ __global__ void signed_rows_kernel(uint4* y, int32_t* sums, const uint4* codes, 
     for (int64_t i = lane; i < packs; i += 32) {
       uint4 v = codes[row * packs + i];
       v = make_uint4(v.x ^ flip, v.y ^ flip, v.z ^ flip, v.w ^ flip);
-      y[row * packs + i] = v;
+      if (y) y[row * packs + i] = v;
       sum = byte_sum(v.x, byte_sum(v.y, byte_sum(v.z, byte_sum(v.w, sum))));
     }
     sum = team_sum<32>(sum);
@@ -155,6 +155,17 @@ bool integer_matmul_takes(const PackedInt& w) {
   return w.groups() == 1 && w.cols % 16 == 0 && w.rows % 16 == 0 && w.cols <= 32768;
 }
 
+namespace {
+
+// The same bytes.
+Tensor as_signed(const Tensor& codes) {
+  const auto* begin = static_cast<const std::byte*>(codes.storage()->data());
+  const auto at = static_cast<const std::byte*>(codes.raw()) - begin;
+  return Tensor::view(codes.storage(), static_cast<size_t>(at), codes.shape(), DType::I8);
+}
+
+}  // namespace
+
 void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   const PackedView v = view_of("packed_matmul_rows", w);
   const int64_t rows = x.codes.dim(0), cols = w.cols;
@@ -162,15 +173,16 @@ void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   check(x.codes.is_contiguous() && aligned16(x.codes.raw()) && x.grid.is_contiguous() &&
             !x.paired && y.is_contiguous(),
         "packed_matmul_rows: codes {} are not one a byte, row by row", x.codes.shape());
-  Tensor left = Tensor::empty({rows, cols}, DType::I8, device),
+  const bool flipped = x.spec.bits == 8;  // else no code reaches the sign
+  Tensor left = flipped ? Tensor::empty({rows, cols}, DType::I8, device) : as_signed(x.codes),
          right = Tensor::empty({w.rows, cols}, DType::I8, device),
          sums = Tensor::empty({rows, w.rows}, DType::I32, device),
          x_sums = Tensor::empty({rows}, DType::I32, device),
          w_sums = Tensor::empty({w.rows}, DType::I32, device);
   launch("packed_matmul_rows", y, signed_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
-         static_cast<uint4*>(left.raw()), x_sums.data<int32_t>(),
+         flipped ? static_cast<uint4*>(left.raw()) : nullptr, x_sums.data<int32_t>(),
          static_cast<const uint4*>(x.codes.raw()), rows, cols / 16,
-         x.spec.bits == 8 ? 0x80808080u : 0u);
+         flipped ? 0x80808080u : 0u);
   with_layout(v, [&](auto bits, auto unit) {
     launch("packed_matmul_rows", y,
            signed_units_kernel<decltype(bits)::value, decltype(unit)::value>,

@@ -24,7 +24,7 @@ template <class T> struct Inside {
   explicit Inside(const GroupSpec& s)
       : first(s.end_codes_learn ? T(-0.5) : T(0)),
         last(static_cast<T>(s.max_code()) + (s.end_codes_learn ? T(0.5) : T(0))) {}
-  bool operator()(T t) const { return t > first && t < last; }
+  bool operator()(T t) const { return (t > first) & (t < last); }
 };
 
 template <class T> T code(T x, T h, T z, T top) {
@@ -65,8 +65,8 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
     for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
       const T h = hs[g], z = zs[g];
       const T *p = in + at, *d = pd + at;
-      if (ds)
-        ds[g] = lane_sum<T>(n, [&](int64_t i) {
+      if (ds)  // copies, not references: else the sum does not vectorise
+        ds[g] = lane_sum<T>(n, [=](int64_t i) {
           const T r = p[i] / h, t = round_even(r) + z;
           const T inner = inside(t) ? r : T(0);
           const T q = t < T(0) ? T(0) : t > top ? top : t;
@@ -92,10 +92,9 @@ void fake_quant_range_vjp(Tensor& dx, const Tensor& x, const Tensor& scale, cons
     for_each_group(x.dim(0), x.dim(1), s, [&](int64_t g, int64_t at, int64_t n) {
       const T h = hs[g], z = zs[g], top = tops[g], bottom = bottoms[g];
       const T *p = in + at, *d = pd + at;
-      int64_t n_hi = 0, n_lo = 0;
-      for (int64_t i = 0; i < n; ++i) n_hi += p[i] == top, n_lo += p[i] == bottom;
-      const T share_hi = n_hi ? dt[g] / static_cast<T>(n_hi) : T(0);
-      const T share_lo = n_lo ? db[g] / static_cast<T>(n_lo) : T(0);
+      const Extremes<T> count = counts(p, n, {top, bottom});
+      const T share_hi = count.hi > 0 ? dt[g] / count.hi : T(0);
+      const T share_lo = count.lo > 0 ? db[g] / count.lo : T(0);
       for (int64_t i = 0; i < n; ++i)
         out[at + i] = (inside(round_even(p[i] / h) + z) ? d[i] : T(0)) +
                       ((p[i] == top ? share_hi : T(0)) + (p[i] == bottom ? share_lo : T(0)));

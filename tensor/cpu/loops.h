@@ -66,11 +66,14 @@ void for_each_row(const Shape& shape, const std::array<Strides, N>& strides, Row
 
 // Σ f(i) for i in [0, n), in eight running lanes (so that it vectorises) that are folded in a fixed
 // order.
-template <class T, class F> T lane_sum(int64_t n, F&& f) {
+template <class T, class F> [[gnu::always_inline]] inline T lane_sum(int64_t n, F&& f) {
   T lanes[8] = {};
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int64_t j = 0; j < 8; ++j) lanes[j] += f(i + j);
+  for (; i + 8 <= n; i += 8) {
+    T v[8];  // apart from the additions: so more of them vectorise
+    for (int64_t j = 0; j < 8; ++j) v[j] = f(i + j);
+    for (int64_t j = 0; j < 8; ++j) lanes[j] += v[j];
+  }
   for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += f(i);
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
          ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
@@ -92,6 +95,42 @@ template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
   }
   for (int64_t j = 1; j < 8; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
   return lanes[0];
+}
+
+template <class T> struct Extremes { T hi, lo; };
+
+// Largest and smallest of p[0] … p[n−1] and start. NaN is passed over.
+template <class T> Extremes<T> extremes(const T* p, int64_t n, T start) {
+  constexpr int64_t kLanes = 8;
+  T hi[kLanes], lo[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) hi[j] = lo[j] = start;
+  const auto take = [&](int64_t i, int64_t lanes) {
+    for (int64_t j = 0; j < lanes; ++j) hi[j] = p[i + j] > hi[j] ? p[i + j] : hi[j];
+    for (int64_t j = 0; j < lanes; ++j) lo[j] = p[i + j] < lo[j] ? p[i + j] : lo[j];
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) take(i, kLanes);
+  take(i, n - i);
+  for (int64_t j = 1; j < kLanes; ++j) {
+    hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
+    lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
+  }
+  return {hi[0], lo[0]};
+}
+
+// How many of them are equal to each of the two (n below 2²⁴: counted in T).
+template <class T> Extremes<T> counts(const T* p, int64_t n, Extremes<T> of) {
+  constexpr int64_t kLanes = 8;
+  T hi[kLanes] = {}, lo[kLanes] = {};
+  const auto take = [&](int64_t i, int64_t lanes) {
+    for (int64_t j = 0; j < lanes; ++j) hi[j] += p[i + j] == of.hi ? T(1) : T(0);
+    for (int64_t j = 0; j < lanes; ++j) lo[j] += p[i + j] == of.lo ? T(1) : T(0);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) take(i, kLanes);
+  take(i, n - i);
+  for (int64_t j = 1; j < kLanes; ++j) hi[0] += hi[j], lo[0] += lo[j];
+  return {hi[0], lo[0]};
 }
 
 inline int64_t rows_of(const Tensor& x) {

@@ -108,10 +108,17 @@ void group_range(Tensor& hi, Tensor& lo, const Tensor& x, GroupSpec s) {
         for (int64_t g = 0; g < groups; ++g) {
           const T* p = in + r * x.stride(0) + g * width * x.stride(1);
           const int64_t n = std::min(width, cols - g * width), step = x.stride(1);
-          const T start = s.include_zero ? T(0) : p[0], negated = s.include_zero ? T(0) : -p[0];
-          top[r * groups + g] = lane_max<T>(n, start, [&](int64_t i) { return p[i * step]; });
-          bottom[r * groups + g] =
-              -lane_max<T>(n, negated, [&](int64_t i) { return -p[i * step]; });
+          Extremes<T> e{s.include_zero ? T(0) : p[0], s.include_zero ? T(0) : p[0]};
+          if (step == 1) {
+            e = extremes(p, n, e.hi);
+          } else {
+            for (int64_t i = 0; i < n; ++i) {
+              e.hi = p[i * step] > e.hi ? p[i * step] : e.hi;
+              e.lo = p[i * step] < e.lo ? p[i * step] : e.lo;
+            }
+          }
+          top[r * groups + g] = e.hi;
+          bottom[r * groups + g] = e.lo;
         }
     });
   });

@@ -17,12 +17,6 @@ template <class F> void for_each_token(const Tensor& x, F&& body) {
                });
 }
 
-template <class T> struct Extremes { T hi, lo; };
-template <class T> Extremes<T> extremes(const T* p, int64_t n) {
-  return {lane_max<T>(n, p[0], [p](int64_t i) { return p[i]; }),
-          -lane_max<T>(n, -p[0], [p](int64_t i) { return -p[i]; })};
-}
-
 // ---- codes ----
 
 // Elements before row r, a row being the last dim.
@@ -79,7 +73,7 @@ void quantize_rows(QuantizedRows& q, const Tensor& x) {
       grid[0] = std::numeric_limits<float>::quiet_NaN(), grid[1] = 0;
       return;
     }
-    const auto [hi, lo] = extremes(p, n);
+    const auto [hi, lo] = extremes(p, n, p[0]);
     const RowGrid<float> g = row_grid(hi, lo, q.spec);
     grid[0] = g.scale, grid[1] = g.zero;
     const auto code = [&](int64_t i) {
@@ -122,7 +116,7 @@ void fake_quant_rows(Tensor& y, const Tensor& x, RowQuant s) {
     for_each_token(x, [&](int64_t at, int64_t n) {
       const T* p = in + at;
       T* o = out + at;
-      const auto [hi, lo] = extremes(p, n);
+      const auto [hi, lo] = extremes(p, n, p[0]);
       const RowGrid<T> g = row_grid(hi, lo, s);
       for (int64_t i = 0; i < n; ++i) o[i] = (row_code(p[i], g, top) - g.zero) * g.scale;
     });
@@ -141,29 +135,29 @@ void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant
     for_each_token(x, [&](int64_t at, int64_t n) {
       const T *p = in + at, *d = pd + at;
       T* o = out + at;
-      auto [hi, lo] = extremes(p, n);
+      auto [hi, lo] = extremes(p, n, p[0]);
       const RowGrid<T> g = row_grid(hi, lo, s);
-      // Locals and no stores inside the sum: else nothing of this vectorises.
+      // Copies and no stores inside the sum: else nothing of this vectorises.
       const T h = g.scale, z = g.zero;
-      const auto inside = [=](T t) { return (t > first) & (t < last); };
       T up = 0, down = 0;  // to each maximum, from each minimum
       if (g.free_scale) {
         const T total = lane_sum<T>(n, [=](int64_t i) {
           const T r = p[i] / h, t = round_even(r) + z;
+          const T inner = ((t > first) & (t < last)) ? r : T(0);
           const T q = t < T(0) ? T(0) : t > top ? top : t;
-          return d[i] * ((q - z) - (inside(t) ? r : T(0)));
+          return d[i] * ((q - z) - inner);
         });
         if (s.include_zero) hi = std::max(hi, T(0)), lo = std::min(lo, T(0));
         const T end = total * static_cast<T>(s.clip) / top;
-        const auto share = [=](T bound) {
-          const T count = lane_sum<T>(n, [=](int64_t i) { return p[i] == bound ? T(1) : T(0); });
-          return count > 0 ? end / count : T(0);
-        };
-        up = share(hi), down = share(lo);
+        const Extremes<T> count = counts(p, n, {hi, lo});
+        up = count.hi > 0 ? end / count.hi : T(0);
+        down = count.lo > 0 ? end / count.lo : T(0);
       }
+      const T highest = hi, lowest = lo;
       for (int64_t i = 0; i < n; ++i) {
-        const T straight = inside(round_even(p[i] / h) + z) ? d[i] : T(0);
-        o[i] = straight + ((p[i] == hi ? up : T(0)) - (p[i] == lo ? down : T(0)));
+        const T t = round_even(p[i] / h) + z;
+        const T straight = ((t > first) & (t < last)) ? d[i] : T(0);
+        o[i] = straight + ((p[i] == highest ? up : T(0)) - (p[i] == lowest ? down : T(0)));
       }
     });
   });
