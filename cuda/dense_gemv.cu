@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float factor = 1;
   if constexpr (kRegisters) {
     __shared__ float squares[kWarps];
-    const RowInRegisters<kThreads> row(a.in);
+    RowInRegisters<kThreads> row(a.in);
     wait_for_previous();
     const float sum = row.put(a.in, [&](const int(&c)[2], const float4(&v)[2]) {
       put(0, c[0], v[0]);
@@ -227,8 +227,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   };
   const auto of_rows = [&](auto t) {
     using T = decltype(t);
-    if (OMQ_V_DENSE && row_in_registers(a.in, kThreads))
-      return run(dense_gemv_kernel<T, 1, false, true>);
+    if (OMQ_V_DENSE && row_in_registers(a.in)) return run(dense_gemv_kernel<T, 1, false, true>);
     if (a.in.codes || a.in.quantise)
       return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true, false>)
                             : run(dense_gemv_kernel<T, 8, true, false>);

@@ -221,51 +221,44 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
 // product at the end: nothing here waits for the sum of the squares, and the caller's one barrier
 // is enough.
 
-constexpr int kRowTurns = 6;  // of four columns a thread
+constexpr int kRowTurns = 6;  // of four columns a thread, under way together
 
 // Whether the row can be staged so.
-inline bool row_in_registers(const GemvInput& in, int threads) {
-  return in.rows == 1 && in.by_fours && !in.codes && !in.quantise && !in.shift &&
-         in.cols <= kRowTurns * 4 * threads;
+inline bool row_in_registers(const GemvInput& in) {
+  return in.rows == 1 && in.by_fours && !in.codes && !in.quantise && !in.shift;
 }
 
 template <int kThreads> struct RowInRegisters {
   float4 gain[kRowTurns];
 
   // What no kernel writes: before the kernel in front has ended.
-  __device__ __forceinline__ explicit RowInRegisters(const GemvInput& in) {
-#pragma unroll
-    for (int j = 0; j < kRowTurns; ++j) {
-      const int c = column(j);
-      gain[j] = in.gain && c < in.cols ? __ldg(reinterpret_cast<const float4*>(in.gain + c))
-                                       : make_float4(1, 1, 1, 1);
-    }
-  }
-  __device__ __forceinline__ static int column(int j) {
-    return (j * kThreads + static_cast<int>(threadIdx.x)) * 4;
-  }
+  __device__ __forceinline__ explicit RowInRegisters(const GemvInput& in) { load_gains(in, 0); }
 
-  // put(two columns c, values of columns c … c + 3 of each times the gain), as stage_input's, for all
-  // columns up to a multiple of 8 kThreads. Gives the sum of this thread's squares.
-  template <class Put>
-  __device__ __forceinline__ float put(const GemvInput& in, Put&& put) const {
-    float4 x[kRowTurns];
-#pragma unroll
-    for (int j = 0; j < kRowTurns; ++j) {
-      const int c = column(j);
-      x[j] = float4{};
-      if (c < in.cols) x[j] = __ldcg(reinterpret_cast<const float4*>(in.x + c));
-    }
+  // put(two columns c, values of columns c … c + 3 of each times the gain), as stage_input's, for
+  // all columns up to a multiple of 8 kThreads. Gives the sum of this thread's squares.
+  template <class Put> __device__ __forceinline__ float put(const GemvInput& in, Put&& put) {
     float sum = 0;
+#pragma unroll 1
+    for (int first = 0; first < in.cols; first += kRowTurns * 4 * kThreads) {
+      float4 x[kRowTurns];
 #pragma unroll
-    for (int j = 0; j < kRowTurns; j += 2) {
-      if (j * 4 * kThreads >= in.cols) break;
-      const auto of = [&](int i) {
-        const float4 v = x[i], g = gain[i];
-        sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-        return make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
-      };
-      put({column(j), column(j + 1)}, {of(j), of(j + 1)});
+      for (int j = 0; j < kRowTurns; ++j) {
+        const int c = column(first, j);
+        x[j] = float4{};
+        if (c < in.cols) x[j] = __ldcg(reinterpret_cast<const float4*>(in.x + c));
+      }
+      if (first > 0) load_gains(in, first);
+#pragma unroll
+      for (int j = 0; j < kRowTurns; j += 2) {
+        if (first + j * 4 * kThreads >= in.cols) break;
+        const auto of = [&](int i) {
+          const float4 v = x[i], g = gain[i];
+          sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+          return make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
+        };
+        // Two side by side, each being a chain of long waits.
+        put({column(first, j), column(first, j + 1)}, {of(j), of(j + 1)});
+      }
     }
     return sum;
   }
@@ -283,6 +276,19 @@ template <int kThreads> struct RowInRegisters {
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) all += squares[w];
     return rsqrtf(__fdividef(all, static_cast<float>(in.cols)) + in.eps);
+  }
+
+ private:
+  __device__ __forceinline__ static int column(int first, int turn) {
+    return first + (turn * kThreads + static_cast<int>(threadIdx.x)) * 4;
+  }
+  __device__ __forceinline__ void load_gains(const GemvInput& in, int first) {
+#pragma unroll
+    for (int j = 0; j < kRowTurns; ++j) {
+      const int c = column(first, j);
+      gain[j] = in.gain && c < in.cols ? __ldg(reinterpret_cast<const float4*>(in.gain + c))
+                                       : make_float4(1, 1, 1, 1);
+    }
   }
 };
 

@@ -5,7 +5,8 @@
 //            four rows of x: each unit of the span is given a row of its own, which is x for that
 //            unit and zero for its neighbours, so the sums of all four come out of one set of
 //            registers, a unit's in the lanes lane % 4 that hold its row, and are scaled together
-//   sums     a span's go to a place of their own in shared memory, [panel][span][unit][row]; nothing
+//   sums     a span's go to a place of their own in shared memory, [panel][span][unit][row];
+//   nothing
 //            is kept from span to span
 //   x        stays in registers until it is whole numbers (RowInRegisters); some slots of the ring
 //            are filled before the kernel in front has ended, the others once x is there: they
@@ -26,6 +27,9 @@
 #ifndef OMQ_V_NEXT
 #define OMQ_V_NEXT 0
 #endif
+#ifndef OMQ_V_THREADS
+#define OMQ_V_THREADS 512
+#endif
 #ifndef OMQ_V_BULK
 #define OMQ_V_BULK 0
 #endif
@@ -33,8 +37,8 @@
 namespace omq::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kSpan = 4;        // units
+constexpr int kThreads = OMQ_V_THREADS, kWarps = kThreads / 32;
+constexpr int kSpan = 4;                  // units
 constexpr int kMaxStages = OMQ_V_STAGES;  // slots of a warp's ring
 constexpr int kEarly = OMQ_V_EARLY;       // of them filled before the kernel in front has ended
 constexpr int kNextTurns = OMQ_V_NEXT;
@@ -69,9 +73,9 @@ __device__ __forceinline__ void wait_for_slot(int stages) {
 // Bulk copies, which one lane asks for and a barrier in shared memory counts.
 __device__ __forceinline__ void barrier_init([[maybe_unused]] uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
-                   barrier)
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void barrier_expect([[maybe_unused]] uint32_t barrier,
@@ -219,14 +223,13 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& a, const float* pa
       if (const float* bias = a.m[1].bias) up += bias[at.out];
       v = silu(v) * up;
     }
-    if (a.output == RowOutput::Add)
-      v += i < kThreads / kLanes ? before : __ldcg(at.y);
+    if (a.output == RowOutput::Add) v += i < kThreads / kLanes ? before : __ldcg(at.y);
     *at.y = v;
   }
 }
 
 template <int kBits, int kUnit>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 512 / kThreads)
     packed_row_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kUnitBytes = unit_bytes(kBits, kUnit), kSlot = span_bytes(kBits, kUnit);
   extern __shared__ __align__(128) char memory[];
@@ -304,17 +307,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
               for (int u = 0; u < kSpan; ++u)
                 copy_bulk(to + kSpan * kUnitBytes + u * 64,
-                          grids + group_of(a, min(unit + u, a.units - 1)) * 16, 64, barrier);
+                          grids + (min(unit + u, a.units - 1) >> a.group_shift) * 16, 64, barrier);
           }
         } else {
 #pragma unroll
           for (int u = 0; u < kSpan; ++u)
-            if (u < left)
-              copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
+            if (u < left) copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
           if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind the panel's end the last
-            copy_async16(to + kSpan * kUnitBytes + lane * 16,
-                         grids + group_of(a, min(unit + lane / 4, a.units - 1)) * 16 + lane % 4 * 4,
-                         true);
+            copy_async16(
+                to + kSpan * kUnitBytes + lane * 16,
+                grids + (min(unit + lane / 4, a.units - 1) >> a.group_shift) * 16 + lane % 4 * 4,
+                true);
         }
         advance(ahead_panel, ahead);
         codes = pointer_of(of.codes, ahead_panel & 31);
@@ -329,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sum = 0;
     if (p0 == 0) {
       if (kNextTurns > 0) ask_for_next(a);
-      const Row row(a.in);
+      Row row(a.in);
       if (threadIdx.x < kUnit / 2) reinterpret_cast<uint32_t*>(zeros)[threadIdx.x] = 0;
       wait_for_previous();
       sum = row.put(a.in, [&](const int(&c)[2], const float4(&v)[2]) {
@@ -350,8 +353,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       else
         wait_for_slot(a.stages);
       __syncwarp();
-      const float2 sums = multiply_span<kBits, kUnit>(ring + read.slot * kSlot, from, step, x.units,
-                                                      span, lane);
+      const float2 sums =
+          multiply_span<kBits, kUnit>(ring + read.slot * kSlot, from, step, x.units, span, lane);
       float* to = parts + (panel * spans + span) * kSpanSums + lane % 4 * 16 + lane / 4;
       to[0] = sums.x, to[8] = sums.y;
       __syncwarp();
@@ -373,15 +376,17 @@ constexpr int kStatic = 1024;  // what the kernel declares, at most
 // ---- launchers ----
 
 bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
-  if (!OMQ_V_ROW || v.bits > 4 || !row_in_registers(a.in, kThreads)) return false;
+  if (!OMQ_V_ROW || v.bits > 4 || a.group_shift < 0 || !row_in_registers(a.in)) return false;
   const DeviceInfo& info = device_info(y.device().index);
-  const int limit = static_cast<int>(info.shared_optin) - kStatic;
+  // Of 256 threads, the next kernel's block is to be on the processor beside this one's.
+  const int limit =
+      std::min(static_cast<int>(info.shared_optin), kThreads == 256 ? 112 * 1024 : 1 << 30) -
+      kStatic;
   const int blocks = std::min(a.work, info.sms), each = a.output == RowOutput::SiluMul ? 2 : 1;
   const int panels = (a.work + blocks - 1) / blocks * each;
   const int spans = (v.units + kSpan - 1) / kSpan;
   a.x_stride = spans * kSpan * 2 * v.unit;
-  const int x_bytes =
-      a.x_stride + spans * kSpan * static_cast<int>(sizeof(UnitScale)) + 2 * v.unit;
+  const int x_bytes = a.x_stride + spans * kSpan * static_cast<int>(sizeof(UnitScale)) + 2 * v.unit;
   const int slots = kWarps * span_bytes(v.bits, v.unit), sums = spans * kSpanSums * 4;
   // Panels of a round: those whose sums take 32 KiB, and no more than there are lanes to point at
   // them.

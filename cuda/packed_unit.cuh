@@ -84,9 +84,9 @@ template <int kTeam> __device__ __forceinline__ uint32_t team_mask() {
   return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
 }
 
-// kFours times columns c … c + 3 of a row whose bytes and units begin at x; side by side, since each
-// is a chain of long waits. A unit's lanes call together. whole: the values are whole numbers of
-// less than two bytes already.
+// kFours times columns c … c + 3 of a row whose bytes and units begin at x; side by side, since
+// each is a chain of long waits. A unit's lanes call together. whole: the values are whole numbers
+// of less than two bytes already.
 template <int kUnit, int kFours>
 __device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int (&c)[kFours],
                                           const float4 (&v)[kFours], bool whole) {
@@ -103,12 +103,13 @@ __device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int
 #pragma unroll
   for (int f = 0; f < kFours; ++f)
     top[f] = __reduce_max_sync(
-        team_mask<kTeam>(),
-        max(max(bits(v[f].x), bits(v[f].y)), max(bits(v[f].z), bits(v[f].w))));
+        team_mask<kTeam>(), max(max(bits(v[f].x), bits(v[f].y)), max(bits(v[f].z), bits(v[f].w))));
 #pragma unroll
   for (int f = 0; f < kFours; ++f) {
     const float up = __fdividef(kTop, __uint_as_float(top[f])),
-                by = whole ? 1.0f : top[f] > 0 && top[f] < 0x7f800000u ? up : 0.0f;
+                by = whole                                ? 1.0f
+                     : top[f] > 0 && top[f] < 0x7f800000u ? up
+                                                          : 0.0f;
     const auto number = [&](float t) { return __float2int_rn(t * by); };
     const int i[4] = {number(v[f].x), number(v[f].y), number(v[f].z), number(v[f].w)};
     lo[f] = bytes(i[0], i[1], i[2], i[3], 0x0040);
