@@ -71,8 +71,12 @@ template <class T> __device__ float one(const T* p) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(*p);
 }
 
-// kRows: the most rows of x.
-template <class T, int kRows, bool kIntegers>
+#ifndef OMQ_V_DENSE
+#define OMQ_V_DENSE 1
+#endif
+
+// kRows: the most rows of x; kRegisters: the one row is staged as RowInRegisters.
+template <class T, int kRows, bool kIntegers, bool kRegisters>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kAhead = ahead_of<T>();
@@ -98,13 +102,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   let_next_start();
   if (at < a.work) fetch(RowPair<T>(a, at), 0);
-  float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
-  stage_gains<kThreads>(a.in, gains);
-  wait_for_previous();
-  stage_input<kThreads, kIntegers>(a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
+  const auto put = [&](int n, int c, float4 v) {
     if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
-  });
-  __syncthreads();
+  };
+  float factor = 1;
+  if constexpr (kRegisters) {
+    __shared__ float squares[kWarps];
+    RowInRegisters<kThreads> row(a.in);
+    wait_for_previous();
+    const float sum = row.put(a.in, [&](const int(&c)[2], const float4(&v)[2]) {
+      put(0, c[0], v[0]);
+      put(0, c[1], v[1]);
+    });
+    row.store_squares(a.in, squares, sum);
+    __syncthreads();
+    factor = row.factor(a.in, squares);
+  } else {
+    float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
+    stage_gains<kThreads>(a.in, gains);
+    wait_for_previous();
+    stage_input<kThreads, kIntegers>(a.in, x, a.x_stride, gains, scales, put);
+    __syncthreads();
+  }
   for (; at < a.work; at += warps) {
     const RowPair<T> rows(a, at);
     float sum[kRows][kPairRows] = {};
@@ -145,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float v[kPairRows];
 #pragma unroll
       for (int i = 0; i < kPairRows; ++i) {
-        v[i] = team_sum<32>(sum[n][i]) * scales[n];
+        v[i] = team_sum<32>(sum[n][i]) * (kRegisters ? factor : scales[n]);
         if (rows.bias[i]) v[i] += *rows.bias[i];
       }
       if (lane != 0) continue;
@@ -208,10 +227,12 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   };
   const auto of_rows = [&](auto t) {
     using T = decltype(t);
+    if (OMQ_V_DENSE && row_in_registers(a.in)) return run(dense_gemv_kernel<T, 1, false, true>);
     if (a.in.codes || a.in.quantise)
-      return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true>)
-                            : run(dense_gemv_kernel<T, 8, true>);
-    a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, false>) : run(dense_gemv_kernel<T, 8, false>);
+      return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true, false>)
+                            : run(dense_gemv_kernel<T, 8, true, false>);
+    a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, false, false>)
+                   : run(dense_gemv_kernel<T, 8, false, false>);
   };
   if (type == DType::F32) return of_rows(float{});
   if (type == DType::F16) return of_rows(__half{});

@@ -43,6 +43,11 @@ struct GemvArgs {
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
   int row_floats = 0;    // of shared memory for x's row (packed) and the gains, each; 0: none
+  int stages = 0;        // packed_row: slots of a warp's ring
+  // packed_row: block b asks for bytes b · next_bytes … of each, and so on in steps of the grid,
+  // next_turns times, to be brought into the L2 cache; what the next product begins with.
+  const void* next[2] = {};
+  int64_t next_bytes = 0, next_limit = 0;
 };
 
 // n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this
@@ -209,6 +214,84 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
   }
 }
 
+// ---- one row, in registers ----
+//
+// What most tokens are decoded by. A thread's columns stay in its registers from their load until
+// they are put, and RMSNorm's factor, being one number for the row, multiplies the sums of the
+// product at the end: nothing here waits for the sum of the squares, and the caller's one barrier
+// is enough.
+
+constexpr int kRowTurns = 6;  // of four columns a thread, under way together
+
+// Whether the row can be staged so.
+inline bool row_in_registers(const GemvInput& in) {
+  return in.rows == 1 && in.by_fours && !in.codes && !in.quantise && !in.shift;
+}
+
+template <int kThreads> struct RowInRegisters {
+  float4 gain[kRowTurns];
+
+  // What no kernel writes: before the kernel in front has ended.
+  __device__ __forceinline__ explicit RowInRegisters(const GemvInput& in) { load_gains(in, 0); }
+
+  // put(two columns c, values of columns c … c + 3 of each times the gain), as stage_input's, for
+  // all columns up to a multiple of 8 kThreads. Gives the sum of this thread's squares.
+  template <class Put> __device__ __forceinline__ float put(const GemvInput& in, Put&& put) {
+    float sum = 0;
+#pragma unroll 1
+    for (int first = 0; first < in.cols; first += kRowTurns * 4 * kThreads) {
+      float4 x[kRowTurns];
+#pragma unroll
+      for (int j = 0; j < kRowTurns; ++j) {
+        const int c = column(first, j);
+        x[j] = float4{};
+        if (c < in.cols) x[j] = __ldcg(reinterpret_cast<const float4*>(in.x + c));
+      }
+      if (first > 0) load_gains(in, first);
+#pragma unroll
+      for (int j = 0; j < kRowTurns; j += 2) {
+        if (first + j * 4 * kThreads >= in.cols) break;
+        const auto of = [&](int i) {
+          const float4 v = x[i], g = gain[i];
+          sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+          return make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
+        };
+        // Two side by side, each being a chain of long waits.
+        put({column(first, j), column(first, j + 1)}, {of(j), of(j + 1)});
+      }
+    }
+    return sum;
+  }
+  // The warps' sums of squares, [kThreads / 32] in shared memory, where there is a gain.
+  __device__ __forceinline__ static void store_squares(const GemvInput& in, float* squares,
+                                                       float sum) {
+    if (!in.gain) return;
+    sum = team_sum<32>(sum);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  }
+  // What the product's sums are to be multiplied by; a barrier behind store_squares.
+  __device__ __forceinline__ static float factor(const GemvInput& in, const float* squares) {
+    if (!in.gain) return 1;
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) all += squares[w];
+    return rsqrtf(__fdividef(all, static_cast<float>(in.cols)) + in.eps);
+  }
+
+ private:
+  __device__ __forceinline__ static int column(int first, int turn) {
+    return first + (turn * kThreads + static_cast<int>(threadIdx.x)) * 4;
+  }
+  __device__ __forceinline__ void load_gains(const GemvInput& in, int first) {
+#pragma unroll
+    for (int j = 0; j < kRowTurns; ++j) {
+      const int c = column(first, j);
+      gain[j] = in.gain && c < in.cols ? __ldg(reinterpret_cast<const float4*>(in.gain + c))
+                                       : make_float4(1, 1, 1, 1);
+    }
+  }
+};
+
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // Which matrix and which of its panels (or rows) stands at `at` among all of them.
@@ -219,6 +302,8 @@ __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
 }
 
 // y of packed (all of one layout) or dense (all of one dtype) matrices; rows first … of x.
+// packed_row does nothing and gives false where it is not made for the product.
+bool packed_row(Tensor& y, GemvArgs a, const PackedView& v);
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
 void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
 

@@ -17,6 +17,7 @@
 // instruction cache, see stage_input. Instructions of a lane for two units of 64 weights: 48 to
 // unpack 4 bits (56 and 68 for 2 and 3), about 60 to multiply, 40 to copy the next two.
 #include "cuda/packed.h"
+#include "cuda/packed_panels.cuh"
 #include "cuda/packed_unit.cuh"
 
 namespace omq::cuda {
@@ -26,31 +27,6 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 // Slots of a warp's ring: enough bytes under way for the memory's latency. More of them would stand
 // in x's way when a kernel begins.
 constexpr int ring_stages(int bits) { return bits == 2 ? 3 : 2; }
-
-// The panels of a round, one a lane: where their codes and grids begin.
-struct RoundPanels {
-  const uint8_t* codes = nullptr;
-  const GridWord* grids = nullptr;
-  __device__ __forceinline__ RoundPanels(const GemvArgs& a, int p0, int p1, int64_t panel_bytes,
-                                         int lane) {
-    if (p0 + lane >= p1) return;
-    const bool pairs = a.output == RowOutput::SiluMul;
-    const int panel = p0 + lane;
-    int at =
-        static_cast<int>(blockIdx.x) + (pairs ? panel / 2 : panel) * static_cast<int>(gridDim.x);
-    const int i = pairs ? panel % 2 : find_matrix(a, at);
-    codes = static_cast<const uint8_t*>(a.m[i].data) + at * panel_bytes;
-    grids = a.m[i].grids + static_cast<int64_t>(at) * a.groups * 16;
-  }
-};
-template <class T> __device__ __forceinline__ const T* pointer_of(const T* p, int lane) {
-  return reinterpret_cast<const T*>(
-      __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(p), lane));
-}
-
-__device__ __forceinline__ int group_of(const GemvArgs& a, int unit) {
-  return a.group_shift >= 0 ? unit >> a.group_shift : unit / a.units_per_group;
-}
 
 // Where the i-th sum of a round goes. Sums of a panel: [rows of x, 16].
 struct Place {
@@ -184,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p0 == 0) {
       const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
       stage_input<kThreads, kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
-        put_bytes<kUnit>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, c, v, whole);
+        put_bytes<kUnit, 1>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, {c}, {v},
+                            whole);
       });
       if (kSpan > 1 && a.units % kSpan != 0)  // one unit more, of zeros
         for (int n = warp; n < rows; n += kWarps) {
@@ -282,6 +259,7 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   while ((1 << (a.group_shift + 1)) <= a.units_per_group) ++a.group_shift;
   if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
   if (v.groups == 1) a.group_shift = 31;
+  if (packed_row(y, a, v)) return;
   const GemvShared size(v);
   a.x_stride = size.x_stride;
   a.x_units = size.x_units;

@@ -13,22 +13,58 @@ constexpr int slot_bytes(int bits, int unit) {
   return slot_units(bits) * (unit_words(bits, unit) * 128 + 64);
 }
 
-// Copies a slot's codes, which stand one behind another, by one warp, asynchronously. codes: this
-// lane's first byte but for its place in a run (16 · lane, 8 · lane or 4 · lane).
+// Copies a unit's codes into shared memory by one warp, asynchronously.
 template <int kBits, int kUnit>
-__device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int lane) {
+__device__ __forceinline__ void copy_unit(const uint8_t* from, uint32_t to, int lane) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
 #pragma unroll
-  for (int u = 0; u < slot_units(kBits); ++u) {
-    const uint8_t* from = codes + u * (kWords * 128);
-    const uint32_t to = slot + u * (kWords * 128);
+  for (int i = 0; i < kFours; i += 4)
+    copy_async16(to + i * 128 + lane * 16, from + i * 128 + lane * 16, true);
+  if constexpr (kWords % 4 >= 2)
+    copy_async8(to + kFours * 128 + lane * 8, from + kFours * 128 + lane * 8);
+  if constexpr (kWords % 2 == 1)
+    copy_async4(to + (kWords - 1) * 128 + lane * 4, from + (kWords - 1) * 128 + lane * 4, true);
+}
+// The same with a slot's units, which stand one behind another.
+template <int kBits, int kUnit>
+__device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int lane) {
+  constexpr int kBytes = unit_words(kBits, kUnit) * 128;
 #pragma unroll
-    for (int i = 0; i < kFours; i += 4)
-      copy_async16(to + i * 128 + lane * 16, from + i * 128 + lane * 16, true);
-    if constexpr (kWords % 4 >= 2)
-      copy_async8(to + kFours * 128 + lane * 8, from + kFours * 128 + lane * 8);
-    if constexpr (kWords % 2 == 1)
-      copy_async4(to + (kWords - 1) * 128 + lane * 4, from + (kWords - 1) * 128 + lane * 4, true);
+  for (int u = 0; u < slot_units(kBits); ++u)
+    copy_unit<kBits, kUnit>(codes + u * kBytes, slot + u * kBytes, lane);
+}
+
+// This lane's words of a unit in shared memory.
+template <int kBits, int kUnit>
+__device__ __forceinline__ void load_words(uint32_t (&w)[unit_words(kBits, kUnit)],
+                                           const char* slot, int lane) {
+  constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
+#pragma unroll
+  for (int i = 0; i < kFours; i += 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(slot + i * 128 + lane * 16);
+    w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+  }
+  if constexpr (kWords % 4 >= 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(slot + kFours * 128 + lane * 8);
+    w[kFours] = v.x, w[kFours + 1] = v.y;
+  }
+  if constexpr (kWords % 2 == 1)
+    w[kWords - 1] = *reinterpret_cast<const uint32_t*>(slot + (kWords - 1) * 128 + lane * 4);
+}
+
+// A row of x in a unit, as this lane's share of the products' other operand; from: where the lane's
+// bytes begin.
+template <int kUnit>
+__device__ __forceinline__ void load_planes(uint32_t (&b)[kUnit / 16], const char* from) {
+  if constexpr (kUnit == 32) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    b[0] = v.x, b[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from + i / 4 * 128);
+      b[i] = v.x, b[i + 1] = v.y, b[i + 2] = v.z, b[i + 3] = v.w;
+    }
   }
 }
 
@@ -48,40 +84,55 @@ template <int kTeam> __device__ __forceinline__ uint32_t team_mask() {
   return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
 }
 
-// Columns c … c + 3 of a row whose bytes and units begin at x. A unit's lanes call together.
-// whole: the values are whole numbers of less than two bytes already.
-template <int kUnit>
-__device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, float4 v,
-                                          bool whole) {
+// kFours times columns c … c + 3 of a row whose bytes and units begin at x; side by side, since
+// each is a chain of long waits. A unit's lanes call together. whole: the values are whole numbers
+// of less than two bytes already.
+template <int kUnit, int kFours>
+__device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int (&c)[kFours],
+                                          const float4 (&v)[kFours], bool whole) {
   constexpr int kTeam = kUnit / 4;  // lanes that hold a unit
   constexpr float kTop = 127 * 256 + 127;
   // Bits of |v| as whole numbers: their order is that of the values, and NaN is the largest.
   const auto bits = [](float f) { return __float_as_uint(f) & 0x7fffffffu; };
-  const uint32_t top = __reduce_max_sync(team_mask<kTeam>(),
-                                         max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w))));
-  const bool finite = top < 0x7f800000u;
-  const float largest = __uint_as_float(top);
-  const float up = whole ? 1.0f : finite && top > 0 ? __fdividef(kTop, largest) : 0.0f;
-  const auto number = [&](float f) { return __float2int_rn(f * up); };
-  const int i[4] = {number(v.x), number(v.y), number(v.z), number(v.w)};
   // i = 256 · hi + lo, both signed: lo is the last byte of i, hi the one above it of i + 128.
-  const auto bytes = [](int a, int b, int c, int d, uint32_t pick) {
-    return __byte_perm(__byte_perm(a, b, pick), __byte_perm(c, d, pick), 0x5410);
+  const auto bytes = [](int i, int j, int k, int l, uint32_t pick) {
+    return __byte_perm(__byte_perm(i, j, pick), __byte_perm(k, l, pick), 0x5410);
   };
-  const uint32_t lo = bytes(i[0], i[1], i[2], i[3], 0x0040),
-                 hi = bytes(i[0] + 128, i[1] + 128, i[2] + 128, i[3] + 128, 0x0051);
-  const int sum = __reduce_add_sync(team_mask<kTeam>(), i[0] + i[1] + i[2] + i[3]);
-  const int unit = c / kUnit;
-  if (unit >= units) return;
-  char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(c % kUnit);
-  *reinterpret_cast<uint32_t*>(at) = hi;
-  *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = lo;
-  if (c % kUnit != 0) return;
-  // Infinite or not a number: so is the result.
-  x.units[unit] = {!finite ? __int_as_float(0x7fc00000)
-                   : whole ? 1.0f
-                           : largest * (1 / kTop),
-                   -sum};
+  uint32_t top[kFours], lo[kFours], hi[kFours];
+  int sum[kFours];
+#pragma unroll
+  for (int f = 0; f < kFours; ++f)
+    top[f] = __reduce_max_sync(
+        team_mask<kTeam>(), max(max(bits(v[f].x), bits(v[f].y)), max(bits(v[f].z), bits(v[f].w))));
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) {
+    const float up = __fdividef(kTop, __uint_as_float(top[f])),
+                by = whole                                ? 1.0f
+                     : top[f] > 0 && top[f] < 0x7f800000u ? up
+                                                          : 0.0f;
+    const auto number = [&](float t) { return __float2int_rn(t * by); };
+    const int i[4] = {number(v[f].x), number(v[f].y), number(v[f].z), number(v[f].w)};
+    lo[f] = bytes(i[0], i[1], i[2], i[3], 0x0040);
+    hi[f] = bytes(i[0] + 128, i[1] + 128, i[2] + 128, i[3] + 128, 0x0051);
+    sum[f] = i[0] + i[1] + i[2] + i[3];
+  }
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) sum[f] = __reduce_add_sync(team_mask<kTeam>(), sum[f]);
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) {
+    const int unit = static_cast<int>(static_cast<unsigned>(c[f]) / kUnit),
+              inside = static_cast<int>(static_cast<unsigned>(c[f]) % kUnit);
+    if (unit >= units) continue;
+    char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
+    *reinterpret_cast<uint32_t*>(at) = hi[f];
+    *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = lo[f];
+    if (inside != 0) continue;
+    // Infinite or not a number: so is the result.
+    x.units[unit] = {top[f] >= 0x7f800000u ? __int_as_float(0x7fc00000)
+                     : whole               ? 1.0f
+                                           : __uint_as_float(top[f]) * (1 / kTop),
+                     -sum[f]};
+  }
 }
 
 // A tile is four rows of x. total: of rows r and r + 8 and row q of each tile. x: where
@@ -92,35 +143,12 @@ __device__ __forceinline__ void multiply_unit(float (&total)[kTiles][2], const c
                                               const GridWord* grid, const char* const (&x)[kTiles],
                                               const UnitScale* const (&x_units)[kTiles], int unit,
                                               int lane) {
-  constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
-  uint32_t w[kWords];
-#pragma unroll
-  for (int i = 0; i < kFours; i += 4) {
-    const uint4 v = *reinterpret_cast<const uint4*>(slot + i * 128 + lane * 16);
-    w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
-  }
-  if constexpr (kWords % 4 >= 2) {
-    const uint2 v = *reinterpret_cast<const uint2*>(slot + kFours * 128 + lane * 8);
-    w[kFours] = v.x, w[kFours + 1] = v.y;
-  }
-  if constexpr (kWords % 2 == 1)
-    w[kWords - 1] = *reinterpret_cast<const uint32_t*>(slot + (kWords - 1) * 128 + lane * 4);
+  uint32_t w[unit_words(kBits, kUnit)];
+  load_words<kBits, kUnit>(w, slot, lane);
   const GridWord upper = grid[lane / 4], lower = grid[lane / 4 + 8];
   uint32_t b[kTiles][kUnit / 16];
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const char* from = x[t] + unit * (2 * kUnit);
-    if constexpr (kUnit == 32) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      b[t][0] = v.x, b[t][1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnit / 16; i += 4) {
-        const uint4 v = *reinterpret_cast<const uint4*>(from + i / 4 * 128);
-        b[t][i] = v.x, b[t][i + 1] = v.y, b[t][i + 2] = v.z, b[t][i + 3] = v.w;
-      }
-    }
-  }
+  for (int t = 0; t < kTiles; ++t) load_planes<kUnit>(b[t], x[t] + unit * (2 * kUnit));
   int32_t sums[kTiles][2][4] = {};  // two chains: a product waits for the one before the last
 #pragma unroll
   for (int s = 0; s < kUnit / 32; ++s) {

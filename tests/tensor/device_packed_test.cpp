@@ -120,13 +120,13 @@ TEST_CASE("devices: products with packed weights, few rows and many") {
   });
 }
 
-TEST_CASE("devices: several rows as wide as a large model's") {
+TEST_CASE("devices: one row and several as wide as a large model's") {
   on_devices(1, [](Rng& rng, Device d) {
     for (const int bits : {2, 3, 4, 8}) {
       CAPTURE(bits);
       constexpr int64_t kRows = 16, kCols = 11008;
       const Packed w = random_packed(rng, kRows, kCols, {.bits = bits, .group_size = 128}, d);
-      for (const int64_t m : {4, 5, 8, 16}) {
+      for (const int64_t m : {1, 4, 5, 8, 16}) {
         CAPTURE(m);
         const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
         Tensor want = floats({m, kRows}), dense = floats({kRows, kCols});
@@ -275,8 +275,10 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
           CAPTURE(packed);
           CAPTURE(quantised);
           CAPTURE(static_cast<int>(output));
-          const int64_t m = rng.between(1, 16), n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
+          const int64_t m = rng.coin() ? 1 : rng.between(2, 16),
+                        n = 16 * rng.between(1, 6) + (packed ? 3 : 0);
           const size_t count = output == RowOutput::Store ? 3 : output == RowOutput::Add ? 1 : 2;
+          const GroupSpec spec{.bits = static_cast<int>(rng.between(2, 4)), .group_size = 32};
           std::vector<RowMatrix> cpu, gpu;
           int64_t columns = 0;
           for (size_t i = 0; i < count; ++i) {
@@ -284,7 +286,7 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
             const Tensor bias = rng.coin() ? vector(rows, -1, 1) : Tensor{};
             RowMatrix a{Tensor{}, bias}, b{Tensor{}, bias.defined() ? uploaded(bias, d) : Tensor{}};
             if (packed) {
-              const Packed w = random_packed(rng, rows, K, {.bits = 4, .group_size = 32}, d);
+              const Packed w = random_packed(rng, rows, K, spec, d);
               a.weight = w.cpu, b.weight = w.device;
             } else {
               const Tensor w = random_tensor(rng, {rows, K}, DType::F16, -1, 1);
@@ -295,7 +297,8 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
           }
           if (output == RowOutput::SiluMul) columns = n;
           const Tensor x = random_tensor(rng, {m, K}, DType::F32, -2, 2),
-                       gain = vector(K, 0.5, 1.5), shift = vector(K, -0.2, 0.2),
+                       gain = vector(K, 0.5, 1.5),
+                       shift = rng.coin() ? vector(K, -0.2, 0.2) : Tensor{},
                        before = random_tensor(rng, {m, columns}, DType::F32, -1, 1);
           const std::optional<RowQuant> quant =
               quantised ? std::optional(RowQuant{.bits = 8}) : std::nullopt;
@@ -308,9 +311,10 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
           kernels->products(got,
                             {.x = uploaded(x, d),
                              .gain = uploaded(gain, d),
-                             .shift = uploaded(shift, d),
+                             .shift = shift.defined() ? uploaded(shift, d) : Tensor{},
                              .eps = 1e-5,
-                             .quant = quant},
+                             .quant = quant,
+                             .next = gpu},
                             gpu, output);
           // A code at a rounding boundary may fall the other way: 1/255 of a value in one place.
           CHECK(close(got, want, quantised ? 1e-5 : kRounded));
