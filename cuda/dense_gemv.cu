@@ -71,10 +71,6 @@ template <class T> __device__ float one(const T* p) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(*p);
 }
 
-#ifndef OMQ_V_DENSE
-#define OMQ_V_DENSE 1
-#endif
-
 // kRows: the most rows of x; kRegisters: the one row is staged as RowInRegisters.
 template <class T, int kRows, bool kIntegers, bool kRegisters>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -227,7 +223,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   };
   const auto of_rows = [&](auto t) {
     using T = decltype(t);
-    if (OMQ_V_DENSE && row_in_registers(a.in)) return run(dense_gemv_kernel<T, 1, false, true>);
+    if (row_in_registers(a.in)) return run(dense_gemv_kernel<T, 1, false, true>);
     if (a.in.codes || a.in.quantise)
       return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true, false>)
                             : run(dense_gemv_kernel<T, 8, true, false>);

@@ -72,13 +72,6 @@ void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatri
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
   }
-  for (size_t i = 0; i < std::min<size_t>(x.x.next.size(), std::size(a.next)); ++i)
-    if (const auto* w = std::get_if<PackedInt>(&x.x.next[i].weight)) {
-      const PackedView v = view_of(op, *w);
-      a.next[i] = v.codes;
-      a.next_bytes = v.units * v.unit_bytes();
-      a.next_limit = v.panels * a.next_bytes;
-    }
   if (std::holds_alternative<PackedInt>(matrices[0].weight))
     packed_gemv(y, a, matrices);
   else

@@ -43,11 +43,6 @@ struct GemvArgs {
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
   int row_floats = 0;    // of shared memory for x's row (packed) and the gains, each; 0: none
-  int stages = 0;        // packed_row: slots of a warp's ring
-  // packed_row: block b asks for bytes b · next_bytes … of each, and so on in steps of the grid,
-  // next_turns times, to be brought into the L2 cache; what the next product begins with.
-  const void* next[2] = {};
-  int64_t next_bytes = 0, next_limit = 0;
 };
 
 // n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this

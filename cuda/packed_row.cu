@@ -6,127 +6,26 @@
 //            unit and zero for its neighbours, so the sums of all four come out of one set of
 //            registers, a unit's in the lanes lane % 4 that hold its row, and are scaled together
 //   sums     a span's go to a place of their own in shared memory, [panel][span][unit][row];
-//   nothing
-//            is kept from span to span
-//   x        stays in registers until it is whole numbers (RowInRegisters); some slots of the ring
-//            are filled before the kernel in front has ended, the others once x is there: they
-//            would stand in its way, and fetch while it is worked at
+//            nothing is kept from span to span
+//   x        stays in registers until it is whole numbers (RowInRegisters); one slot of the ring is
+//            filled before the kernel in front has ended, the other once x is there: it would stand
+//            in its way, and comes while x is worked at
 #include "cuda/packed.h"
 #include "cuda/packed_panels.cuh"
 #include "cuda/packed_unit.cuh"
 
-#ifndef OMQ_V_ROW
-#define OMQ_V_ROW 1
-#endif
-#ifndef OMQ_V_EARLY
-#define OMQ_V_EARLY 1
-#endif
-#ifndef OMQ_V_STAGES
-#define OMQ_V_STAGES 4
-#endif
-#ifndef OMQ_V_NEXT
-#define OMQ_V_NEXT 0
-#endif
-#ifndef OMQ_V_THREADS
-#define OMQ_V_THREADS 512
-#endif
-#ifndef OMQ_V_BULK
-#define OMQ_V_BULK 0
-#endif
-
 namespace omq::cuda {
 namespace {
 
-constexpr int kThreads = OMQ_V_THREADS, kWarps = kThreads / 32;
-constexpr int kSpan = 4;                  // units
-constexpr int kMaxStages = OMQ_V_STAGES;  // slots of a warp's ring
-constexpr int kEarly = OMQ_V_EARLY;       // of them filled before the kernel in front has ended
-constexpr int kNextTurns = OMQ_V_NEXT;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kBulk = OMQ_V_BULK;
-#else
-constexpr bool kBulk = false;
-#endif
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kSpan = 4;  // units
+// Slots of a warp's ring. One is filled before the kernel in front has ended: with none, or with
+// both, a token takes a tenth longer; with three or four, two or three in a hundred.
+constexpr int kStages = 2, kEarly = 1;
 
 constexpr int unit_bytes(int bits, int unit) { return unit_words(bits, unit) * 128; }
 constexpr int span_bytes(int bits, int unit) { return kSpan * (unit_bytes(bits, unit) + 64); }
 constexpr int kSpanSums = kSpan * 16;  // of a panel
-
-// ---- a warp's ring: slots that are filled and read in turn ----
-
-// The slot that is filled or read next, and how often the ring has been gone round, modulo two.
-struct RingPlace {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++slot == stages) slot = 0, phase ^= 1;
-  }
-};
-
-__device__ __forceinline__ void wait_for_slot(int stages) {
-  if (stages == 2) return copy_async_wait<1>();
-  if (stages == 3) return copy_async_wait<2>();
-  if (stages == 4) return copy_async_wait<3>();
-  copy_async_wait<4>();
-}
-
-// Bulk copies, which one lane asks for and a barrier in shared memory counts.
-__device__ __forceinline__ void barrier_init([[maybe_unused]] uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier)
-      : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_expect([[maybe_unused]] uint32_t barrier,
-                                               [[maybe_unused]] uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_wait([[maybe_unused]] uint32_t barrier,
-                                             [[maybe_unused]] uint32_t phase) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-#endif
-}
-__device__ __forceinline__ void copy_bulk([[maybe_unused]] uint32_t to,
-                                          [[maybe_unused]] const void* from,
-                                          [[maybe_unused]] uint32_t bytes,
-                                          [[maybe_unused]] uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-#endif
-}
-
-// A piece of memory into the L2 cache.
-__device__ __forceinline__ void ask_for([[maybe_unused]] const void* p,
-                                        [[maybe_unused]] uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-__device__ __forceinline__ void ask_for_next(const GemvArgs& a) {
-  constexpr int kPiece = 2048;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (warp >= 2 * kNextTurns || !a.next[warp % 2]) return;
-  const int64_t turn = warp / 2, at = (turn * gridDim.x + blockIdx.x) * a.next_bytes;
-  if (at + a.next_bytes > a.next_limit) return;
-  const char* p = static_cast<const char*>(a.next[warp % 2]) + at;
-#pragma unroll 1
-  for (int i = lane * kPiece; i < a.next_bytes; i += 32 * kPiece)
-    ask_for(p + i, static_cast<uint32_t>(min(int64_t{kPiece}, a.next_bytes - i)));
-}
 
 // ---- a span ----
 
@@ -229,7 +128,7 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& a, const float* pa
 }
 
 template <int kBits, int kUnit>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     packed_row_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kUnitBytes = unit_bytes(kBits, kUnit), kSlot = span_bytes(kBits, kUnit);
   extern __shared__ __align__(128) char memory[];
@@ -238,7 +137,6 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   asm volatile("" : "+r"(address));
   char* shared = static_cast<char*>(__cvta_shared_to_generic(address));
   __shared__ float squares[kWarps];
-  __shared__ uint64_t full[kBulk ? kWarps * kMaxStages : 1];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int spans = (a.units + kSpan - 1) / kSpan;  // of a panel
   // Spans are counted through the round's panels: warp w takes number w, w + kWarps, …, which is
@@ -250,20 +148,15 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   };
   int step_spans = kWarps, first_span = warp;
   const int step_panels = split(step_spans), first_panel = split(first_span);
-  char* ring = shared + warp * (a.stages * kSlot);
-  const StagedX x{shared + kWarps * a.stages * kSlot,
-                  reinterpret_cast<UnitScale*>(shared + kWarps * a.stages * kSlot + a.x_stride)};
+  char* ring = shared + warp * (kStages * kSlot);
+  const StagedX x{shared + kWarps * kStages * kSlot,
+                  reinterpret_cast<UnitScale*>(shared + kWarps * kStages * kSlot + a.x_stride)};
   char* zeros = reinterpret_cast<char*>(x.units + spans * kSpan);  // a unit's bytes
   float* parts = reinterpret_cast<float*>(zeros + 2 * kUnit);
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
   const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
                    static_cast<int>(gridDim.x);
   const int panels = a.output == RowOutput::SiluMul ? 2 * mine : mine;
-  const uint32_t barriers = shared_address(full + (kBulk ? warp * kMaxStages : 0));
-  if (kBulk) {
-    if (lane < a.stages) barrier_init(barriers + lane * 8);
-    __syncwarp();
-  }
   const char* from[kSpan];
   int step[kSpan];
 #pragma unroll
@@ -275,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     step[u] = own ? kSpan * 2 * kUnit : 0;
   }
   let_next_start();
-  RingPlace filled, read;
+  int filled = 0, read = 0;  // the slot that is filled, or read, next
   using Row = RowInRegisters<kThreads>;
 #pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
@@ -293,45 +186,29 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     const GridWord* grids = pointer_of(of.grids, ahead_panel & 31);
     const auto fill = [&] {
       if (ahead_panel < count) {
-        const uint32_t to = shared_address(ring) + filled.slot * kSlot;
+        const uint32_t to = shared_address(ring) + filled * kSlot;
         const int unit = ahead * kSpan, left = min(a.units - unit, kSpan);
         const uint8_t* at = codes + static_cast<int64_t>(unit) * kUnitBytes;
-        if (kBulk) {
-          if (lane == 0) {
-            const uint32_t barrier = barriers + filled.slot * 8;
-            barrier_expect(barrier, left * kUnitBytes + kSpan * 64);
-            copy_bulk(to, at, left * kUnitBytes, barrier);
-            if (a.group_shift == 0 && left == kSpan)
-              copy_bulk(to + kSpan * kUnitBytes, grids + unit * 16, kSpan * 64, barrier);
-            else
-#pragma unroll 1
-              for (int u = 0; u < kSpan; ++u)
-                copy_bulk(to + kSpan * kUnitBytes + u * 64,
-                          grids + (min(unit + u, a.units - 1) >> a.group_shift) * 16, 64, barrier);
-          }
-        } else {
 #pragma unroll
-          for (int u = 0; u < kSpan; ++u)
-            if (u < left) copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
-          if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind the panel's end the last
-            copy_async16(
-                to + kSpan * kUnitBytes + lane * 16,
-                grids + (min(unit + lane / 4, a.units - 1) >> a.group_shift) * 16 + lane % 4 * 4,
-                true);
-        }
+        for (int u = 0; u < kSpan; ++u)
+          if (u < left) copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
+        if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind the panel's end the last
+          copy_async16(
+              to + kSpan * kUnitBytes + lane * 16,
+              grids + (min(unit + lane / 4, a.units - 1) >> a.group_shift) * 16 + lane % 4 * 4,
+              true);
         advance(ahead_panel, ahead);
         codes = pointer_of(of.codes, ahead_panel & 31);
         grids = pointer_of(of.grids, ahead_panel & 31);
-        filled.next(a.stages);
+        filled = (filled + 1) % kStages;
       }
-      if (!kBulk) copy_async_commit();
+      copy_async_commit();
     };
-    const int early = p0 == 0 ? min(kEarly, a.stages) : a.stages;
+    const int early = p0 == 0 ? kEarly : kStages;
 #pragma unroll 1
     for (int s = 0; s < early; ++s) fill();
     float sum = 0;
     if (p0 == 0) {
-      if (kNextTurns > 0) ask_for_next(a);
       Row row(a.in);
       if (threadIdx.x < kUnit / 2) reinterpret_cast<uint32_t*>(zeros)[threadIdx.x] = 0;
       wait_for_previous();
@@ -340,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
       });
     }
 #pragma unroll 1
-    for (int s = early; s < a.stages; ++s) fill();
+    for (int s = early; s < kStages; ++s) fill();
     const float before = addend(a, p0, count);
     if (p0 == 0) {
       __syncthreads();
@@ -348,21 +225,18 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     }
 #pragma unroll 1
     while (panel < count) {
-      if (kBulk)
-        barrier_wait(barriers + read.slot * 8, read.phase);
-      else
-        wait_for_slot(a.stages);
+      copy_async_wait<kStages - 1>();
       __syncwarp();
       const float2 sums =
-          multiply_span<kBits, kUnit>(ring + read.slot * kSlot, from, step, x.units, span, lane);
+          multiply_span<kBits, kUnit>(ring + read * kSlot, from, step, x.units, span, lane);
       float* to = parts + (panel * spans + span) * kSpanSums + lane % 4 * 16 + lane / 4;
       to[0] = sums.x, to[8] = sums.y;
       __syncwarp();
       fill();
-      read.next(a.stages);
+      read = (read + 1) % kStages;
       advance(panel, span);
     }
-    if (!kBulk) copy_async_wait<0>();
+    copy_async_wait<0>();
     __syncthreads();
     write_outputs(a, parts, spans, Row::factor(a.in, squares), before, p0, count);
   }
@@ -376,25 +250,20 @@ constexpr int kStatic = 1024;  // what the kernel declares, at most
 // ---- launchers ----
 
 bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
-  if (!OMQ_V_ROW || v.bits > 4 || a.group_shift < 0 || !row_in_registers(a.in)) return false;
+  if (v.bits > 4 || a.group_shift < 0 || !row_in_registers(a.in)) return false;
   const DeviceInfo& info = device_info(y.device().index);
-  // Of 256 threads, the next kernel's block is to be on the processor beside this one's.
-  const int limit =
-      std::min(static_cast<int>(info.shared_optin), kThreads == 256 ? 112 * 1024 : 1 << 30) -
-      kStatic;
+  const int limit = static_cast<int>(info.shared_optin) - kStatic;
   const int blocks = std::min(a.work, info.sms), each = a.output == RowOutput::SiluMul ? 2 : 1;
   const int panels = (a.work + blocks - 1) / blocks * each;
   const int spans = (v.units + kSpan - 1) / kSpan;
   a.x_stride = spans * kSpan * 2 * v.unit;
   const int x_bytes = a.x_stride + spans * kSpan * static_cast<int>(sizeof(UnitScale)) + 2 * v.unit;
-  const int slots = kWarps * span_bytes(v.bits, v.unit), sums = spans * kSpanSums * 4;
+  const int ring = kWarps * kStages * span_bytes(v.bits, v.unit), sums = spans * kSpanSums * 4;
   // Panels of a round: those whose sums take 32 KiB, and no more than there are lanes to point at
   // them.
   a.per_round = std::min({panels, 32, std::max(2, 32 * 1024 / sums / 2 * 2)});
-  const int rest = limit - x_bytes - a.per_round * sums;
-  a.stages = std::min(kMaxStages, rest / slots);
-  if (a.stages < 2) return false;
-  const int shared = x_bytes + a.per_round * sums + a.stages * slots;
+  const int shared = ring + x_bytes + a.per_round * sums;
+  if (shared > limit) return false;
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;
     if constexpr (kBits <= 4) {

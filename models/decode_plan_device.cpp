@@ -162,8 +162,7 @@ void DevicePlan::run() {
     const LlamaBlock& b = *l.block;
     kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store);
     kernels_.attention(attention(b.self_attn, (*bound_)[i]));
-    kernels_.products(x_, {.x = attended_, .quant = l.o.quant, .next = l.gate_up.matrices},
-                      l.o.matrices, RowOutput::Add);
+    kernels_.products(x_, {.x = attended_, .quant = l.o.quant}, l.o.matrices, RowOutput::Add);
     kernels_.products(gated_, behind(b.post_attention_layernorm, l.gate_up), l.gate_up.matrices,
                       RowOutput::SiluMul);
     kernels_.products(x_, {.x = gated_, .quant = l.down.quant}, l.down.matrices, RowOutput::Add);

@@ -22,8 +22,6 @@ struct DecodeInput {
   Tensor gain = {}, shift = {};  // F32 [K] or undefined
   double eps = 0;
   std::optional<RowQuant> quant = {};
-  // What is multiplied behind this product: a device that waits may begin to read it.
-  std::span<const RowMatrix> next = {};
 };
 inline constexpr int64_t kDecodeRows = 8;  // of a launch, at most
 // Neighbouring elements of a head that a lane of attention takes; heads are multiples of it, up to

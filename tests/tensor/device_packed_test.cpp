@@ -313,8 +313,7 @@ TEST_CASE("devices: stages of decoding are the products they are made of") {
                              .gain = uploaded(gain, d),
                              .shift = shift.defined() ? uploaded(shift, d) : Tensor{},
                              .eps = 1e-5,
-                             .quant = quant,
-                             .next = gpu},
+                             .quant = quant},
                             gpu, output);
           // A code at a rounding boundary may fall the other way: 1/255 of a value in one place.
           CHECK(close(got, want, quantised ? 1e-5 : kRounded));
