@@ -40,46 +40,48 @@ bool runs_here() {
 // ---- 16 rows of x ----
 
 // For each chunk a scale F32 [16] and a sum I32 [16]; then for each chunk and 64 columns of it a
-// tile of the high plane and one of the low; behind them room for one row as prepare gives it.
+// tile of the high plane and one of the low.
 struct XBlock {
   const float* scale;
   const int32_t* sum;
   const int8_t* tiles;
 };
 
-OMQ_INLINE int64_t x_steps(const PanelView& w) { return w.chunks * steps_of(w.chunk_stride); }
 OMQ_INLINE int64_t x_tiles_at(const PanelView& w) { return 128 * w.chunks; }
-OMQ_INLINE int64_t x_row_at(const PanelView& w) {
-  return x_tiles_at(w) + 2 * kTileSize * x_steps(w);
-}
 OMQ_INLINE XBlock x_block_at(const PanelView& w, const std::byte* block) {
   return {reinterpret_cast<const float*>(block),
           reinterpret_cast<const int32_t*>(block + 64 * w.chunks),
           reinterpret_cast<const int8_t*>(block + x_tiles_at(w))};
 }
 
-int64_t gemm_block_bytes(const PanelView& w) { return x_row_at(w) + prepared_bytes(w); }
+int64_t gemm_block_bytes(const PanelView& w) {
+  return x_tiles_at(w) + 2 * kTileSize * w.chunks * steps_of(w.chunk_stride);
+}
 
 void prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, std::byte* out) {
   const XBlock block = x_block_at(w, out);
-  auto* scale = const_cast<float*>(block.scale);
-  auto* sum = const_cast<int32_t*>(block.sum);
-  const int64_t steps = steps_of(w.chunk_stride);
-  std::byte* prepared = out + x_row_at(w);
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    if (r < rows) avx512::prepare(w, x + r * w.cols, prepared);
-    const Acts a = acts_at(w, prepared);
-    auto* to = const_cast<int8_t*>(block.tiles) + kTileCols * r;
+  const int64_t steps = steps_of(w.chunk_stride), chunk_bytes = 2 * kTileSize * steps;
+  for (int64_t r = 0; r < rows; ++r)
+    for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
+      auto* to = const_cast<int8_t*>(block.tiles) + chunk * chunk_bytes + kTileCols * r;
+      const int64_t at = kTileRows * chunk + r;
+      prepare_chunk(
+          x + r * w.cols + col, n, kTileCols * steps, const_cast<float*>(block.scale) + at,
+          const_cast<int32_t*>(block.sum) + at,
+          [&](int64_t i, __m128i hi, __m128i lo) __attribute__((always_inline)) {
+            int8_t* here = to + i / kTileCols * 2 * kTileSize + i % kTileCols;
+            _mm_store_si128(reinterpret_cast<__m128i*>(here), hi);
+            _mm_store_si128(reinterpret_cast<__m128i*>(here + kTileSize), lo);
+          });
+    });
+  // Rows that are not there give sums that nobody reads.
+  const int64_t bytes = w.chunks * chunk_bytes;
+  for (int64_t r = rows; r < kTileRows; ++r) {
+    for (int64_t at = kTileCols * r; at < bytes; at += kTileSize)
+      _mm512_store_si512(const_cast<int8_t*>(block.tiles) + at, _mm512_setzero_si512());
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-      scale[kTileRows * chunk + r] = r < rows ? a.scale[chunk] : 0.0f;
-      sum[kTileRows * chunk + r] = r < rows ? a.sum[chunk] : 0;
-      for (int64_t step = 0; step < steps; ++step, to += 2 * kTileSize) {
-        const int64_t col = kTileCols * step, at = chunk * w.chunk_stride + col;
-        const int64_t n = r < rows ? min64(kTileCols, w.chunk_stride - col) : 0;
-        const __mmask64 live = n >= 64 ? ~0ull : (1ull << n) - 1;
-        _mm512_store_si512(to, _mm512_maskz_loadu_epi8(live, a.hi + at));
-        _mm512_store_si512(to + kTileSize, _mm512_maskz_loadu_epi8(live, a.lo + at));
-      }
+      const_cast<float*>(block.scale)[kTileRows * chunk + r] = 0.0f;
+      const_cast<int32_t*>(block.sum)[kTileRows * chunk + r] = 0;
     }
   }
 }
