@@ -68,6 +68,20 @@ void tile_scores(const Sizes& z, const float* q, View qv, const float* k, View k
   for (int64_t i = 0; i < rows * seen; ++i) p[i] *= scale;
 }
 
+// A row of scores, of which n are seen, to probabilities times their sum; gives log Σ exp and that
+// sum. (Apart, since GCC vectorises the loops of small functions only.)
+struct Softmax {
+  float lse, total;
+};
+[[gnu::noinline]] Softmax softmax_row(float* row, int64_t n, int64_t seen, float scale) {
+  for (int64_t i = 0; i < n; ++i) row[i] *= scale;
+  const float top = lane_max<float>(n, row[0], [row](int64_t i) { return row[i]; });
+  for (int64_t i = 0; i < n; ++i) row[i] = exp_fast(row[i] - top);
+  const float total = lane_sum<float>(n, [row](int64_t i) { return row[i]; });
+  std::fill(row + n, row + seen, 0.0f);
+  return {std::log(total) + top, total};
+}
+
 void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q,
                     const Tensor& k, const Tensor& v, int64_t b, int64_t h, int64_t t0) {
   static thread_local std::vector<float> scratch;
@@ -76,22 +90,20 @@ void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& l
   float* p = scratch.data();
   const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
              yv = head(y, b, h);
-  tile_scores(z, q.data<float>(), qv, k.data<float>(), kv, t0, rows, seen,
-              static_cast<float>(s.scale), p);
+  gemm_tile(rows, seen, z.d, q.data<float>() + qv.base + t0 * qv.row, qv.row, 1,
+            k.data<float>() + kv.base, 1, kv.row, p, seen);
   float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
+  float inverse[kTile];
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = p + r * seen;
-    const int64_t n = z.visible(t0 + r, s.causal);
-    const float top = lane_max<float>(n, row[0], [row](int64_t i) { return row[i]; });
-    for (int64_t i = 0; i < n; ++i) row[i] = exp_fast(row[i] - top);
-    const float total = lane_sum<float>(n, [row](int64_t i) { return row[i]; }),
-                inverse = 1.0f / total;
-    for (int64_t i = 0; i < n; ++i) row[i] *= inverse;
-    std::fill(row + n, row + seen, 0.0f);
-    norm[r] = std::log(total) + top;
+    const Softmax of =
+        softmax_row(p + r * seen, z.visible(t0 + r, s.causal), seen, static_cast<float>(s.scale));
+    norm[r] = of.lse;
+    inverse[r] = 1.0f / of.total;
   }
-  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<float>() + vv.base, vv.row, 1,
-            y.data<float>() + yv.base + t0 * yv.row, yv.row);
+  float* out = y.data<float>() + yv.base + t0 * yv.row;
+  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<float>() + vv.base, vv.row, 1, out, yv.row);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < z.d; ++i) out[r * yv.row + i] *= inverse[r];
 }
 
 template <class T>

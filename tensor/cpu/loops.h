@@ -79,21 +79,23 @@ template <class T, class F> [[gnu::always_inline]] inline T lane_sum(int64_t n, 
          ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
+// So many lanes that GCC keeps the inner loops, which it vectorises, instead of unrolling them,
+// which it does not.
 template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
-  T lanes[8];
+  constexpr int64_t kLanes = 32;
+  T lanes[kLanes];
   for (T& l : lanes) l = start;
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    T v[8];  // apart from the comparisons: only so does it vectorise
-    for (int64_t j = 0; j < 8; ++j) v[j] = f(i + j);
-    for (int64_t j = 0; j < 8; ++j) v[j] = v[j] > lanes[j] ? v[j] : lanes[j];
-    for (int64_t j = 0; j < 8; ++j) lanes[j] = v[j];
-  }
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T v = f(i + j);
+      lanes[j] = v > lanes[j] ? v : lanes[j];
+    }
   for (int64_t j = 0; i < n; ++i, ++j) {
     const T v = f(i);
     lanes[j] = v > lanes[j] ? v : lanes[j];
   }
-  for (int64_t j = 1; j < 8; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+  for (int64_t j = 1; j < kLanes; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
   return lanes[0];
 }
 

@@ -27,7 +27,7 @@ constexpr int64_t kFewRows = 8;                // of x: up to here weights are r
 constexpr int64_t kDenseGrain = 32;            // rows of a dense w a chunk of work
 constexpr int64_t kWeightBytes = 1024 * 1024;  // of weights turned to F32: half of a usual L2
 constexpr int64_t kPreparedBytes =
-    1280 * 1024;  // of many rows of x: weights go by, x stays in an L2 cache of 2 MiB
+    3 * 1024 * 1024;  // of many rows of x: an L2 cache and a half, each pass unpacks w anew
 
 // Scratch of the calling thread; it grows and is kept. Each Use has its own, so that two live ones
 // never share.
@@ -100,8 +100,7 @@ void multiply_packed(const PackedIsa& isa, const PanelView& w, const float* x, i
   }
 }
 
-// Rows of x in a pass of m rows, by blocks of so many rows and bytes: even passes, each in the L2
-// cache.
+// Rows of x in a pass of m rows, by blocks of so many rows and bytes: even passes.
 int64_t rows_of_pass(int64_t m, int64_t block_rows, int64_t block_bytes) {
   const int64_t most =
       std::clamp<int64_t>(kPreparedBytes / block_bytes, 2, kMaxGemmRows / block_rows);
@@ -163,22 +162,41 @@ void multiply_few_codes(const PackedIsa& isa, const PanelView& w, const CodesVie
                [&](int64_t begin, int64_t end) { isa.gemv(w, prepared, m, y, begin, end); });
 }
 
+// Rows of a pass, prepared as gemm_codes wants them.
+const std::byte* prepare_pass(const PackedIsa& isa, const PanelView& w, const CodesView& x,
+                              int64_t m0, int64_t rows, int64_t block_bytes) {
+  constexpr int64_t kRows = kCodesBlockRows;
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(blocks * block_bytes + 64));
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t count = std::min(kRows, rows - kRows * b);
+      std::byte* out = prepared + b * block_bytes;
+      RowCodes row[kRows];
+      for (int64_t i = 0; i < count; ++i) row[i] = x.row(m0 + kRows * b + i);
+      if (isa.prepare_codes_block) {
+        isa.prepare_codes_block(w, row, count, out);
+      } else {
+        for (int64_t i = 0; i < count; ++i)
+          prepare_codes(w, row[i], out + i * prepared_codes_bytes(w));
+      }
+    }
+  });
+  return prepared;
+}
+
 void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x, int64_t m,
                     float* y) {
-  const int64_t row_bytes = prepared_codes_bytes(w), unpacked = isa.gemm_codes_scratch_bytes(w);
+  const int64_t block_bytes =
+      isa.codes_block_bytes ? isa.codes_block_bytes(w) : kCodesBlockRows * prepared_codes_bytes(w);
+  const int64_t unpacked = isa.gemm_codes_scratch_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 4);  // panels go in pairs
-  constexpr int64_t kRows = 32;
+  const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 8);  // panels go in pairs
   // Products that are as fast as tiles wait for x, others for their multiplications.
-  const int64_t pass = isa.gemm ? rows_of_pass(m, kRows, kRows * row_bytes) : kMaxGemmRows;
+  const int64_t pass = isa.gemm ? rows_of_pass(m, kCodesBlockRows, block_bytes) : kMaxGemmRows;
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     const int64_t rows = std::min(pass, m - m0);
-    const int64_t readable = (rows + kRows - 1) / kRows * kRows * row_bytes + 64;
-    auto* prepared = static_cast<std::byte*>(scratch<Use::Prepared>(readable));
-    parallel_for(rows, kFewRows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        prepare_codes(w, x.row(m0 + i), prepared + i * row_bytes);
-    });
+    const std::byte* prepared = prepare_pass(isa, w, x, m0, rows, block_bytes);
     parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
       auto* panel = static_cast<std::byte*>(scratch<Use::Tile>(unpacked));
       isa.gemm_codes(w, prepared, rows, y + m0 * w.rows, begin, end, panel);

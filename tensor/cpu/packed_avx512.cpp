@@ -16,40 +16,6 @@
 
 namespace omq::cpu {
 
-namespace {
-
-// ---- prepared activations ----
-
-// One chunk of n columns. A value that is not finite makes the scale NaN, so that it shows in every
-// output that it touches.
-void prepare_chunk(const float* x, int64_t n, const ChunkOut& to) {
-  __m512 top = _mm512_setzero_ps();
-  __mmask16 bad = 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 a = _mm512_abs_ps(_mm512_maskz_loadu_ps(first(n - i), x + i));
-    bad = static_cast<__mmask16>(bad |
-                                 _mm512_cmp_ps_mask(a, _mm512_set1_ps(__FLT_MAX__), _CMP_NLE_UQ));
-    top = _mm512_max_ps(top, a);
-  }
-  const float peak = _mm512_reduce_max_ps(top);
-  const bool flat = bad != 0 || peak < 1e-30f;  // below: 1 / scale would overflow
-  *to.scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
-  const __m512 inverse = _mm512_set1_ps(flat ? 0.0f : kActMax / peak);
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < to.slot; i += 16) {
-    const __mmask16 live = flat || i >= n ? 0 : first(n - i);
-    const __m512 a = _mm512_maskz_loadu_ps(live, x + (i < n ? i : 0));
-    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-    const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.hi + i), _mm512_cvtepi32_epi8(h));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lo + i), _mm512_cvtepi32_epi8(v));
-    total = _mm512_add_epi32(total, v);
-  }
-  *to.sum = _mm512_reduce_add_epi32(total);
-}
-
-}  // namespace
-
 bool avx512::runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -57,8 +23,14 @@ bool avx512::runs_here() {
 }
 
 void avx512::prepare(const PanelView& w, const float* x, std::byte* out) {
-  for_each_chunk_out(
-      w, out, [&](int64_t col, int64_t n, const ChunkOut& to) { prepare_chunk(x + col, n, to); });
+  for_each_chunk_out(w, out, [&](int64_t col, int64_t n, const ChunkOut& to) {
+    prepare_chunk(
+        x + col, n, to.slot, to.scale,
+        to.sum, [&](int64_t i, __m128i hi, __m128i lo) __attribute__((always_inline)) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to.hi + i), hi);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lo + i), lo);
+        });
+  });
 }
 
 namespace {

@@ -78,6 +78,38 @@ OMQ_INLINE __m512i broadcast(const int8_t* x) {
   return _mm512_set1_epi32(four_columns);
 }
 
+// ---- prepared activations ----
+
+// One chunk of n columns of x as whole numbers of 15 bits, put(i, high plane, low plane) for
+// columns i … i + 15 up to `slot`. A value that is not finite makes the scale NaN, so that it shows
+// in every output that it touches.
+template <class Put>
+OMQ_INLINE void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum,
+                              const Put& put) {
+  __m512 top = _mm512_setzero_ps();
+  __mmask16 bad = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 a = _mm512_abs_ps(_mm512_maskz_loadu_ps(first(n - i), x + i));
+    bad = static_cast<__mmask16>(bad |
+                                 _mm512_cmp_ps_mask(a, _mm512_set1_ps(__FLT_MAX__), _CMP_NLE_UQ));
+    top = _mm512_max_ps(top, a);
+  }
+  const float peak = _mm512_reduce_max_ps(top);
+  const bool flat = bad != 0 || peak < 1e-30f;  // below: 1 / scale would overflow
+  *scale = bad ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
+  const __m512 inverse = _mm512_set1_ps(flat ? 0.0f : kActMax / peak);
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t i = 0; i < slot; i += 16) {
+    const __mmask16 live = flat || i >= n ? 0 : first(n - i);
+    const __m512 a = _mm512_maskz_loadu_ps(live, x + (i < n ? i : 0));
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+    const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+    put(i, _mm512_cvtepi32_epi8(h), _mm512_cvtepi32_epi8(v));
+    total = _mm512_add_epi32(total, v);
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+}
+
 }  // namespace
 
 }  // namespace omq::cpu

@@ -22,6 +22,9 @@ inline constexpr int64_t kCodesChunkCols = 32768;
 // gemm and gemm_codes get at most so many rows of x at a time: bounds their scratch memory.
 inline constexpr int64_t kMaxGemmRows = 512;
 
+// Rows of x in a block of prepare_codes_block.
+inline constexpr int64_t kCodesBlockRows = 32;
+
 // A PackedInt (tensor/packed.h) as the loops see it. Group g of panel p starts at data +
 // p·panel_bytes + g·block_bytes.
 struct PanelView {
@@ -101,6 +104,12 @@ struct PackedIsa {
   void (*gemm_codes)(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch);
   int64_t (*gemm_codes_scratch_bytes)(const PanelView& w);
+  // A form of its own for gemm_codes, or null: x comes in blocks of kCodesBlockRows rows then, the
+  // last one perhaps with fewer, that follow each other; a block is a multiple of 64 bytes, 64-byte
+  // aligned. x [rows], at least one. Such a table also has prepare_codes_for_gemv.
+  int64_t (*codes_block_bytes)(const PanelView& w) = nullptr;
+  void (*prepare_codes_block)(const PanelView& w, const RowCodes* x, int64_t rows,
+                              std::byte* out) = nullptr;
   // out[c · ld + r] = scale · (code − zero) for all 16 rows r and all columns c of one panel.
   void (*dequantize)(const PanelView& w, int64_t panel, float* out, int64_t ld);
 

@@ -340,16 +340,25 @@ TEST_CASE("codes times codes: a row alone is that row among many, on any number 
   }
 }
 
-TEST_CASE("codes times codes: rows wider than the loops' stretches, more rows than one pass") {
+TEST_CASE("codes times codes: wide rows, more rows than one pass, more panels than one task") {
   Restore restore;
   Random rng(9);
-  for (int64_t group : {0, 128}) {
-    const Weights w = random_weights(40, 2600, {.bits = 4, .group_size = group}, rng);
-    const QuantizedRows x = random_codes(530, 2600, 8, rng);
+  struct Case {
+    int64_t rows, cols, group, m;
+    int wbits, xbits;
+  };
+  for (const auto& [rows, cols, group, m, wbits, xbits] :
+       {Case{40, 2600, 0, 530, 4, 8}, Case{40, 2600, 128, 530, 4, 8}, Case{40, 2600, 0, 70, 8, 8},
+        Case{40, 2600, 0, 70, 8, 6}, Case{2100, 72, 32, 40, 4, 4}, Case{2100, 72, 0, 48, 3, 8}}) {
+    const Weights w = random_weights(rows, cols, {.bits = wbits, .group_size = group}, rng);
+    const QuantizedRows x = random_codes(m, cols, xbits, rng);
     REQUIRE(force_packed_isa("scalar"));
     const Tensor definition = product(x, w.packed);
     for (const char* name : packed_isas_here()) {
       CAPTURE(name);
+      CAPTURE(rows);
+      CAPTURE(wbits);
+      CAPTURE(xbits);
       CAPTURE(group);
       REQUIRE(force_packed_isa(name));
       CHECK(same_bits(product(x, w.packed), definition));
