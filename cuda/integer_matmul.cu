@@ -181,8 +181,7 @@ void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
          w_sums = Tensor::empty({w.rows}, DType::I32, device);
   launch("packed_matmul_rows", y, signed_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
          flipped ? static_cast<uint4*>(left.raw()) : nullptr, x_sums.data<int32_t>(),
-         static_cast<const uint4*>(x.codes.raw()), rows, cols / 16,
-         flipped ? 0x80808080u : 0u);
+         static_cast<const uint4*>(x.codes.raw()), rows, cols / 16, flipped ? 0x80808080u : 0u);
   with_layout(v, [&](auto bits, auto unit) {
     launch("packed_matmul_rows", y,
            signed_units_kernel<decltype(bits)::value, decltype(unit)::value>,
