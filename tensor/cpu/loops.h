@@ -101,11 +101,11 @@ template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
 
 template <class T> struct Extremes { T hi, lo; };
 
-// Largest and smallest of p[0] … p[n−1] and start. NaN is passed over.
-template <class T> Extremes<T> extremes(const T* p, int64_t n, T start) {
+// Largest and smallest of p[0] … p[n−1] and start's two. NaN is passed over.
+template <class T> Extremes<T> extremes(const T* p, int64_t n, Extremes<T> start) {
   constexpr int64_t kLanes = 8;
   T hi[kLanes], lo[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) hi[j] = lo[j] = start;
+  for (int64_t j = 0; j < kLanes; ++j) hi[j] = start.hi, lo[j] = start.lo;
   const auto take = [&](int64_t i, int64_t lanes) {
     for (int64_t j = 0; j < lanes; ++j) hi[j] = p[i + j] > hi[j] ? p[i + j] : hi[j];
     for (int64_t j = 0; j < lanes; ++j) lo[j] = p[i + j] < lo[j] ? p[i + j] : lo[j];

@@ -108,9 +108,9 @@ void group_range(Tensor& hi, Tensor& lo, const Tensor& x, GroupSpec s) {
         for (int64_t g = 0; g < groups; ++g) {
           const T* p = in + r * x.stride(0) + g * width * x.stride(1);
           const int64_t n = std::min(width, cols - g * width), step = x.stride(1);
-          Extremes<T> e{s.include_zero ? T(0) : p[0], s.include_zero ? T(0) : p[0]};
+          Extremes<T> e{s.include_zero ? T(0) : p[0], s.include_zero ? -T(0) : p[0]};
           if (step == 1) {
-            e = extremes(p, n, e.hi);
+            e = extremes(p, n, e);
           } else {
             for (int64_t i = 0; i < n; ++i) {
               e.hi = p[i * step] > e.hi ? p[i * step] : e.hi;

@@ -78,7 +78,7 @@ void quantize_rows(QuantizedRows& q, const Tensor& x) {
       grid[0] = std::numeric_limits<float>::quiet_NaN(), grid[1] = 0;
       return;
     }
-    const auto [hi, lo] = extremes(p, n, p[0]);
+    const auto [hi, lo] = extremes(p, n, {p[0], p[0]});
     const RowGrid<float> g = row_grid(hi, lo, q.spec);
     grid[0] = g.scale, grid[1] = g.zero;
     const auto code = [&](int64_t i) {
@@ -121,7 +121,7 @@ void fake_quant_rows(Tensor& y, const Tensor& x, RowQuant s) {
     for_each_token(x, [&](int64_t at, int64_t n) {
       const T* p = in + at;
       T* o = out + at;
-      const auto [hi, lo] = extremes(p, n, p[0]);
+      const auto [hi, lo] = extremes(p, n, {p[0], p[0]});
       const RowGrid<T> g = row_grid(hi, lo, s);
       for (int64_t i = 0; i < n; ++i) o[i] = (row_code(p[i], g, top) - g.zero) * g.scale;
     });
@@ -140,7 +140,7 @@ void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant
     for_each_token(x, [&](int64_t at, int64_t n) {
       const T *p = in + at, *d = pd + at;
       T* o = out + at;
-      auto [hi, lo] = extremes(p, n, p[0]);
+      auto [hi, lo] = extremes(p, n, {p[0], p[0]});
       const RowGrid<T> g = row_grid(hi, lo, s);
       // Copies and no stores inside the sum: else nothing of this vectorises.
       const T h = g.scale, z = g.zero;
