@@ -110,6 +110,7 @@ template <bool kRest> struct FloatsShare {
 };
 
 template <bool kRest> struct FloatsBlock {
+  static constexpr bool kWideChunks = false;  // 128 columns at most
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE FloatsBlock(const PanelView& w, const std::byte* block)

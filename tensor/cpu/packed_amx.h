@@ -228,13 +228,14 @@ OMQ_INLINE void multiply_and_add(const int8_t* x, const uint8_t* w0, const uint8
   constexpr int kPart = Rows / (4 * BusySteps);
   multiply_chunk<BusySteps>(
       x, w0, w1, steps, out, [&](int part) __attribute__((always_inline)) {
-        OMQ_UNROLL for (int r = 0; r < kPart; ++r) before.add_row(kPart * part + r, y);
+        // (Rows are not written out: that was 20 KiB of code for each kind of sums.)
+        for (int r = 0; r < kPart; ++r) before.add_row(kPart * part + r, y);
       });
 }
 
-// y [m, w.rows] of some pairs for blocks of x of Rows rows each. A Block(w, bytes) has tiles(chunk)
-// and share(pair, chunk, sums), one chunk's part of y, whose add_row(r, y) adds it to row r of the
-// block, y F32 [Rows][2 · 16].
+// y [m, w.rows] of some pairs for blocks of x of Rows rows each. A Block(w, bytes) has kWideChunks
+// (whether a chunk may have more than two steps), tiles(chunk), and share(pair, chunk, sums), one
+// chunk's part of y, whose add_row(r, y) adds it to row r of the block, y F32 [Rows][2 · 16].
 template <int Rows, class Block>
 void multiply_pairs(const PanelView& w, const Pair* pairs, int64_t count, const std::byte* x,
                     int64_t block_bytes, int64_t m, float* out) {
@@ -261,7 +262,7 @@ void multiply_pairs(const PanelView& w, const Pair* pairs, int64_t count, const 
         const int8_t* x_tiles = block.tiles(chunk);
         const uint8_t *w0 = pair->panel[0].tiles + tile_at, *w1 = pair->panel[1].tiles + tile_at;
         Sums& to = sums[turn];
-        if (steps >= kMostBusy)
+        if (Block::kWideChunks && steps >= kMostBusy)
           multiply_and_add<kMostBusy, Rows>(x_tiles, w0, w1, steps, to, before, y);
         else if (steps >= 2)
           multiply_and_add<2, Rows>(x_tiles, w0, w1, steps, to, before, y);

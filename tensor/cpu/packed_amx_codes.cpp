@@ -60,8 +60,8 @@ void prepare_row(const PanelView& w, const RowCodes& x, int64_t r, const XBlock&
 
 // ---- y ----
 
-// One chunk's part of y.
-template <bool kWRest, bool kXRest> struct CodesShare {
+// One chunk's part of y. kRest: bytes of x or of w leave something out.
+template <bool kRest> struct CodesShare {
   const Sums* sums;
   const ChunkGrid* grid[2];
   const float* x_scale;
@@ -72,25 +72,25 @@ template <bool kWRest, bool kXRest> struct CodesShare {
     OMQ_UNROLL for (int p = 0; p < 2; ++p) {
       float* to = y + (2 * r + p) * kRows;
       __m512i dot = _mm512_load_si512(sums->of[p][r / kTileRows][r % kTileRows]);
-      if constexpr (kWRest)
+      if constexpr (kRest) {
         dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(grid[p]->rest, _mm512_set1_epi32(x_sum[r])));
-      if constexpr (kXRest)
         dot = _mm512_sub_epi32(dot,
                                _mm512_mullo_epi32(grid[p]->code_sum, _mm512_set1_epi32(x_rest[r])));
+      }
       _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
                                           _mm512_mul_ps(grid[p]->scale, xs), _mm512_load_ps(to)));
     }
   }
 };
 
-template <bool kWRest, bool kXRest> struct CodesBlock {
+template <bool kRest> struct CodesBlock {
+  static constexpr bool kWideChunks = true;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE CodesBlock(const PanelView& w, const std::byte* block)
       : x(x_block_at(w, block)), chunk_bytes(x_chunk_bytes(w)) {}
   OMQ_INLINE const int8_t* tiles(int64_t chunk) const { return x.tiles + chunk * chunk_bytes; }
-  OMQ_INLINE CodesShare<kWRest, kXRest> share(const Pair& p, int64_t chunk,
-                                              const Sums& sums) const {
+  OMQ_INLINE CodesShare<kRest> share(const Pair& p, int64_t chunk, const Sums& sums) const {
     return {&sums,
             {p.panel[0].grid + chunk, p.panel[1].grid + chunk},
             x.scale,
@@ -128,11 +128,9 @@ void amx::gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y
                      int64_t panel1, std::byte* scratch) {
   take_tiles();
   const int64_t block_bytes = codes_block_bytes(w);
-  const bool w_rest = w.bits == 8, x_rest = any_rest(w, x, m);
-  const auto multiply = w_rest   ? x_rest ? multiply_pairs<kXRows, CodesBlock<true, true>>
-                                          : multiply_pairs<kXRows, CodesBlock<true, false>>
-                          : x_rest ? multiply_pairs<kXRows, CodesBlock<false, true>>
-                                 : multiply_pairs<kXRows, CodesBlock<false, false>>;
+  const auto multiply = w.bits == 8 || any_rest(w, x, m)
+                            ? multiply_pairs<kXRows, CodesBlock<true>>
+                            : multiply_pairs<kXRows, CodesBlock<false>>;
   for_some_pairs(w, panel0, panel1, scratch, [&](const Pair* pairs, int64_t count) {
     multiply(w, pairs, count, x, block_bytes, m, y);
   });
