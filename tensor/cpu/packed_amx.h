@@ -4,8 +4,8 @@
 // Both sides lie in tiles that follow each other, so that a chunk is one stream of each, from the
 // L2 cache. A few panels are unpacked together, and a block of x meets them all before the next
 // block. The sums of a chunk leave their tiles through memory and are scaled and added in F32 while
-// the tiles multiply the next chunk, a little after each multiplication: measured faster than all of
-// it after the chunk. (Prefetching by hand made it slower.)
+// the tiles multiply the next chunk, a little after each multiplication: measured faster than all
+// of it after the chunk. (Prefetching by hand made it slower.)
 #pragma once
 
 #include "tensor/cpu/packed_avx512.h"
