@@ -3,6 +3,12 @@
 set(THREADS_PREFER_PTHREAD_FLAG ON)
 find_package(Threads REQUIRED)
 find_package(fmt 9 REQUIRED)
+# The compiled library halves the time that a file takes to compile; its headers alone leave one
+# shared library less to carry.
+set(OMQ_FMT fmt::fmt-header-only)
+if(TARGET fmt::fmt AND NOT OMQ_FMT_HEADER_ONLY)
+  set(OMQ_FMT fmt::fmt)
+endif()
 find_package(nlohmann_json 3.9 REQUIRED)
 if(OMQ_TOOLS)
   find_package(CLI11 2.1 REQUIRED)

@@ -22,6 +22,12 @@ install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATADIR}/doc/omq")
 
 # What a linker needs behind libomq.a; a C compiler does not add the C++ library by itself.
 set(OMQ_LINK_LIBS "-lstdc++ -lm -pthread")
+set(OMQ_PC_CFLAGS "")
+if(OMQ_FMT STREQUAL "fmt::fmt")
+  string(PREPEND OMQ_LINK_LIBS "-lfmt ")
+else()
+  set(OMQ_PC_CFLAGS "-DFMT_HEADER_ONLY=1")
+endif()
 if(OMQ_HAVE_ONEDNN)
   string(APPEND OMQ_LINK_LIBS " -ldnnl -lgomp")
 endif()

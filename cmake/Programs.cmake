@@ -15,7 +15,7 @@ target_link_libraries(omq_tools_flags INTERFACE CLI11::CLI11 nlohmann_json::nloh
 if(tools_sources)
   add_library(omq_tools OBJECT ${tools_sources})
   target_link_libraries(omq_tools PUBLIC
-    omq_flags omq_tools_flags fmt::fmt-header-only Threads::Threads)
+    omq_flags omq_tools_flags ${OMQ_FMT} Threads::Threads)
 endif()
 
 set(OMQ_PROGRAMS "")

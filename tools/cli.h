@@ -6,7 +6,6 @@
 // with '-' or '_' inside.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +18,10 @@
 #include <vector>
 
 #include "tensor/error.h"
+
+namespace CLI {
+class App;
+}
 
 namespace omq::cli {
 

@@ -1,6 +1,7 @@
 // See composition_options.h.
 #include "tools/composition_options.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

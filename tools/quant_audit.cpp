@@ -3,6 +3,7 @@
 // One line a check on stdout; code 1 when one fails.
 #include "quant/audit.h"
 
+#include <CLI/CLI.hpp>
 #include <charconv>
 #include <nlohmann/json.hpp>
 

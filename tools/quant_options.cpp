@@ -2,6 +2,8 @@
 // project are accepted, those that ask for something else than we do are refused with the reason.
 #include "tools/quant_options.h"
 
+#include <CLI/CLI.hpp>
+
 #include "tensor/cpu/gemm.h"
 #include "tools/device_option.h"
 #include "tools/memory_option.h"

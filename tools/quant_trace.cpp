@@ -1,5 +1,8 @@
 // omq-quant trace: one group of weights on its way to the stored bytes and back.
 #include "models/checkpoint.h"
+
+#include <CLI/CLI.hpp>
+
 #include "models/packed_model.h"
 #include "tools/quant_commands.h"
 #include "tools/quant_options.h"

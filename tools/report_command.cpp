@@ -2,6 +2,7 @@
 #include "tools/report_command.h"
 
 #include <unistd.h>
+#include <CLI/CLI.hpp>
 
 #include "models/atomic_dir.h"
 #include "models/json_file.h"

@@ -5,6 +5,7 @@
 //
 // Bandwidth is measured in turn with the test, once a repetition, because shared machines drift;
 // the share is the median of one over the median of the other.
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>

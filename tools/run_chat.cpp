@@ -3,6 +3,7 @@
 //
 // Each turn is the whole conversation as a prompt; the generator computes only what its cache does
 // not hold yet.
+#include <CLI/CLI.hpp>
 #include <fstream>
 #include <iostream>
 

@@ -2,6 +2,7 @@
 #include "tools/run_common.h"
 
 #include <unistd.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <charconv>

@@ -1,4 +1,5 @@
 // omq-run generate: continue a text, once or several times together.
+#include <CLI/CLI.hpp>
 #include <algorithm>
 
 #include "tools/run_common.h"

@@ -1,5 +1,8 @@
 // omq-run info: what is inside a model, and what this machine would run it with.
 #include "models/chat.h"
+
+#include <CLI/CLI.hpp>
+
 #include "models/hash.h"
 #include "models/packed_model.h"
 #include "tensor/cpu/gemm.h"

@@ -1,4 +1,5 @@
 // omq-run ppl: perplexity of a text, with the method that was used.
+#include <CLI/CLI.hpp>
 #include <chrono>
 
 #include "models/evaluate.h"

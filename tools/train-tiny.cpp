@@ -7,6 +7,7 @@
 // did not see, and a README.md with the command and what was reached. The files depend on the
 // options alone, not on the number of threads.
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>

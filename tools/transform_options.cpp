@@ -1,6 +1,8 @@
 // Activations, the equivalent transformation and parity switches (spec omniquant §17).
 #include "tools/transform_options.h"
 
+#include <CLI/CLI.hpp>
+
 namespace omq {
 namespace {
 

@@ -2,6 +2,7 @@
 #include "tools/cli.h"
 
 #include <doctest/doctest.h>
+#include <CLI/CLI.hpp>
 
 #include "tools/memory_option.h"
 
