@@ -110,13 +110,15 @@ template <bool kRest> struct FloatsShare {
 };
 
 template <bool kRest> struct FloatsBlock {
-  static constexpr bool kWideChunks = false;  // 128 columns at most
+  using Share = FloatsShare<kRest>;
+  static constexpr int64_t kXRows = kTileRows;
+  static constexpr bool kSplits = false;  // a chunk has 128 columns at most
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE FloatsBlock(const PanelView& w, const std::byte* block)
       : x(x_block_at(w, block)), chunk_bytes(2 * kTileSize * steps_of(w.chunk_stride)) {}
   OMQ_INLINE const int8_t* tiles(int64_t chunk) const { return x.tiles + chunk * chunk_bytes; }
-  OMQ_INLINE FloatsShare<kRest> share(const Pair& p, int64_t chunk, const Sums& sums) const {
+  OMQ_INLINE Share share(const Pair& p, int64_t chunk, const Sums& sums) const {
     return {&sums,
             {p.panel[0].grid + chunk, p.panel[1].grid + chunk},
             x.scale + kTileRows * chunk,
@@ -124,17 +126,16 @@ template <bool kRest> struct FloatsBlock {
   }
 };
 
-int64_t gemm_scratch_bytes(const PanelView& w) { return pairs_scratch_bytes(w); }
+int64_t gemm_scratch_bytes(const PanelView& w) {
+  return Multiplication<FloatsBlock<true>>::scratch_bytes(w);
+}
 
 void gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
           int64_t panel1, std::byte* scratch) {
   take_tiles();
-  const int64_t block_bytes = gemm_block_bytes(w);
-  const auto multiply = w.bits == 8 ? multiply_pairs<kTileRows, FloatsBlock<true>>
-                                    : multiply_pairs<kTileRows, FloatsBlock<false>>;
-  for_some_pairs(w, panel0, panel1, scratch, [&](const Pair* pairs, int64_t count) {
-    multiply(w, pairs, count, x, block_bytes, m, y);
-  });
+  const auto run = w.bits == 8 ? Multiplication<FloatsBlock<true>>::run
+                               : Multiplication<FloatsBlock<false>>::run;
+  run(w, x, gemm_block_bytes(w), m, y, panel0, panel1, scratch);
   release_tiles();
 }
 

@@ -1,9 +1,11 @@
 // What the AMX kernels share (internal to tensor/): tiles of 16 rows × 64 bytes, panels unpacked to
 // such tiles, and the multiplication of tiles of x with those of two panels.
 //
-// Both sides lie in tiles that follow each other, so that a chunk is one stream of each, from the
-// L2 cache. A few panels are unpacked together, and a block of x meets them all before the next
-// block. The sums of a chunk leave their tiles through memory and are scaled and added in F32 while
+// Every multiplication of tiles needs a load of one, so tiles must come from the L1 cache: a few
+// hundred columns of some panels are unpacked, and meet those columns of all rows of x before the
+// next ones. What y has got so far waits in the L2 cache meanwhile.
+//
+// The sums of a chunk leave their tiles through memory and are scaled and added in F32 while
 // the tiles multiply the next chunk, a little after each multiplication: measured faster than all
 // of it after the chunk. (Prefetching by hand made it slower.)
 #pragma once
@@ -52,27 +54,62 @@ OMQ_INLINE void release_tiles() {
   _tile_release();
 }
 
-// body(offset of the chunk in a group's columns, padded columns, first byte of the group in the
-// panel, offset of its scales there) for every chunk of a panel, in order.
-template <class Body> OMQ_INLINE void for_each_stored_chunk(const PanelView& w, const Body& body) {
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t cols = padded_cols(w.bits, cols_of(w, g));
-    for (int64_t c = 0; c < cols; c += w.chunk_cols)
-      body(c, min64(w.chunk_cols, cols - c), g * w.block_bytes, cols * kRows * w.bits / 8);
-  }
-}
-
-// Tiles of one unpacked panel: 16 quads each, the last of a chunk filled up with zeros.
-OMQ_INLINE int64_t steps_of_panel(const PanelView& w) {
-  int64_t steps = 0;
-  for_each_stored_chunk(w,
-                        [&](int64_t, int64_t cols, int64_t, int64_t) { steps += steps_of(cols); });
-  return steps;
-}
-
 // ---- panels as tiles ----
 
-constexpr int64_t kPanelsAtOnce = 8;  // unpacked together
+// Unpacked together, columns kPieceSteps · 64 at a time: these tiles and the sums of all rows of x
+// with them lie in the L2 cache.
+constexpr int64_t kPanelsAtOnce = 16;
+// Of these so many pairs meet a block of x before the next one: their tiles and the block's stay in
+// the L1 cache.
+constexpr int64_t kPairsAtOnce = 2;
+constexpr int64_t kPieceSteps = 4;
+
+// A chunk's columns, or some of them when it is longer than a piece.
+struct Part {
+  int64_t chunk;
+  int64_t group_at, grid_at;  // bytes: the group in its panel, its scales in the group
+  int64_t col, cols;          // in the group, padded
+  int64_t step, steps;        // in the chunk
+  bool opens, closes;         // the chunk
+};
+// What is multiplied before the next columns: parts that follow each other, all in all at most
+// kPieceSteps steps.
+struct Piece {
+  Part part[kPieceSteps];
+  int64_t parts, steps;
+};
+
+// body(piece) for all columns of a panel.
+template <class Body> OMQ_INLINE void for_each_piece(const PanelView& w, const Body& body) {
+  Piece piece = {};
+  const auto end = [&] {
+    if (piece.parts > 0) body(piece);
+    piece.parts = piece.steps = 0;
+  };
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t group_cols = padded_cols(w.bits, cols_of(w, g));
+    for (int64_t c = 0; c < group_cols; c += w.chunk_cols, ++chunk) {
+      const int64_t cols = min64(w.chunk_cols, group_cols - c), steps = steps_of(cols);
+      if (steps <= kPieceSteps && piece.steps + steps > kPieceSteps) end();
+      for (int64_t step = 0, n = 0; step < steps; step += n) {
+        n = min64(steps - step, kPieceSteps - piece.steps);
+        piece.part[piece.parts++] = {chunk,
+                                     g * w.block_bytes,
+                                     group_cols * kRows * w.bits / 8,
+                                     c + step * kTileCols,
+                                     min64(n * kTileCols, cols - step * kTileCols),
+                                     step,
+                                     n,
+                                     step == 0,
+                                     step + n == steps};
+        piece.steps += n;
+        if (piece.steps == kPieceSteps) end();
+      }
+    }
+  }
+  end();
+}
 
 // The grid of one chunk, 16 rows of w. Bytes of tiles are code − zero + rest, and there is a rest
 // at 8 bits alone.
@@ -82,23 +119,23 @@ struct ChunkGrid {
 };
 
 struct Panel {
-  uint8_t* tiles;
+  uint8_t* tiles;   // of a piece
   ChunkGrid* grid;  // [chunks]
 };
 
 OMQ_INLINE int64_t unpacked_bytes(const PanelView& w) {
-  return kTileSize * steps_of_panel(w) + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
+  return kTileSize * kPieceSteps + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
 }
 OMQ_INLINE Panel panel_at(const PanelView& w, std::byte* scratch, int64_t i) {
   std::byte* at = scratch + i * unpacked_bytes(w);
   return {reinterpret_cast<uint8_t*>(at),
-          reinterpret_cast<ChunkGrid*>(at + kTileSize * steps_of_panel(w))};
+          reinterpret_cast<ChunkGrid*>(at + kTileSize * kPieceSteps)};
 }
 
 // `cols` columns to tiles; gives Σ of their bytes, 16 rows. `less`: what is taken off the codes.
 template <int Bits>
-OMQ_INLINE __m512i unpack_chunk(const uint8_t* block, int64_t high, int64_t col, int64_t cols,
-                                __m512i less, uint8_t* out) {
+OMQ_INLINE __m512i unpack_columns(const uint8_t* block, int64_t high, int64_t col, int64_t cols,
+                                  __m512i less, uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
   const uint8_t* low = block + col / 8 * Block<Bits>::kLowBytes;
   const uint8_t* third_bits = block + high + 2 * col;
@@ -117,26 +154,32 @@ OMQ_INLINE __m512i unpack_chunk(const uint8_t* block, int64_t high, int64_t col,
   return sum;
 }
 
-template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, const Panel& out) {
+template <int Bits>
+void unpack_piece(const PanelView& w, int64_t panel, const Piece& piece, const Panel& out) {
   const uint8_t* data = w.data + panel * w.panel_bytes;
   uint8_t* tiles = out.tiles;
-  ChunkGrid* grid = out.grid;
-  for_each_stored_chunk(w, [&](int64_t col, int64_t cols, int64_t group_at, int64_t grid_at) {
-    const uint8_t* block = data + group_at;
-    const __m512i zero = zeros_at(w, block + grid_at);
+  for (const Part* part = piece.part; part < piece.part + piece.parts; ++part) {
+    const uint8_t* block = data + part->group_at;
+    const __m512i zero = zeros_at(w, block + part->grid_at);
     const __m512i less = Bits == 8 ? _mm512_set1_epi8(-128)
                                    : _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
     // The third bits begin where two bits a code end.
-    const __m512i sum = unpack_chunk<Bits>(block, grid_at / Bits * 2, col, cols, less, tiles);
-    grid->scale = load_f16(block + grid_at);
-    grid->rest =
-        Bits == 8 ? _mm512_sub_epi32(zero, _mm512_set1_epi32(128)) : _mm512_setzero_si512();
+    const __m512i sum =
+        unpack_columns<Bits>(block, part->grid_at / Bits * 2, part->col, part->cols, less, tiles);
+    ChunkGrid& grid = out.grid[part->chunk];
+    if (part->opens) {
+      grid.scale = load_f16(block + part->grid_at);
+      grid.rest =
+          Bits == 8 ? _mm512_sub_epi32(zero, _mm512_set1_epi32(128)) : _mm512_setzero_si512();
+      grid.code_sum = _mm512_setzero_si512();
+    }
     // Surplus columns hold the zero point and add nothing.
-    grid->code_sum = _mm512_sub_epi32(
-        sum, _mm512_mullo_epi32(grid->rest, _mm512_set1_epi32(static_cast<int32_t>(cols))));
-    tiles += steps_of(cols) * kTileSize;
-    ++grid;
-  });
+    grid.code_sum = _mm512_add_epi32(
+        grid.code_sum,
+        _mm512_sub_epi32(sum, _mm512_mullo_epi32(
+                                  grid.rest, _mm512_set1_epi32(static_cast<int32_t>(part->cols)))));
+    tiles += part->steps * kTileSize;
+  }
 }
 
 // Two panels; of the last one of a matrix without a partner, itself twice.
@@ -144,28 +187,6 @@ struct Pair {
   Panel panel[2];
   int64_t first, count;
 };
-
-OMQ_INLINE int64_t pairs_scratch_bytes(const PanelView& w) {
-  return kPanelsAtOnce * unpacked_bytes(w);
-}
-
-// body(pairs, their number) for panels panel0 … panel1 − 1, a few at a time.
-template <class Body>
-OMQ_INLINE void for_some_pairs(const PanelView& w, int64_t panel0, int64_t panel1,
-                               std::byte* scratch, const Body& body) {
-  for (int64_t panel = panel0; panel < panel1; panel += kPanelsAtOnce) {
-    const int64_t count = min64(kPanelsAtOnce, panel1 - panel);
-    with_bits(w.bits, [&]<int Bits>() {
-      for (int64_t p = 0; p < count; ++p) unpack_panel<Bits>(w, panel + p, panel_at(w, scratch, p));
-    });
-    Pair pairs[kPanelsAtOnce / 2];
-    for (int64_t p = 0; p < count; p += 2)
-      pairs[p / 2] = {{panel_at(w, scratch, p), panel_at(w, scratch, min64(p + 1, count - 1))},
-                      panel + p,
-                      min64(2, count - p)};
-    body(pairs, (count + 1) / 2);
-  }
-}
 
 // ---- the multiplication ----
 
@@ -192,16 +213,24 @@ OMQ_INLINE void multiply_step(const int8_t* x, const uint8_t* w0, const uint8_t*
   work(3);
 }
 
-// One chunk of a block of x, whose tiles come in pairs, with two panels. work(i) for i in [0, 4 ·
-// BusySteps), BusySteps ≤ steps: what the vector units do meanwhile.
+// One part of a block of x, whose tiles come in pairs, with two panels: from nothing, or from what
+// `sums` hold of the chunk. work(i) for i in [0, 4 · BusySteps), BusySteps ≤ steps: what the vector
+// units do meanwhile.
 template <int BusySteps, class Work>
-OMQ_INLINE void multiply_chunk(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
-                               Sums& out, const Work& work) {
+OMQ_INLINE void multiply_part(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
+                              bool opens, Sums& sums, const Work& work) {
   memory_barrier();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (opens) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums.of[0][0], kTileCols);
+    _tile_loadd(1, sums.of[0][1], kTileCols);
+    _tile_loadd(2, sums.of[1][0], kTileCols);
+    _tile_loadd(3, sums.of[1][1], kTileCols);
+  }
   OMQ_UNROLL for (int step = 0; step < BusySteps; ++step) {
     multiply_step(
         x + 2 * kTileSize * step, w0 + kTileSize * step,
@@ -214,77 +243,143 @@ OMQ_INLINE void multiply_chunk(const int8_t* x, const uint8_t* w0, const uint8_t
   for (int64_t step = BusySteps; step < steps; ++step)
     multiply_step(x + 2 * kTileSize * step, w0 + kTileSize * step, w1 + kTileSize * step,
                   [](int) {});
-  _tile_stored(0, out.of[0][0], kTileCols);
-  _tile_stored(1, out.of[0][1], kTileCols);
-  _tile_stored(2, out.of[1][0], kTileCols);
-  _tile_stored(3, out.of[1][1], kTileCols);
+  _tile_stored(0, sums.of[0][0], kTileCols);
+  _tile_stored(1, sums.of[0][1], kTileCols);
+  _tile_stored(2, sums.of[1][0], kTileCols);
+  _tile_stored(3, sums.of[1][1], kTileCols);
   memory_barrier();
 }
 
-// Multiplies one chunk, and meanwhile adds the sums of the chunk before to y.
+// Multiplies one part, and meanwhile adds the sums of a chunk before to y.
 template <int BusySteps, int Rows, class Share>
 OMQ_INLINE void multiply_and_add(const int8_t* x, const uint8_t* w0, const uint8_t* w1,
-                                 int64_t steps, Sums& out, const Share& before, float* y) {
-  constexpr int kPart = Rows / (4 * BusySteps);
-  multiply_chunk<BusySteps>(
-      x, w0, w1, steps, out, [&](int part) __attribute__((always_inline)) {
+                                 int64_t steps, bool opens, Sums& sums, const Share& before,
+                                 float* y) {
+  constexpr int kRowsAtOnce = Rows / (4 * BusySteps);
+  multiply_part<BusySteps>(
+      x, w0, w1, steps, opens, sums, [&](int i) __attribute__((always_inline)) {
         // (Rows are not written out: that was 20 KiB of code for each kind of sums.)
-        for (int r = 0; r < kPart; ++r) before.add_row(kPart * part + r, y);
+        for (int r = 0; r < kRowsAtOnce; ++r) before.add_row(kRowsAtOnce * i + r, y);
       });
 }
 
-// y [m, w.rows] of some pairs for blocks of x of Rows rows each. A Block(w, bytes) has kWideChunks
-// (whether a chunk may have more than two steps), tiles(chunk), and share(pair, chunk, sums), one
-// chunk's part of y, whose add_row(r, y) adds it to row r of the block, y F32 [Rows][2 · 16].
-template <int Rows, class Block>
-void multiply_pairs(const PanelView& w, const Pair* pairs, int64_t count, const std::byte* x,
-                    int64_t block_bytes, int64_t m, float* out) {
-  constexpr int kMostBusy = Rows / 4;
-  alignas(64) float y[Rows * 2 * kRows];
-  Sums sums[2] = {};
-  auto before = Block(w, x).share(pairs[0], 0, sums[1]);  // nothing
-  const Pair* pair_of_y = nullptr;
-  int64_t row_of_y = 0, turn = 0;
-  const auto write = [&] {
-    for (int64_t r = 0; r < min64(Rows, m - row_of_y); ++r)
-      for (int64_t p = 0; p < pair_of_y->count; ++p) {
-        const int64_t row = (pair_of_y->first + p) * kRows;
-        _mm512_mask_storeu_ps(out + (row_of_y + r) * w.rows + row, first(w.rows - row),
-                              _mm512_load_ps(y + (2 * r + p) * kRows));
-      }
+// y [m, w.rows] of panels panel0 … panel1 − 1 for blocks of x of Block::kXRows rows each. A
+// Block(w, bytes) has tiles(chunk), and share(pair, chunk, sums), one chunk's part of y, whose
+// add_row(r, y) adds it to row r of the block, y F32 [kXRows][2 · 16]. kSplits: whether chunks may
+// be longer than a piece; their sums are then kept as whole numbers until the chunk closes.
+template <class Block> class Multiplication {
+ public:
+  static int64_t scratch_bytes(const PanelView& w) {
+    return kPanelsAtOnce * unpacked_bytes(w) +
+           kMostTiles * (kTileOfY + (Block::kSplits ? static_cast<int64_t>(sizeof(Sums)) : 0));
+  }
+
+  static void run(const PanelView& w, const std::byte* x, int64_t block_bytes, int64_t m, float* y,
+                  int64_t panel0, int64_t panel1, std::byte* scratch) {
+    Multiplication product(w, x, block_bytes, m, y, scratch);
+    for (int64_t panel = panel0; panel < panel1; panel += kPanelsAtOnce)
+      product.multiply_panels(panel, min64(kPanelsAtOnce, panel1 - panel));
+  }
+
+ private:
+  static constexpr int64_t kXRows = Block::kXRows;
+  static constexpr int64_t kTileOfY = kXRows * 2 * kRows * 4;  // bytes
+  static constexpr int64_t kMostTiles = kMaxGemmRows / kXRows * (kPanelsAtOnce / 2);
+
+  // A closed chunk, to be scaled and added while the next one is multiplied.
+  struct Closed {
+    typename Block::Share share;
+    float* y = nullptr;  // null: there is none
+    const Pair* pair;
+    int64_t row;
+    bool last;  // y is whole then
   };
-  for (int64_t row = 0; row < m; row += Rows, x += block_bytes) {
-    const Block block(w, x);
-    for (const Pair* pair = pairs; pair < pairs + count; ++pair) {
-      int64_t chunk = 0, tile_at = 0;
-      for_each_stored_chunk(w, [&](int64_t, int64_t cols, int64_t, int64_t) {
-        const int64_t steps = steps_of(cols);
-        const int8_t* x_tiles = block.tiles(chunk);
-        const uint8_t *w0 = pair->panel[0].tiles + tile_at, *w1 = pair->panel[1].tiles + tile_at;
-        Sums& to = sums[turn];
-        if (Block::kWideChunks && steps >= kMostBusy)
-          multiply_and_add<kMostBusy, Rows>(x_tiles, w0, w1, steps, to, before, y);
-        else if (steps >= 2)
-          multiply_and_add<2, Rows>(x_tiles, w0, w1, steps, to, before, y);
-        else
-          multiply_and_add<1, Rows>(x_tiles, w0, w1, steps, to, before, y);
-        if (chunk == 0) {  // so y is whole
-          if (pair_of_y) write();
-          for (int i = 0; i < Rows * 2 * kRows; i += 16)
-            _mm512_store_ps(y + i, _mm512_setzero_ps());
-          pair_of_y = pair;
-          row_of_y = row;
-        }
-        before = block.share(*pair, chunk, to);
-        turn = 1 - turn;
-        tile_at += steps * kTileSize;
-        ++chunk;
+
+  OMQ_INLINE Multiplication(const PanelView& view, const std::byte* x_blocks, int64_t x_block_bytes,
+                            int64_t rows, float* out, std::byte* memory)
+      : w(view), x(x_blocks), block_bytes(x_block_bytes), m(rows), y(out), scratch(memory) {
+    tiles_of_y = reinterpret_cast<float*>(scratch + kPanelsAtOnce * unpacked_bytes(w));
+    open_sums = reinterpret_cast<Sums*>(tiles_of_y + kMostTiles * kTileOfY / 4);
+  }
+
+  OMQ_INLINE void multiply_panels(int64_t panel, int64_t count) {
+    Pair pairs[kPanelsAtOnce / 2];
+    for (int64_t p = 0; p < count; p += 2)
+      pairs[p / 2] = {{panel_at(w, scratch, p), panel_at(w, scratch, min64(p + 1, count - 1))},
+                      panel + p,
+                      min64(2, count - p)};
+    const int64_t pair_count = (count + 1) / 2;
+    for_each_piece(w, [&](const Piece& piece) {
+      with_bits(w.bits, [&]<int Bits>() {
+        for (int64_t p = 0; p < count; ++p)
+          unpack_piece<Bits>(w, panel + p, piece, panel_at(w, scratch, p));
       });
+      for (int64_t pair = 0; pair < pair_count; pair += kPairsAtOnce)
+        for (int64_t row = 0; row < m; row += kXRows)
+          for (int64_t p = pair; p < min64(pair + kPairsAtOnce, pair_count); ++p)
+            multiply_piece(piece, pairs[p], row, row / kXRows * (kPanelsAtOnce / 2) + p);
+    });
+    if (closed.y) {
+      for (int r = 0; r < kXRows; ++r) closed.share.add_row(r, closed.y);
+      finish();
     }
   }
-  for (int r = 0; r < Rows; ++r) before.add_row(r, y);
-  write();
-}
+
+  OMQ_INLINE void multiply_piece(const Piece& piece, const Pair& pair, int64_t row, int64_t tile) {
+    const Block block(w, x + row / kXRows * block_bytes);
+    float* y_tile = tiles_of_y + tile * (kTileOfY / 4);
+    int64_t at = 0;
+    for (const Part* part = piece.part; part < piece.part + piece.parts; ++part) {
+      if (part->chunk == 0 && part->opens)
+        for (int64_t i = 0; i < kTileOfY / 4; i += 16)
+          _mm512_store_ps(y_tile + i, _mm512_setzero_ps());
+      const int8_t* x_tiles = block.tiles(part->chunk) + 2 * kTileSize * part->step;
+      const uint8_t *w0 = pair.panel[0].tiles + at, *w1 = pair.panel[1].tiles + at;
+      Sums& sums =
+          Block::kSplits && !(part->opens && part->closes) ? open_sums[tile] : closed_sums[turn];
+      const typename Block::Share share = closed.share;
+      float* const y_before = closed.y;
+      if (!y_before)
+        multiply_part<0>(x_tiles, w0, w1, part->steps, part->opens, sums, [](int) {});
+      else if (part->steps >= 2)
+        multiply_and_add<2, kXRows>(x_tiles, w0, w1, part->steps, part->opens, sums, share,
+                                    y_before);
+      else
+        multiply_and_add<1, kXRows>(x_tiles, w0, w1, part->steps, part->opens, sums, share,
+                                    y_before);
+      if (y_before) finish();
+      if (part->closes) {
+        closed = {block.share(pair, part->chunk, sums), y_tile, &pair, row,
+                  part->chunk + 1 == w.chunks};
+        turn = 1 - turn;
+      }
+      at += part->steps * kTileSize;
+    }
+  }
+
+  // After the closed chunk was added.
+  OMQ_INLINE void finish() {
+    if (closed.last)
+      for (int64_t r = 0; r < min64(kXRows, m - closed.row); ++r)
+        for (int64_t p = 0; p < closed.pair->count; ++p) {
+          const int64_t row = (closed.pair->first + p) * kRows;
+          _mm512_mask_storeu_ps(y + (closed.row + r) * w.rows + row, first(w.rows - row),
+                                _mm512_load_ps(closed.y + (2 * r + p) * kRows));
+        }
+    closed.y = nullptr;
+  }
+
+  const PanelView& w;
+  const std::byte* x;
+  int64_t block_bytes, m;
+  float* y;
+  std::byte* scratch;
+  float* tiles_of_y;
+  Sums* open_sums;
+  Sums closed_sums[2];
+  int turn = 0;
+  Closed closed = {};
+};
 
 }  // namespace
 

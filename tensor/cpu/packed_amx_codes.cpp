@@ -84,13 +84,15 @@ template <bool kRest> struct CodesShare {
 };
 
 template <bool kRest> struct CodesBlock {
-  static constexpr bool kWideChunks = true;
+  using Share = CodesShare<kRest>;
+  static constexpr int64_t kXRows = kCodesBlockRows;
+  static constexpr bool kSplits = true;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE CodesBlock(const PanelView& w, const std::byte* block)
       : x(x_block_at(w, block)), chunk_bytes(x_chunk_bytes(w)) {}
   OMQ_INLINE const int8_t* tiles(int64_t chunk) const { return x.tiles + chunk * chunk_bytes; }
-  OMQ_INLINE CodesShare<kRest> share(const Pair& p, int64_t chunk, const Sums& sums) const {
+  OMQ_INLINE Share share(const Pair& p, int64_t chunk, const Sums& sums) const {
     return {&sums,
             {p.panel[0].grid + chunk, p.panel[1].grid + chunk},
             x.scale,
@@ -122,18 +124,16 @@ void amx::prepare_codes_block(const PanelView& w, const RowCodes* x, int64_t row
   for (int64_t r = rows; r < kXRows; ++r) prepare_row(w, x[0], r, block);  // sums that nobody reads
 }
 
-int64_t amx::gemm_codes_scratch_bytes(const PanelView& w) { return pairs_scratch_bytes(w); }
+int64_t amx::gemm_codes_scratch_bytes(const PanelView& w) {
+  return Multiplication<CodesBlock<true>>::scratch_bytes(w);
+}
 
 void amx::gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch) {
   take_tiles();
-  const int64_t block_bytes = codes_block_bytes(w);
-  const auto multiply = w.bits == 8 || any_rest(w, x, m)
-                            ? multiply_pairs<kXRows, CodesBlock<true>>
-                            : multiply_pairs<kXRows, CodesBlock<false>>;
-  for_some_pairs(w, panel0, panel1, scratch, [&](const Pair* pairs, int64_t count) {
-    multiply(w, pairs, count, x, block_bytes, m, y);
-  });
+  const auto run = w.bits == 8 || any_rest(w, x, m) ? Multiplication<CodesBlock<true>>::run
+                                                    : Multiplication<CodesBlock<false>>::run;
+  run(w, x, codes_block_bytes(w), m, y, panel0, panel1, scratch);
   release_tiles();
 }
 

@@ -236,6 +236,16 @@ TEST_CASE("devices: products of random shapes and layouts agree with F64") {
       }
 }
 
+// Longer than what the CPU's tiles of bf16 hold of the inner dimension at a time, with edges.
+TEST_CASE("devices: products of long bf16 rows agree with F64") {
+  for (Device d : test_devices())
+    for (int layout_a = 0; layout_a < 3; ++layout_a)
+      for (int layout_b = 0; layout_b < 3; ++layout_b)
+        for (const Product& p : {Product{{}, 49, 1101, 83, layout_a, layout_b},
+                                 Product{{2}, 32, 1024, 64, layout_a, layout_b}})
+          check_product(p, DType::BF16, DType::F32, d, 1e-11);
+}
+
 TEST_CASE("devices: products of extreme shapes") {
   for (Device d : test_devices())
     for (const Product& p : {Product{{}, 1, 300, 200, 0, 1}, Product{{}, 200, 300, 1, 1, 0},
