@@ -62,15 +62,14 @@ Tensor attention(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
                  AttentionSpec spec) {
   check_shapes(any_q, any_k, any_v);
   const Tensor q = with_rows(any_q), k = with_rows(any_k), v = with_rows(any_v);
-  // GPUs multiply the operands of a 16-bit ComputeScope on tensor cores; the CPU's kernel is F32.
   // Queries and keys may come rounded already, beside values that were not.
-  const DType type = product_dtype(q);
+  const DType type = operand_dtype(q.dtype());
   const auto operand = [type](const Tensor& x) {
-    return product_dtype(x) == type ? rounded(x, type) : x;
+    return operand_dtype(x.dtype()) == type ? rounded(x, type) : x;
   };
   const Tensor lq = operand(q), lk = operand(k), lv = operand(v);
   check_types(lq, lk, lv);
-  Tensor y = Tensor::empty(q.shape(), type, q.device());
+  Tensor y = Tensor::empty(q.shape(), product_dtype(q), q.device());
   Tensor lse = Tensor::empty({q.dim(0), q.dim(2), q.dim(1)}, wide_dtype(type), q.device());
   on(q).attention(y, lse, lq, lk, lv, spec);
   if (!needs_grad(q) && !needs_grad(k) && !needs_grad(v)) return y;

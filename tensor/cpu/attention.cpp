@@ -5,9 +5,11 @@
 //   backward  P = exp(S − lse) is rebuilt per tile;  dv += Pᵀ dy,  dS = P ⊙ (dy vᵀ − Σ dy ⊙ y),  dq
 //   = dS k,  dk += dSᵀ q
 //
-// F32 tiles are products of gemm_tile; a few queries (decoding) and F64 take plain loops. Every
+// Tiles are products of gemm_tile, of F32 or of bf16 with sums and everything between in F32 (other
+// operands of 16 bits are widened first); a few queries (decoding) and F64 take plain loops. Every
 // query head writes its own dk and dv; heads that share a key/value head are added in order, so
 // nothing races and sums keep their order.
+#include <type_traits>
 #include <vector>
 
 #include "tensor/cpu/gemm.h"
@@ -60,48 +62,57 @@ void plain_row(const T* q, const T* k, int64_t k_row, const T* v, int64_t v_row,
   }
 }
 
-// P of queries [t0, t0 + rows) of one head: scores, softmax by the given lse or a fresh one. p
-// [rows, seen].
-void tile_scores(const Sizes& z, const float* q, View qv, const float* k, View kv, int64_t t0,
-                 int64_t rows, int64_t seen, float scale, float* p) {
-  gemm_tile(rows, seen, z.d, q + qv.base + t0 * qv.row, qv.row, 1, k + kv.base, 1, kv.row, p, seen);
-  for (int64_t i = 0; i < rows * seen; ++i) p[i] *= scale;
-}
-
-// A row of scores, of which n are seen, to probabilities times their sum; gives log Σ exp and that
-// sum. (Apart: inlined into the tile, GCC 12 did not vectorise its loops.)
+// A row of scores, of which n are seen, to probabilities times their sum, `out` [seen] (the row
+// itself, or apart in the operands' type); gives log Σ exp and that sum. (Apart: inlined into the
+// tile, GCC 12 did not vectorise its loops.)
 struct Softmax {
   float lse, total;
 };
-[[gnu::noinline]] Softmax softmax_row(float* row, int64_t n, int64_t seen, float scale) {
+template <class T>
+[[gnu::noinline]] Softmax softmax_row(float* row, int64_t n, int64_t seen, float scale, T* out) {
   for (int64_t i = 0; i < n; ++i) row[i] *= scale;
   const float top = lane_max<float>(n, row[0], [row](int64_t i) { return row[i]; });
   for (int64_t i = 0; i < n; ++i) row[i] = exp_fast(row[i] - top);
   const float total = lane_sum<float>(n, [row](int64_t i) { return row[i]; });
-  std::fill(row + n, row + seen, 0.0f);
+  if constexpr (!std::is_same_v<T, float>)
+    for (int64_t i = 0; i < n; ++i) out[i] = T(row[i]);
+  std::fill(out + n, out + seen, T(0.0f));
   return {std::log(total) + top, total};
 }
 
+// Where P and dS of a tile go that are multiplied: into the F32 scores themselves, or beside them.
+template <class T> T* operand_tile(float* scores, int64_t count, std::vector<T>& apart) {
+  if constexpr (std::is_same_v<T, float>) {
+    return scores;
+  } else {
+    apart.resize(static_cast<size_t>(count));
+    return apart.data();
+  }
+}
+
+template <class T>
 void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse, const Tensor& q,
                     const Tensor& k, const Tensor& v, int64_t b, int64_t h, int64_t t0) {
-  static thread_local std::vector<float> scratch;
+  static thread_local std::vector<float> score_buffer;
+  static thread_local std::vector<T> p_buffer;
   const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
-  scratch.resize(static_cast<size_t>(rows * seen));
-  float* p = scratch.data();
+  score_buffer.resize(static_cast<size_t>(rows * seen));
+  float* scores = score_buffer.data();
+  T* p = operand_tile<T>(scores, rows * seen, p_buffer);
   const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
              yv = head(y, b, h);
-  gemm_tile(rows, seen, z.d, q.data<float>() + qv.base + t0 * qv.row, qv.row, 1,
-            k.data<float>() + kv.base, 1, kv.row, p, seen);
+  gemm_tile(rows, seen, z.d, q.data<T>() + qv.base + t0 * qv.row, qv.row, 1, k.data<T>() + kv.base,
+            1, kv.row, scores, seen);
   float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
   float inverse[kTile];
   for (int64_t r = 0; r < rows; ++r) {
-    const Softmax of =
-        softmax_row(p + r * seen, z.visible(t0 + r, s.causal), seen, static_cast<float>(s.scale));
+    const Softmax of = softmax_row(scores + r * seen, z.visible(t0 + r, s.causal), seen,
+                                   static_cast<float>(s.scale), p + r * seen);
     norm[r] = of.lse;
     inverse[r] = 1.0f / of.total;
   }
   float* out = y.data<float>() + yv.base + t0 * yv.row;
-  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<float>() + vv.base, vv.row, 1, out, yv.row);
+  gemm_tile(rows, z.d, seen, p, seen, 1, v.data<T>() + vv.base, vv.row, 1, out, yv.row);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < z.d; ++i) out[r * yv.row + i] *= inverse[r];
 }
@@ -129,42 +140,72 @@ struct HeadGrads {  // of one query head; dk and dv are this head's share
   View dqv;
 };
 
+// A row's P and dS, of which n are seen, from its scores and dP = dy vᵀ.
+struct RowGrads {
+  float scale, lse, dot;  // dot: Σ dy ⊙ y
+};
+template <class T>
+[[gnu::noinline]] void backward_row(const float* scores, const float* dp, int64_t n, int64_t seen,
+                                    RowGrads g, T* p, T* ds) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float pi = exp_fast(g.scale * scores[i] - g.lse);
+    ds[i] = T(pi * (dp[i] - g.dot) * g.scale);
+    p[i] = T(pi);
+  }
+  std::fill(p + n, p + seen, T(0.0f));
+  std::fill(ds + n, ds + seen, T(0.0f));
+}
+
+// dy of one head [T, d] in the operands' type.
+template <class T>
+const T* operand_grads(const Sizes& z, const float* dy, View& at, std::vector<T>& apart) {
+  if constexpr (std::is_same_v<T, float>) {
+    return dy + at.base;
+  } else {
+    apart.resize(static_cast<size_t>(z.T * z.d));
+    for (int64_t t = 0; t < z.T; ++t)
+      for (int64_t i = 0; i < z.d; ++i) apart[t * z.d + i] = T(dy[at.base + t * at.row + i]);
+    at = {0, z.d};
+    return apart.data();
+  }
+}
+
 // One head's gradient. dk, dv [S, d] dense; dq through its view.
+template <class T>
 void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out, const Tensor& q,
                    const Tensor& k, const Tensor& v, const Tensor& y, const Tensor& lse,
                    const Tensor& dy, int64_t b, int64_t h) {
-  static thread_local std::vector<float> p_buffer, ds_buffer;
+  static thread_local std::vector<float> score_buffer, dp_buffer;
+  static thread_local std::vector<T> p_buffer, ds_buffer, grad_buffer;
   const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
-             yv = head(y, b, h);
-  const View dv = head(dy, b, h);
+             yv = head(y, b, h), gv = head(dy, b, h);
+  View ov = gv;
+  const T *keys = k.data<T>() + kv.base, *values = v.data<T>() + vv.base,
+          *grads = operand_grads<T>(z, dy.data<float>(), ov, grad_buffer);
   std::fill_n(out.dk, z.S * z.d, 0.0f);
   std::fill_n(out.dv, z.S * z.d, 0.0f);
   for (int64_t t0 = 0; t0 < z.T; t0 += kTile) {
     const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
-    p_buffer.resize(static_cast<size_t>(rows * seen));
-    ds_buffer.resize(p_buffer.size());
-    float *p = p_buffer.data(), *ds = ds_buffer.data();
-    const float scale = static_cast<float>(s.scale);
-    tile_scores(z, q.data<float>(), qv, k.data<float>(), kv, t0, rows, seen, scale, p);
-    const float* grad = dy.data<float>() + dv.base + t0 * dv.row;
-    gemm_tile(rows, seen, z.d, grad, dv.row, 1, v.data<float>() + vv.base, 1, vv.row, ds,
-              seen);  // dy vᵀ
+    score_buffer.resize(static_cast<size_t>(rows * seen));
+    dp_buffer.resize(score_buffer.size());
+    float *scores = score_buffer.data(), *dp = dp_buffer.data();
+    T *p = operand_tile<T>(scores, rows * seen, p_buffer),
+      *ds = operand_tile<T>(dp, rows * seen, ds_buffer);
+    const T *queries = q.data<T>() + qv.base + t0 * qv.row, *grad = grads + t0 * ov.row;
+    gemm_tile(rows, seen, z.d, queries, qv.row, 1, keys, 1, kv.row, scores, seen);
+    gemm_tile(rows, seen, z.d, grad, ov.row, 1, values, 1, vv.row, dp, seen);
     const float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
     for (int64_t r = 0; r < rows; ++r) {
-      float *prow = p + r * seen, *drow = ds + r * seen;
-      const float *yr = y.data<float>() + yv.base + (t0 + r) * yv.row, *gr = grad + r * dv.row;
-      const int64_t n = z.visible(t0 + r, s.causal);
+      const float *yr = y.data<float>() + yv.base + (t0 + r) * yv.row,
+                  *gr = dy.data<float>() + gv.base + (t0 + r) * gv.row;
       const float dot = lane_sum<float>(z.d, [yr, gr](int64_t i) { return yr[i] * gr[i]; });
-      for (int64_t i = 0; i < n; ++i) prow[i] = exp_fast(prow[i] - norm[r]);
-      for (int64_t i = 0; i < n; ++i) drow[i] = prow[i] * (drow[i] - dot) * scale;
-      std::fill(prow + n, prow + seen, 0.0f);
-      std::fill(drow + n, drow + seen, 0.0f);
+      backward_row(scores + r * seen, dp + r * seen, z.visible(t0 + r, s.causal), seen,
+                   {static_cast<float>(s.scale), norm[r], dot}, p + r * seen, ds + r * seen);
     }
-    gemm_tile(seen, z.d, rows, p, 1, seen, grad, dv.row, 1, out.dv, z.d, true);
-    gemm_tile(seen, z.d, rows, ds, 1, seen, q.data<float>() + qv.base + t0 * qv.row, qv.row, 1,
-              out.dk, z.d, true);
-    gemm_tile(rows, z.d, seen, ds, seen, 1, k.data<float>() + kv.base, kv.row, 1,
-              out.dq + t0 * out.dqv.row, out.dqv.row);
+    gemm_tile(seen, z.d, rows, p, 1, seen, grad, ov.row, 1, out.dv, z.d, true);
+    gemm_tile(seen, z.d, rows, ds, 1, seen, queries, qv.row, 1, out.dk, z.d, true);
+    gemm_tile(rows, z.d, seen, ds, seen, 1, keys, kv.row, 1, out.dq + t0 * out.dqv.row,
+              out.dqv.row);
   }
 }
 
@@ -201,60 +242,91 @@ void backward_head_f64(const Sizes& z, const AttentionSpec& s, double* dq, doubl
   }
 }
 
+// Operands of 16 bits for which there is no product of their own.
+bool must_widen(const Tensor& q, int64_t queries) {
+  const DType type = q.dtype();
+  return type == DType::F16 || (type == DType::BF16 && (!gemm_has_bf16() || queries < kFewQueries));
+}
+Tensor widened(const Tensor& x) {
+  Tensor y = Tensor::empty(x.shape(), DType::F32);
+  copy(y, x);
+  return y;
+}
+
+template <class T>
+void attention_tiles(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse,
+                     const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t tiles = (z.T + kTile - 1) / kTile;
+  parallel_for(z.B * z.H * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)  // the longest tiles first: they see the most keys
+      attention_tile<T>(z, s, y, lse, q, k, v, i / (z.H * tiles), i % z.H,
+                        (tiles - 1 - i / z.H % tiles) * kTile);
+  });
+}
+
+// Results of type T, operands of type Operand.
+template <class T, class Operand>
+void backward(const Sizes& z, Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& k,
+              const Tensor& v, const Tensor& y, const Tensor& lse, const Tensor& dy,
+              AttentionSpec s) {
+  const int64_t share = z.S * z.d;
+  Tensor dk_heads = Tensor::empty({z.B, z.H, z.S, z.d}, dq.dtype()),
+         dv_heads = empty_like(dk_heads);
+  parallel_for(z.B * z.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / z.H, h = i % z.H;
+      const View at = head(dq, b, h);
+      T *hk = dk_heads.data<T>() + i * share, *hv = dv_heads.data<T>() + i * share;
+      if constexpr (std::is_same_v<T, float>)
+        backward_head<Operand>(z, s, {dq.data<float>() + at.base, hk, hv, at}, q, k, v, y, lse, dy,
+                               b, h);
+      else
+        backward_head_f64(z, s, dq.data<double>() + at.base, hk, hv, at, q, k, v, y, lse, dy, b, h);
+    }
+  });
+  auto fold = [&](Tensor& out, const Tensor& parts) {  // [B,H,S,d] → [B,S,K,d]
+    T* o = out.data<T>();
+    const T* p = parts.data<T>();
+    parallel_for(
+        z.B * z.S, std::max<int64_t>(1, kGrain / (z.H * z.d)), [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; ++r)
+            for (int64_t kh = 0; kh < z.K; ++kh) {
+              T* row = o + (r * z.K + kh) * z.d;
+              std::fill_n(row, z.d, T(0));
+              for (int64_t g = 0; g < z.group; ++g) {
+                const T* part = p + ((r / z.S * z.H + kh * z.group + g) * z.S + r % z.S) * z.d;
+                for (int64_t i = 0; i < z.d; ++i) row[i] += part[i];
+              }
+            }
+        });
+  };
+  fold(dk, dk_heads);
+  fold(dv, dv_heads);
+}
+
 }  // namespace
 
 void attention(Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                AttentionSpec s) {
   const Sizes z(q, k);
   if (q.dtype() == DType::F64) return attention_rows<double>(z, s, y, lse, q, k, v);
+  if (must_widen(q, z.T)) return attention(y, lse, widened(q), widened(k), widened(v), s);
+  if (q.dtype() == DType::BF16) return attention_tiles<bf16_t>(z, s, y, lse, q, k, v);
   if (z.T < kFewQueries) return attention_rows<float>(z, s, y, lse, q, k, v);
-  const int64_t tiles = (z.T + kTile - 1) / kTile;
-  parallel_for(z.B * z.H * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)  // the longest tiles first: they see the most keys
-      attention_tile(z, s, y, lse, q, k, v, i / (z.H * tiles), i % z.H,
-                     (tiles - 1 - i / z.H % tiles) * kTile);
-  });
+  attention_tiles<float>(z, s, y, lse, q, k, v);
 }
 
 void attention_vjp(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& k,
                    const Tensor& v, const Tensor& y, const Tensor& lse, const Tensor& dy,
                    AttentionSpec s) {
   const Sizes z(q, k);
-  visit_float("attention_vjp", q.dtype(), [&]<class T>() {
-    const int64_t share = z.S * z.d;
-    Tensor dk_heads = Tensor::empty({z.B, z.H, z.S, z.d}, q.dtype()),
-           dv_heads = empty_like(dk_heads);
-    parallel_for(z.B * z.H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / z.H, h = i % z.H;
-        const View at = head(dq, b, h);
-        T *hk = dk_heads.data<T>() + i * share, *hv = dv_heads.data<T>() + i * share;
-        if constexpr (std::is_same_v<T, float>)
-          backward_head(z, s, {dq.data<float>() + at.base, hk, hv, at}, q, k, v, y, lse, dy, b, h);
-        else
-          backward_head_f64(z, s, dq.data<double>() + at.base, hk, hv, at, q, k, v, y, lse, dy, b,
-                            h);
-      }
-    });
-    auto fold = [&](Tensor& out, const Tensor& parts) {  // [B,H,S,d] → [B,S,K,d]
-      T* o = out.data<T>();
-      const T* p = parts.data<T>();
-      parallel_for(
-          z.B * z.S, std::max<int64_t>(1, kGrain / (z.H * z.d)), [&](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; ++r)
-              for (int64_t kh = 0; kh < z.K; ++kh) {
-                T* row = o + (r * z.K + kh) * z.d;
-                std::fill_n(row, z.d, T(0));
-                for (int64_t g = 0; g < z.group; ++g) {
-                  const T* part = p + ((r / z.S * z.H + kh * z.group + g) * z.S + r % z.S) * z.d;
-                  for (int64_t i = 0; i < z.d; ++i) row[i] += part[i];
-                }
-              }
-          });
-    };
-    fold(dk, dk_heads);
-    fold(dv, dv_heads);
-  });
+  if (q.dtype() == DType::F64)
+    return backward<double, double>(z, dq, dk, dv, q, k, v, y, lse, dy, s);
+  if (must_widen(q, z.T))
+    return attention_vjp(dq, dk, dv, widened(q), widened(k), widened(v), y, lse, dy, s);
+  if (q.dtype() == DType::BF16)
+    return backward<float, bf16_t>(z, dq, dk, dv, q, k, v, y, lse, dy, s);
+  backward<float, float>(z, dq, dk, dv, q, k, v, y, lse, dy, s);
 }
 
 }  // namespace omq::cpu
