@@ -3,14 +3,20 @@
 # omq-bench-NAME.
 
 file(GLOB_RECURSE tools_sources CONFIGURE_DEPENDS tools/*.cpp)
-list(FILTER tools_sources EXCLUDE REGEX "/tools/bench/")
+list(FILTER tools_sources EXCLUDE REGEX "/tools/(bench|plain)/")
 set(program_sources ${tools_sources})
 list(FILTER program_sources INCLUDE REGEX "/[^/]*-[^/]*\\.cpp$")
 list(FILTER tools_sources EXCLUDE REGEX "/[^/]*-[^/]*\\.cpp$")
 
 add_library(omq_tools_flags INTERFACE)
 target_compile_definitions(omq_tools_flags INTERFACE OMQ_VERSION="${PROJECT_VERSION}")
-target_link_libraries(omq_tools_flags INTERFACE CLI11::CLI11 nlohmann_json::nlohmann_json)
+target_link_libraries(omq_tools_flags INTERFACE nlohmann_json::nlohmann_json)
+if(OMQ_CLI11)
+  target_link_libraries(omq_tools_flags INTERFACE CLI11::CLI11)
+else()
+  list(APPEND tools_sources tools/plain/terminate.cpp)
+  target_include_directories(omq_tools_flags INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}/tools/plain")
+endif()
 
 if(tools_sources)
   add_library(omq_tools OBJECT ${tools_sources})

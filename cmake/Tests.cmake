@@ -61,6 +61,17 @@ foreach(folder IN LISTS test_folders)
   omq_add_test(${folder})
 endforeach()
 
+# The programs' manners once more, over the options of the tiny preset.
+if(OMQ_TOOLS AND OMQ_CLI11)
+  add_executable(omq-test-options tests/tools/cli_test.cpp tools/cli.cpp tools/interrupt.cpp
+                 tools/memory_option.cpp)
+  target_include_directories(omq-test-options BEFORE PRIVATE tools/plain)
+  target_compile_definitions(omq-test-options PRIVATE OMQ_VERSION="${PROJECT_VERSION}")
+  omq_link(omq-test-options)
+  target_link_libraries(omq-test-options PRIVATE omq)
+  omq_add_test(options NO_SLOW)
+endif()
+
 add_executable(omq-test-architecture tests/architecture_test.cpp)
 target_link_libraries(omq-test-architecture PRIVATE omq_flags ${OMQ_FMT})
 omq_add_test(architecture NO_SLOW)

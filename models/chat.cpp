@@ -7,8 +7,7 @@
 #include "models/chat.h"
 
 #include <algorithm>
-#include <array>
-#include <ctime>
+#include <chrono>
 
 #include "models/chat_jinja.h"
 #include "models/tokenizer_utf8.h"
@@ -46,13 +45,15 @@ std::string strip(std::string_view text) {
   return begin < end ? std::string(text.substr(begin, end - begin)) : std::string();
 }
 
+// In UTC: the zone of the machine would bring in the C library's database of zones.
 std::string today() {
-  const std::time_t now = std::time(nullptr);
-  std::tm local{};
-  localtime_r(&now, &local);
-  std::array<char, 32> text{};
-  std::strftime(text.data(), text.size(), "%d %b %Y", &local);
-  return text.data();
+  using namespace std::chrono;
+  constexpr const char* kMonths[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
+                                     "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
+  const year_month_day date{floor<days>(system_clock::now())};
+  return fmt::format("{:02} {} {}", static_cast<unsigned>(date.day()),
+                     kMonths[static_cast<unsigned>(date.month()) - 1],
+                     static_cast<int>(date.year()));
 }
 
 // What a canonical template writes outside its tags, except around those that end the program with

@@ -86,7 +86,7 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
     check(!needs_grad(k) && !needs_grad(v),
           "attention: no gradient goes through a KV cache; train without one");
     cache->append(k, v);
-    if (cache->quant().any() && !taps.p) return output(attention_by_windows(q, *cache, spec));
+    if (cache->is_compact() && !taps.p) return output(attention_by_windows(q, *cache, spec));
     const KVCache::View stored = cache->window(0, cache->length());
     k = stored.k;
     v = stored.v;

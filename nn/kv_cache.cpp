@@ -33,7 +33,8 @@ QuantizedRows described(RowQuant s, int64_t cols) {
 
 int64_t CacheQuant::token_bytes(int64_t kv_heads, int64_t head_dim) const {
   const auto bytes = [&](const std::optional<RowQuant>& s) {
-    return s ? described(*s, head_dim).code_bytes() + 8 : 4 * head_dim;
+    return s ? described(*s, head_dim).code_bytes() + 8
+             : static_cast<int64_t>(dtype_size(floats)) * head_dim;
   };
   return kv_heads * (bytes(k) + bytes(v));
 }
@@ -70,11 +71,16 @@ Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
 }
 
 KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,
-                 const CacheQuant& quant, DType floats)
+                 const CacheQuant& quant)
     : shape_{batch, capacity, kv_heads, head_dim},
       quant_(quant),
-      k_(shape_, device, quant.k, floats),
-      v_(shape_, device, quant.v, floats) {}
+      k_(shape_, device, quant.k, quant.floats),
+      v_(shape_, device, quant.v, quant.floats) {}
+
+bool KVCache::is_compact() const {
+  const Tensor& one = k_.floats.defined() ? k_.floats : k_.codes.codes;
+  return quant_.any() || (quant_.floats != DType::F32 && one.device().type == DeviceType::CPU);
+}
 
 void KVCache::append(const Tensor& k, const Tensor& v) {
   const int64_t added = k.dim(1);

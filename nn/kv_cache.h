@@ -1,5 +1,5 @@
 // KVCache: the keys and values of one block's past tokens, in memory that is allocated once; as
-// F32, or as codes, each token's head on its own grid.
+// F32 or F16, or as codes, each token's head on its own grid.
 #pragma once
 
 #include <optional>
@@ -9,9 +9,10 @@
 
 namespace omq::nn {
 
-// How keys and values are kept; none: F32. Up to 4 bits, two codes share a byte.
+// How keys and values are kept; none: as floats. Up to 4 bits, two codes share a byte.
 struct CacheQuant {
   std::optional<RowQuant> k, v;
+  DType floats = DType::F32;  // or F16
   bool any() const { return k || v; }
   // Of one token of one sequence, grids (8 bytes a head) included.
   int64_t token_bytes(int64_t kv_heads, int64_t head_dim) const;
@@ -19,10 +20,9 @@ struct CacheQuant {
 
 class KVCache {
  public:
-  // Room for `capacity` tokens of B sequences. floats: how what is not quantised is kept, F32 or
-  // F16.
+  // Room for `capacity` tokens of B sequences.
   KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device = {},
-          const CacheQuant& quant = {}, DType floats = DType::F32);
+          const CacheQuant& quant = {});
 
   // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
   void append(const Tensor& k, const Tensor& v);
@@ -34,6 +34,8 @@ class KVCache {
   // Tokens begin … end − 1: in place where they are stored in that type, made where they are not.
   View window(int64_t begin, int64_t end) const;
   const CacheQuant& quant() const { return quant_; }
+  // Whether a window on the CPU, all in F32, is more memory than what is stored.
+  bool is_compact() const;
   int64_t length() const { return length_; }
   int64_t capacity() const { return shape_[1]; }
   // Grows with every change of what is stored: two readings are equal only if nothing happened

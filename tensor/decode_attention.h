@@ -4,8 +4,8 @@
 // One task a sequence, key/value head and run of 256 keys: keys and values are read once for all
 // query heads that share them; runs are joined in order by an online softmax (running maximum and
 // sum, Milakov and Gimelshein 2018). So results do not depend on the number of threads, and a
-// single run gives the general kernel's bits. Keys and values that are codes become floats a row at
-// a time. Memory is taken when the object is made. CPU only.
+// single run gives the general kernel's bits. Keys and values that are codes or F16 become F32 a
+// few rows at a time. Memory is taken when the object is made. CPU only.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@
 
 namespace omq {
 
-// Keys or values of B sequences: floats F32 [B, capacity, K, d], or, where that is undefined, codes
-// of that shape.
+// Keys or values of B sequences: floats F32 or F16 [B, capacity, K, d], or, where that is
+// undefined, codes of that shape.
 struct CachedRows {
   const Tensor& floats;
   const QuantizedRows& codes;

@@ -2,11 +2,11 @@
 #include "tools/calibration_text.h"
 
 #include <bit>
-#include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "models/hash.h"
+#include "models/json_file.h"
 
 namespace omq {
 namespace {
@@ -22,13 +22,9 @@ CalibrationWindows finish(std::vector<int32_t> ids, int64_t count, int64_t lengt
   return w;
 }
 
+// Corpora may be larger than what read_text_file takes for a mistake.
 std::string read_text(const std::filesystem::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  std::ostringstream text;
-  text << in.rdbuf();
-  check(in.good() || in.eof(), "{}: cannot be read", file.string());
-  check(std::filesystem::is_regular_file(file), "{}: not a file", file.string());
-  return text.str();
+  return read_text_file(file, std::numeric_limits<size_t>::max());
 }
 
 }  // namespace
@@ -105,12 +101,15 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
 
 CalibrationWindows windows_from_ids(const std::filesystem::path& jsonl, int64_t vocab,
                                     int64_t count) {
-  std::ifstream in(jsonl);
-  check(in.good() && std::filesystem::is_regular_file(jsonl), "{}: cannot be read", jsonl.string());
+  const std::string text = read_text(jsonl);
   std::vector<int32_t> ids;
   int64_t windows = 0, length = 0;
-  std::string line;
-  for (int64_t number = 1; std::getline(in, line) && (count <= 0 || windows < count); ++number) {
+  int64_t number = 0;
+  for (size_t at = 0; at < text.size() && (count <= 0 || windows < count);) {
+    const size_t end = std::min(text.find('\n', at), text.size());
+    const std::string_view line(text.data() + at, end - at);
+    at = end + 1;
+    ++number;
     if (line.empty()) continue;
     const auto row = nlohmann::json::parse(line, nullptr, false);
     check(row.is_array(), "{}:{}: not a JSON array of token ids", jsonl.string(), number);

@@ -8,7 +8,8 @@
 #include <algorithm>
 #include <charconv>
 #include <csignal>
-#include <fstream>
+#include <cstdlib>
+#include <memory>
 #include <new>
 #include <numeric>
 
@@ -92,11 +93,20 @@ size_t edit_distance(std::string_view a, std::string_view b) {
                                app.get_name()));
 }
 
+// What follows `key` on the first line of a file of /proc that begins with it.
+std::optional<std::string> proc_entry(const char* file, std::string_view key) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> in(std::fopen(file, "r"), &std::fclose);
+  while (in) {
+    const std::optional<std::string> line = read_line(in.get());
+    if (!line) break;
+    if (line->starts_with(key)) return line->substr(key.size());
+  }
+  return std::nullopt;
+}
+
 uint64_t proc_kilobytes(const char* file, std::string_view key) {
-  std::ifstream in(file);
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with(key)) return std::strtoull(line.c_str() + key.size(), nullptr, 10) * 1024;
-  return 0;
+  const std::optional<std::string> entry = proc_entry(file, key);
+  return entry ? std::strtoull(entry->c_str(), nullptr, 10) * 1024 : 0;
 }
 
 }  // namespace
@@ -184,6 +194,25 @@ std::vector<int64_t> parse_int_list(std::string_view text, std::string_view opti
   return values;
 }
 
+std::optional<Decimal> decimal_at(std::string_view text) {
+  const std::string digits(
+      text.substr(0, text.find_first_of("xX \t\n\v\f\r+", text.empty() ? 0 : 1)));
+  if (digits.empty() || std::string_view("0123456789.-in").find(digits[0]) == std::string::npos)
+    return std::nullopt;
+  char* end = nullptr;
+  const double value = std::strtod(digits.c_str(), &end);
+  if (end == digits.c_str()) return std::nullopt;
+  return Decimal{value, static_cast<size_t>(end - digits.c_str())};
+}
+
+std::optional<std::string> read_line(std::FILE* stream) {
+  std::string line;
+  int c = std::getc(stream);
+  if (c == EOF) return std::nullopt;
+  for (; c != EOF && c != '\n'; c = std::getc(stream)) line += static_cast<char>(c);
+  return line;
+}
+
 bool is_terminal(std::FILE* stream) { return isatty(fileno(stream)) != 0; }
 
 std::string human_bytes(double bytes) {
@@ -210,11 +239,9 @@ uint64_t peak_memory_bytes() { return proc_kilobytes("/proc/self/status", "VmHWM
 uint64_t available_memory_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable:"); }
 
 std::string cpu_name() {
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("model name"))
-      if (const size_t at = line.find(": "); at != std::string::npos) return line.substr(at + 2);
-  return "unknown CPU";
+  const std::optional<std::string> entry = proc_entry("/proc/cpuinfo", "model name");
+  const size_t at = entry ? entry->find(": ") : std::string::npos;
+  return at == std::string::npos ? "unknown CPU" : entry->substr(at + 2);
 }
 
 std::string version_text(std::string_view program) {

@@ -55,6 +55,16 @@ std::optional<std::string> nearest(std::string_view word, std::span<const std::s
 // lowest.
 std::vector<int64_t> parse_int_list(std::string_view text, std::string_view option, int64_t lowest);
 
+// The decimal number at the front of text, and how many characters it takes; nothing when there is
+// none. (std::from_chars does it too, and is 40 KB of a static program.)
+struct Decimal {
+  double value;
+  size_t length;
+};
+std::optional<Decimal> decimal_at(std::string_view text);
+
+// The next line without its end, nothing at the end of the stream.
+std::optional<std::string> read_line(std::FILE* stream);
 bool is_terminal(std::FILE* stream);
 // "1.50 GiB", "12.3 MiB", "640 B".
 std::string human_bytes(double bytes);

@@ -1,7 +1,6 @@
 // See memory_option.h.
 #include "tools/memory_option.h"
 
-#include <charconv>
 #include <cmath>
 
 #include "tools/cli.h"
@@ -9,9 +8,8 @@
 namespace omq::cli {
 
 size_t parse_memory(std::string_view text) {
-  double value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  std::string_view unit = text.substr(static_cast<size_t>(end - text.data()));
+  const Decimal number = decimal_at(text).value_or(Decimal{0, 0});
+  std::string_view unit = text.substr(number.length);
   double factor = 1;
   if (!unit.empty()) {
     const size_t power = std::string_view("KMG").find(static_cast<char>(unit[0] & ~0x20));
@@ -22,8 +20,8 @@ size_t parse_memory(std::string_view text) {
     unit.remove_prefix(1);
     if (unit != "" && unit != "B" && unit != "iB") factor = 0;
   }
-  const double bytes = value * factor;
-  if (error != std::errc{} || !(bytes >= 1) || bytes > 1e18)
+  const double bytes = number.value * factor;
+  if (!(bytes >= 1) || bytes > 1e18)
     throw UsageError(fmt::format("--memory-limit {}: a size such as 24G or 512M wanted", text));
   return static_cast<size_t>(bytes);
 }

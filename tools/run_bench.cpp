@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <ctime>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -62,6 +61,7 @@ bool parse(const cli::Args& args, Options& o) {
   app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
       ->type_name("N");
   add_device_options(app, o.model);
+  add_cache_options(app, o.model);
   app.add_option("--isa", o.model.isa,
                  "instruction set of the packed kernels: amx, avx512, avx2, neon, scalar");
   app.add_flag("--no-warmup", o.no_warmup, "do not run each test once before measuring");
@@ -222,7 +222,7 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
     rates.push_back(static_cast<double>(test.tokens()) / seconds);
     ns.push_back(seconds * 1e9);
   }
-  const nn::CacheQuant kept = cache_quant(m.model->config());
+  const nn::CacheQuant& kept = m.model->kept;
   const bool gpu = m.model->device().type != DeviceType::CPU;
   json j = {{"build_version", OMQ_VERSION},
             {"cpu_info", cli::cpu_name()},
@@ -236,8 +236,8 @@ json row(const OpenModel& m, const Options& o, const Test& test, const Samples& 
             {"bits_per_weight", m.size.bits_per_weight()},
             {"n_batch", o.batch},
             {"n_threads", test.threads},
-            {"type_k", gpu ? "f16" : cache_type(kept.k)},
-            {"type_v", gpu ? "f16" : cache_type(kept.v)},
+            {"type_k", gpu ? "f16" : cache_type(kept.k, kept.floats)},
+            {"type_v", gpu ? "f16" : cache_type(kept.v, kept.floats)},
             {"n_gpu_layers", gpu ? m.model->config().num_layers : 0},
             {"n_prompt", test.prompt},
             {"n_gen", test.gen},
@@ -338,11 +338,14 @@ std::vector<Test> tests_of(const Options& o) {
 }
 
 std::string utc_now() {
-  const std::time_t now = std::time(nullptr);
-  std::tm utc{};
-  gmtime_r(&now, &utc);
-  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", utc.tm_year + 1900, utc.tm_mon + 1,
-                     utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec);
+  using namespace std::chrono;
+  const auto now = system_clock::now();
+  const auto day = floor<days>(now);
+  const year_month_day date{day};
+  const hh_mm_ss time{floor<seconds>(now - day)};
+  return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", static_cast<int>(date.year()),
+                     static_cast<unsigned>(date.month()), static_cast<unsigned>(date.day()),
+                     time.hours().count(), time.minutes().count(), time.seconds().count());
 }
 
 }  // namespace

@@ -4,9 +4,8 @@
 // Each turn is the whole conversation as a prompt; the generator computes only what its cache does
 // not hold yet.
 #include <CLI/CLI.hpp>
-#include <fstream>
-#include <iostream>
 
+#include "models/atomic_dir.h"
 #include "models/chat.h"
 #include "models/json_file.h"
 #include "tools/run_common.h"
@@ -162,10 +161,9 @@ class Conversation {
     check(!file.empty(), "/save needs a file name");
     nlohmann::json j = nlohmann::json::array();
     for (const Message& m : messages_) j.push_back({{"role", m.role}, {"content", m.content}});
-    std::ofstream out(file);
-    out << j.dump(2) << "\n";
-    out.close();
-    check(!out.fail(), "/save: cannot write {}", file);
+    AtomicFile out(file);
+    out.write(j.dump(2) + "\n");
+    out.commit();
     fmt::print(stderr, "{} messages saved to {}\n", messages_.size(), file);
   }
 
@@ -200,12 +198,12 @@ bool read_message(std::string& message, bool terminal) {
   message.clear();
   for (bool more = true; more;) {
     if (terminal) fmt::print(stderr, "{}", message.empty() ? "> " : ". ");
-    std::string line;
-    if (!std::getline(std::cin, line)) return !message.empty();
-    if (line.ends_with('\r')) line.pop_back();
-    more = line.ends_with('\\');
-    if (more) line.back() = '\n';
-    message += line;
+    std::optional<std::string> line = cli::read_line(stdin);
+    if (!line) return !message.empty();
+    if (line->ends_with('\r')) line->pop_back();
+    more = line->ends_with('\\');
+    if (more) line->back() = '\n';
+    message += *line;
   }
   return true;
 }

@@ -8,7 +8,6 @@
 #include <charconv>
 #include <chrono>
 #include <csignal>
-#include <iostream>
 #include <iterator>
 #include <limits>
 #include <random>
@@ -41,6 +40,15 @@ void add_device_options(CLI::App& app, ModelOptions& o) {
       ->type_name("N");
 }
 
+void add_cache_options(CLI::App& app, ModelOptions& o) {
+  app.add_option("--cache-type-k", o.cache_k,
+                 "-ctk: type of the key cache: f32 (default, where the model has none of its own), "
+                 "f16, int8, int4; CPU")
+      ->type_name("TYPE");
+  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache: likewise")
+      ->type_name("TYPE");
+}
+
 void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-m,--model,model", o.model,
@@ -57,12 +65,25 @@ void add_model_options(CLI::App& app, ModelOptions& o, bool with_context) {
   if (!with_context) return;
   app.add_option("-c,--ctx-size", o.context, "context in tokens (default 0: the model's own)")
       ->type_name("N");
-  app.add_option("--cache-type-k", o.cache_k,
-                 "-ctk: type of the key cache: f32, or the model's own bits")
-      ->type_name("TYPE");
-  app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache: likewise")
-      ->type_name("TYPE");
+  add_cache_options(app, o);
 }
+
+namespace {
+
+struct CacheType {
+  int bits = 0;  // of codes; 0: floats
+  DType floats = DType::F32;
+};
+
+CacheType parse_cache_type(const std::string& name) {
+  if (name.empty() || name == "f32") return {};
+  if (name == "f16") return {0, DType::F16};
+  if (name == "int8" || name == "q8_0") return {8};
+  if (name == "int4" || name == "q4_0") return {4};
+  throw cli::UsageError(fmt::format("cache type {}: f32, f16, int8 or int4", name));
+}
+
+}  // namespace
 
 Device device_of(const ModelOptions& o) {
   const bool named = o.device != "auto";
@@ -73,8 +94,8 @@ Device device_of(const ModelOptions& o) {
 void apply(const ModelOptions& o) {
   using cli::UsageError;
   cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
-  for (const std::string& type : {o.cache_k, o.cache_v})
-    if (type != "f32") throw UsageError(fmt::format("cache type {}: only f32 is there", type));
+  parse_cache_type(o.cache_k);
+  parse_cache_type(o.cache_v);
   if (o.threads < 0 || o.threads > 1024)
     throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
   if (o.context < 0) throw UsageError(fmt::format("--ctx-size {} is negative", o.context));
@@ -89,11 +110,10 @@ void apply(const ModelOptions& o) {
 
 namespace {
 
-// The context to prepare for when the user named none. caches: as ModelOptions.
-int64_t default_context(const ModelConfig& c, int64_t caches, bool quiet) {
+// The context to prepare for when the user named none. token_bytes: of keys and values.
+int64_t default_context(const ModelConfig& c, int64_t token_bytes, bool quiet) {
   const int64_t own = c.usable_context();
   int64_t context = std::min<int64_t>(own, 8192);
-  const int64_t token_bytes = caches * cache_token_bytes(c);
   const auto half_free = static_cast<int64_t>(cli::available_memory_bytes() / 2);
   if (half_free > 0) context = std::min(context, std::max<int64_t>(512, half_free / token_bytes));
   context = std::min(context, own);
@@ -112,12 +132,15 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   m.reader = open_checkpoint(options.model);
   m.tokenizer = std::make_unique<Tokenizer>(m.reader->tokenizer());
   const ModelConfig& c = m.reader->config();
-  if (context == 0) context = default_context(c, options.caches, options.quiet);
+  const nn::CacheQuant kept = kept_caches(c, options);
+  if (context == 0)
+    context = default_context(c, options.caches * cache_token_bytes(c, kept), options.quiet);
   check(context <= c.usable_context(),
         "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
         context, c.usable_context());
   const Device device = device_of(options);
   m.model = std::make_unique<Model>(Model::load(*m.reader, context));
+  m.model->kept = kept;
   m.size = model_size(*m.model);
   m.model->move_to(device);
   m.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -136,12 +159,42 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   return m;
 }
 
-std::string cache_type(const std::optional<RowQuant>& quant) {
-  return quant ? fmt::format("u{}", quant->bits) : "f32";
+namespace {
+
+// own: what the model quantises by itself.
+void settle(std::optional<RowQuant>& own, const std::string& name, const char* option) {
+  const CacheType wanted = parse_cache_type(name);
+  if (own && !name.empty() && own->bits != wanted.bits)
+    throw cli::UsageError(
+        fmt::format("{} {}: this model keeps codes of {} bits there, as its "
+                    "attention reads them",
+                    option, name, own->bits));
+  if (!own && wanted.bits > 0) own = RowQuant{.bits = wanted.bits};
 }
 
-int64_t cache_token_bytes(const ModelConfig& c) {
-  return c.num_layers * cache_quant(c).token_bytes(c.num_kv_heads, c.head_dim);
+}  // namespace
+
+nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o) {
+  nn::CacheQuant kept = cache_quant(config);
+  settle(kept.k, o.cache_k, "--cache-type-k");
+  settle(kept.v, o.cache_v, "--cache-type-v");
+  const DType k = parse_cache_type(o.cache_k).floats, v = parse_cache_type(o.cache_v).floats;
+  if (!kept.k && !kept.v && k != v)
+    throw cli::UsageError(
+        fmt::format("cache types {} and {}: floats of one type only", o.cache_k, o.cache_v));
+  kept.floats = kept.k ? v : k;
+  if (!(o.cache_k.empty() && o.cache_v.empty()) && device_of(o).type != DeviceType::CPU)
+    throw cli::UsageError(
+        "--cache-type-k, --cache-type-v: a GPU keeps f16; --device cpu has others");
+  return kept;
+}
+
+std::string cache_type(const std::optional<RowQuant>& quant, DType floats) {
+  return quant ? fmt::format("u{}", quant->bits) : floats == DType::F16 ? "f16" : "f32";
+}
+
+int64_t cache_token_bytes(const ModelConfig& c, const nn::CacheQuant& kept) {
+  return c.num_layers * kept.token_bytes(c.num_kv_heads, c.head_dim);
 }
 
 int64_t parameter_count(const OpenModel& m) {
@@ -209,9 +262,10 @@ std::pair<int32_t, double> parse_bias(const std::string& text) {
   const auto [at, id_error] = std::from_chars(text.data(), end, id);
   bool ok = id_error == std::errc{} && at != end;
   if (ok) {
-    const char* value = *at == '-' ? at : at + 1;  // "+1.5", "=-inf"; from_chars reads no plus
-    const auto [stop, error] = std::from_chars(value, end, bias);
-    ok = (*at == '+' || *at == '-' || *at == '=') && error == std::errc{} && stop == end;
+    const char* value = *at == '-' ? at : at + 1;  // "+1.5", "=-inf"
+    const auto number = cli::decimal_at({value, end});
+    ok = (*at == '+' || *at == '-' || *at == '=') && number && value + number->length == end;
+    if (ok) bias = number->value;
   }
   if (!ok)
     throw cli::UsageError(
@@ -248,8 +302,10 @@ GenerateOptions generate_options(const SamplingOptions& o, int64_t vocab_size) {
 
 std::string read_input(const std::string& file) {
   if (file != "-") return read_text_file(file);
-  std::string text((std::istreambuf_iterator<char>(std::cin)), {});
-  check(!std::cin.bad(), "cannot read standard input");
+  std::string text;
+  char part[4096];
+  while (const size_t n = std::fread(part, 1, sizeof part, stdin)) text.append(part, n);
+  check(std::ferror(stdin) == 0, "cannot read standard input");
   return text;
 }
 

@@ -32,16 +32,18 @@ extern const cli::Aliases kAliases;
 
 struct ModelOptions {
   std::string model, device = "auto", cuda_path = "auto", isa;
-  int64_t context = 0;  // 0: the model's own, as far as memory allows
-  int threads = 0;      // 0: the CPUs that this process may use
-  int64_t caches = 1;   // of so many sequences are to fit into memory
-  std::string gpu_layers, cache_k = "f32", cache_v = "f32";
+  int64_t context = 0;                       // 0: the model's own, as far as memory allows
+  int threads = 0;                           // 0: the CPUs that this process may use
+  int64_t caches = 1;                        // of so many sequences are to fit into memory
+  std::string gpu_layers, cache_k, cache_v;  // cache types; "": the model's own, else F32
   bool quiet = false;
 };
 // What --device and -ngl ask for. Throws UsageError, or Error when that cannot be used.
 Device device_of(const ModelOptions& o);
 // Adds --device and -ngl.
 void add_device_options(CLI::App& app, ModelOptions& options);
+// Adds -ctk and -ctv.
+void add_cache_options(CLI::App& app, ModelOptions& options);
 // Adds -m, -t, --device, --isa, -q and, with_context, -c and -ctk/-ctv.
 void add_model_options(CLI::App& app, ModelOptions& options, bool with_context = true);
 // Checks them and applies threads and instruction set. Throws UsageError.
@@ -58,10 +60,13 @@ struct OpenModel {
 // fit into free memory.
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
-// "f32", or the bits of codes: "u4".
-std::string cache_type(const std::optional<RowQuant>& quant);
+// How keys and values are kept: as the model quantises them itself, else as -ctk and -ctv say.
+// Throws UsageError for types that are not there, or not for this model.
+nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& options);
+// "f32", "f16", or the bits of codes: "u4".
+std::string cache_type(const std::optional<RowQuant>& quant, DType floats);
 // Bytes of keys and values of one token, all layers.
-int64_t cache_token_bytes(const ModelConfig& config);
+int64_t cache_token_bytes(const ModelConfig& config, const nn::CacheQuant& kept);
 
 // "llama 135M": the type and the number of weights, embedding and norms counted.
 std::string model_name(const OpenModel& m);

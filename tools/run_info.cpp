@@ -67,9 +67,9 @@ json dtype_counts(const CheckpointReader& reader) {
 
 json cache_json(const ModelConfig& c) {
   const nn::CacheQuant kept = cache_quant(c);
-  return {{"type_k", cache_type(kept.k)},
-          {"type_v", cache_type(kept.v)},
-          {"bytes_per_token", cache_token_bytes(c)}};
+  return {{"type_k", cache_type(kept.k, kept.floats)},
+          {"type_v", cache_type(kept.v, kept.floats)},
+          {"bytes_per_token", cache_token_bytes(c, kept)}};
 }
 
 json describe(const OpenModel& m, bool hashes) {

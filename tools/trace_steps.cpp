@@ -3,7 +3,8 @@
 
 #include <bit>
 #include <cmath>
-#include <fstream>
+#include <cstdio>
+#include <memory>
 
 #include "autograd/ops.h"
 #include "tensor/numeric.h"
@@ -226,11 +227,12 @@ namespace {
 
 // The file, read by plain means.
 std::string read_bytes(const std::filesystem::path& file, int64_t from, int64_t n) {
-  std::ifstream in(file, std::ios::binary);
-  in.seekg(from);
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> in(std::fopen(file.c_str(), "rb"),
+                                                           &std::fclose);
   std::string bytes(static_cast<size_t>(n), '\0');
-  in.read(bytes.data(), n);
-  check(in.good(), "{}: cannot be read at byte {}", file.string(), from);
+  check(in && fseeko(in.get(), from, SEEK_SET) == 0 &&
+            std::fread(bytes.data(), 1, bytes.size(), in.get()) == bytes.size(),
+        "{}: cannot be read at byte {}", file.string(), from);
   return bytes;
 }
 

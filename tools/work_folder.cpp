@@ -7,11 +7,11 @@
 
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <iterator>
 
 #include "models/atomic_dir.h"
 #include "models/hash.h"
+#include "models/json_file.h"
 #include "models/safetensors.h"
 #include "tensor/error.h"
 #include "tools/report_json.h"
@@ -135,8 +135,7 @@ void WorkFolder::settle_manifest(const json& manifest) {
     out.commit();
     return;
   }
-  std::ifstream in(file, std::ios::binary);
-  const std::string there{std::istreambuf_iterator<char>(in), {}};
+  const std::string there = read_text_file(file);
   if (there == text) return;
   const json old = json::parse(there, nullptr, false);
   check(!old.is_discarded(), "--work {}: manifest.json cannot be read; choose another folder",

@@ -145,10 +145,11 @@ struct RowGrads {
   float scale, lse, dot;  // dot: Σ dy ⊙ y
 };
 template <class T>
-[[gnu::noinline]] void backward_row(const float* scores, const float* dp, int64_t n, int64_t seen,
+[[gnu::noinline]] void backward_row(float* scores, const float* dp, int64_t n, int64_t seen,
                                     RowGrads g, T* p, T* ds) {
+  for (int64_t i = 0; i < n; ++i) scores[i] *= g.scale;  // rounded, as the forward's were
   for (int64_t i = 0; i < n; ++i) {
-    const float pi = exp_fast(g.scale * scores[i] - g.lse);
+    const float pi = exp_fast(scores[i] - g.lse);
     ds[i] = T(pi * (dp[i] - g.dot) * g.scale);
     p[i] = T(pi);
   }

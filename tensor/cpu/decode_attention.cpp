@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "tensor/cpu/loops.h"
+#include "tensor/cpu/packed_isa.h"
 #include "tensor/numeric.h"
 
 namespace omq {
@@ -15,43 +16,56 @@ namespace {
 constexpr int64_t kRun = 256;      // keys of a task
 constexpr int64_t kAlone = 32768;  // products; below, waking a thread costs more than it saves
 
-// Row (token, head) of a sequence's cache; what is not stored as floats is made in `scratch` [d].
+constexpr int64_t kAtOnce = 8;  // rows that become F32 together
+
+// Rows (token, head) of a sequence's cache; what is not stored as F32 is made in `scratch`.
 class Rows {
  public:
   Rows(const CachedRows& c, int64_t sequence, int64_t kv_heads, int64_t d)
       : kv_heads_(kv_heads), d_(d), bytes_(c.floats.defined() ? 0 : c.codes.code_bytes()) {
     const Tensor& stored = c.floats.defined() ? c.floats : c.codes.codes;
     const int64_t first = sequence * stored.dim(1) * kv_heads;
-    if (c.floats.defined()) {
-      floats_ = c.floats.data<float>() + first * d;
-    } else {
+    if (!c.floats.defined()) {
       codes_ = c.codes.codes.data<uint8_t>() + first * bytes_;
       grid_ = c.codes.grid.data<float>() + 2 * first;
       paired_ = c.codes.paired;
+    } else if (c.floats.dtype() == DType::F16) {
+      halves_ = c.floats.data<f16_t>() + first * d;
+      widen_ = cpu::active_packed_isa().widen;
+    } else {
+      floats_ = c.floats.data<float>() + first * d;
     }
   }
-  bool are_floats() const { return floats_ != nullptr; }
-  // Between the rows of a head, in floats.
-  int64_t step() const { return kv_heads_ * d_; }
-  const float* at(int64_t token, int64_t head, float* scratch) const {
+  // A head's rows at a time, at most, and the floats between them.
+  int64_t at_once(int64_t all) const { return floats_ ? all : kAtOnce; }
+  int64_t step() const { return floats_ ? kv_heads_ * d_ : d_; }
+  // Rows of a head from `token` on, n ≤ at_once; scratch [kAtOnce, d].
+  const float* at(int64_t token, int64_t n, int64_t head, float* scratch) const {
     const int64_t row = token * kv_heads_ + head;
     if (floats_) return floats_ + row * d_;
-    const uint8_t* codes = codes_ + row * bytes_;
-    const float scale = grid_[2 * row], zero = grid_[2 * row + 1];
-    if (!paired_) {
-      for (int64_t i = 0; i < d_; ++i) scratch[i] = (static_cast<float>(codes[i]) - zero) * scale;
-      return scratch;
-    }
-    for (int64_t i = 0; i < d_ / 2; ++i) {
-      scratch[2 * i] = (static_cast<float>(codes[i] & 15) - zero) * scale;
-      scratch[2 * i + 1] = (static_cast<float>(codes[i] >> 4) - zero) * scale;
-    }
-    if (d_ % 2) scratch[d_ - 1] = (static_cast<float>(codes[d_ / 2] & 15) - zero) * scale;
+    for (int64_t i = 0; i < n; ++i) widen(row + i * kv_heads_, scratch + i * d_);
     return scratch;
   }
 
  private:
+  void widen(int64_t row, float* out) const {
+    if (halves_) return widen_(halves_ + row * d_, cpu::Stored::F16, out, d_);
+    const uint8_t* codes = codes_ + row * bytes_;
+    const float scale = grid_[2 * row], zero = grid_[2 * row + 1];
+    if (!paired_) {
+      for (int64_t i = 0; i < d_; ++i) out[i] = (static_cast<float>(codes[i]) - zero) * scale;
+      return;
+    }
+    for (int64_t i = 0; i < d_ / 2; ++i) {
+      out[2 * i] = (static_cast<float>(codes[i] & 15) - zero) * scale;
+      out[2 * i + 1] = (static_cast<float>(codes[i] >> 4) - zero) * scale;
+    }
+    if (d_ % 2) out[d_ - 1] = (static_cast<float>(codes[d_ / 2] & 15) - zero) * scale;
+  }
+
   const float* floats_ = nullptr;
+  const f16_t* halves_ = nullptr;
+  void (*widen_)(const void*, cpu::Stored, float*, int64_t) = nullptr;
   const uint8_t* codes_ = nullptr;
   const float* grid_ = nullptr;
   bool paired_ = false;
@@ -64,10 +78,14 @@ int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // floats to whole cac
 using Eight = float __attribute__((vector_size(32)));
 using Four = float __attribute__((vector_size(16)));
 
-// scale · (q · kᵀ) for n rows of k; d a multiple of 8. Sums in the order of lane_sum.
+// scale · (q · kᵀ) for n rows of k. Sums in the order of lane_sum.
 void dots(const float* q, const float* k, int64_t step, int64_t n, int64_t d, float scale,
           float* scores) {
   for (int64_t s = 0; s < n; ++s, k += step) {
+    if (d % 8 != 0) {
+      scores[s] = scale * cpu::lane_sum<float>(d, [q, k](int64_t i) { return q[i] * k[i]; });
+      continue;
+    }
     Eight sum{};
     for (int64_t i = 0; i < d; i += 8) {
       Eight a, b;
@@ -82,10 +100,11 @@ void dots(const float* q, const float* k, int64_t step, int64_t n, int64_t d, fl
   }
 }
 
-// y [kStrip] = p [n] · the columns of n rows of v that begin at v.
+// y [kStrip] += p [n] · the columns of n rows of v that begin at v.
 constexpr int kStrip = 64;
-void weighted_sum(const float* p, const float* v, int64_t step, int64_t n, float* y) {
-  Eight sum[kStrip / 8] = {};
+void add_strip(const float* p, const float* v, int64_t step, int64_t n, float* y) {
+  Eight sum[kStrip / 8];
+  std::memcpy(sum, y, sizeof sum);
   for (int64_t s = 0; s < n; ++s, v += step) {
     const float weight = p[s];
 #pragma GCC unroll 8
@@ -98,12 +117,22 @@ void weighted_sum(const float* p, const float* v, int64_t step, int64_t n, float
   std::memcpy(y, sum, sizeof sum);
 }
 
+// y [d] += p [n] · n rows of v.
+void add_weighted(const float* p, const float* v, int64_t step, int64_t n, int64_t d, float* y) {
+  if (d % kStrip == 0) {
+    for (int64_t i = 0; i < d; i += kStrip) add_strip(p, v + i, step, n, y + i);
+    return;
+  }
+  for (int64_t s = 0; s < n; ++s, v += step)
+    for (int64_t i = 0; i < d; ++i) y[i] += p[s] * v[i];
+}
+
 }  // namespace
 
 struct DecodeAttention::Impl {
   int64_t batch, heads, kv_heads, d, group, runs;
   // A slot a task: what it found of each of its query heads (its y [d], the largest score, Σ exp),
-  // then a row of floats and the scores.
+  // then a few rows of floats and the scores.
   int64_t found_floats, slot_floats;
   Tensor slots;
 
@@ -118,19 +147,13 @@ struct DecodeAttention::Impl {
 void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, int64_t head,
                                 int64_t begin, int64_t n, float* at) const {
   float* scratch = at + group * found_floats;
-  float* scores = scratch + padded(d);
+  float* scores = scratch + kAtOnce * padded(d);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-  const bool whole_keys = k.are_floats() && d % 8 == 0;
-  if (whole_keys)
+  for (int64_t s = 0, rows = 0; s < n; s += rows) {
+    rows = std::min(k.at_once(n), n - s);
+    const float* keys = k.at(begin + s, rows, head, scratch);
     for (int64_t g = 0; g < group; ++g)
-      dots(q + g * d, k.at(begin, head, scratch), k.step(), n, d, scale, scores + g * kRun);
-  for (int64_t s = 0; s < (whole_keys ? 0 : n); ++s) {
-    const float* key = k.at(begin + s, head, scratch);
-    for (int64_t g = 0; g < group; ++g) {
-      const float* query = q + g * d;
-      scores[g * kRun + s] =
-          scale * cpu::lane_sum<float>(d, [query, key](int64_t i) { return query[i] * key[i]; });
-    }
+      dots(q + g * d, keys, k.step(), rows, d, scale, scores + g * kRun + s);
   }
   for (int64_t g = 0; g < group; ++g) {
     float *p = scores + g * kRun, *y = at + g * found_floats;
@@ -141,19 +164,11 @@ void DecodeAttention::Impl::run(const float* q, const Rows& k, const Rows& v, in
     std::fill_n(y, d, 0.0f);
     y[d] = top, y[d + 1] = total;
   }
-  const bool whole_values = v.are_floats() && d % kStrip == 0;
-  if (whole_values)
+  for (int64_t s = 0, rows = 0; s < n; s += rows) {
+    rows = std::min(v.at_once(n), n - s);
+    const float* values = v.at(begin + s, rows, head, scratch);
     for (int64_t g = 0; g < group; ++g)
-      for (int64_t i = 0; i < d; i += kStrip)
-        weighted_sum(scores + g * kRun, v.at(begin, head, scratch) + i, v.step(), n,
-                     at + g * found_floats + i);
-  for (int64_t s = 0; s < (whole_values ? 0 : n); ++s) {
-    const float* value = v.at(begin + s, head, scratch);
-    for (int64_t g = 0; g < group; ++g) {
-      float* y = at + g * found_floats;
-      const float weight = scores[g * kRun + s];
-      for (int64_t i = 0; i < d; ++i) y[i] += weight * value[i];
-    }
+      add_weighted(scores + g * kRun + s, values, v.step(), rows, d, at + g * found_floats);
   }
 }
 
@@ -191,7 +206,7 @@ DecodeAttention::DecodeAttention(int64_t heads, int64_t kv_heads, int64_t head_d
   m.heads = heads, m.kv_heads = kv_heads, m.d = head_dim, m.group = heads / kv_heads;
   m.runs = (capacity + kRun - 1) / kRun;
   m.found_floats = padded(head_dim + 2);
-  m.slot_floats = m.group * (m.found_floats + kRun) + padded(head_dim);
+  m.slot_floats = m.group * (m.found_floats + kRun) + kAtOnce * padded(head_dim);
   m.slots = Tensor::zeros({batch * m.runs * kv_heads, m.slot_floats});
 }
 DecodeAttention::~DecodeAttention() = default;

@@ -169,6 +169,38 @@ TEST_CASE("decode plan: many keys; the same bits on any number of threads") {
   CHECK(last[2] == last[0]);
 }
 
+TEST_CASE("decode plan: a cache of F16 or codes for a model that quantises neither") {
+  const auto reader = open_checkpoint(source_path("tests/fixtures/tiny-llama"));
+  Model model = Model::load(*reader);
+  const auto logits = [&] {
+    auto caches = model.new_caches(1, 48);
+    DecodePlan plan(model, 48);
+    for (int64_t t = 0; t < 48; ++t) plan.step(some_id(t, 512), caches);
+    return std::vector<float>(plan.logits().begin(), plan.logits().end());
+  };
+  const std::vector<float> exact = logits();
+  double top = 0;
+  for (const float x : exact) top = std::max(top, std::abs(static_cast<double>(x)));
+  const std::pair<nn::CacheQuant, double> kinds[] = {
+      {{{}, {}, DType::F16}, 2e-3},
+      {{RowQuant{.bits = 8}, RowQuant{.bits = 8}}, 5e-2},
+      {{RowQuant{.bits = 8}, std::nullopt, DType::F16}, 5e-2},
+      {{RowQuant{.bits = 4}, RowQuant{.bits = 4}}, 1}};
+  for (const auto& [kept, bound] : kinds) {
+    model.kept = kept;
+    CHECK(model.new_caches(1, 4).front().quant().k == kept.k);
+    CHECK(differences(model, 48).back() < 1e-4);  // plan and blocks
+    const std::vector<float> got = logits();
+    double error = 0;
+    for (size_t i = 0; i < got.size(); ++i)
+      error =
+          std::max(error, std::abs(static_cast<double>(got[i]) - static_cast<double>(exact[i])));
+    CAPTURE(error / top);
+    CHECK(error > 0);
+    CHECK(error < bound * top);
+  }
+}
+
 namespace {
 
 // Every sequence of a batch has the logits, bit for bit, that it has alone.

@@ -56,11 +56,24 @@ TEST_CASE("a cache gives back what its grid makes of keys and values") {
       }
 }
 
+TEST_CASE("a cache of F16 gives back what F16 holds") {
+  Rng rng(2);
+  KVCache cache(2, 8, 3, 9, {}, {{}, {}, DType::F16});
+  const Tensor k = normal_tensor(rng, {2, 5, 3, 9}, DType::F32),
+               v = normal_tensor(rng, {2, 5, 3, 9}, DType::F32);
+  cache.append(k, v);
+  CHECK(cache.is_compact());
+  CHECK(!cache.quant().any());
+  CHECK(bit_equal(cache.window(1, 5).k, to(to(slice(k, 1, 1, 5), DType::F16), DType::F32)));
+  CHECK(bit_equal(cache.window(0, 2).v, to(to(slice(v, 1, 0, 2), DType::F16), DType::F32)));
+}
+
 TEST_CASE("bytes of a token") {
   CHECK(CacheQuant{}.token_bytes(3, 64) == 3 * 2 * 64 * 4);
   CHECK(CacheQuant{bits(8), bits(6)}.token_bytes(3, 64) == 3 * 2 * (64 + 8));
   CHECK(CacheQuant{bits(4), bits(2)}.token_bytes(3, 64) == 3 * 2 * (32 + 8));
   CHECK(CacheQuant{bits(4), {}}.token_bytes(1, 9) == 5 + 8 + 36);
+  CHECK(CacheQuant{{}, {}, DType::F16}.token_bytes(3, 64) == 3 * 2 * 64 * 2);
 }
 
 TEST_CASE("a cache of codes says when it is full and what does not fit") {

@@ -28,10 +28,12 @@ struct Cache {
   QuantizedRows codes;
 
   Cache(Rng& rng, int64_t capacity, int64_t heads, int64_t d, const std::optional<RowQuant>& s,
-        int64_t batch = 1)
+        int64_t batch = 1, DType dtype = DType::F32)
       : floats(normal_tensor(rng, {batch, capacity, heads, d}, DType::F32)) {
     if (!s) {
-      stored = floats;
+      stored = Tensor::empty(floats.shape(), dtype);
+      cpu::copy(stored, floats);
+      cpu::copy(floats, stored);
       return;
     }
     codes.spec = *s;
@@ -61,15 +63,20 @@ Tensor first(const Tensor& t, int64_t n) {
 
 }  // namespace
 
-TEST_CASE("decode attention: grouped heads, floats and codes, short and long") {
+TEST_CASE("decode attention: grouped heads, floats, halves and codes, short and long") {
   Rng rng(3);
-  const std::optional<RowQuant> kinds[] = {std::nullopt, RowQuant{.bits = 8}, RowQuant{.bits = 4},
-                                           RowQuant{.bits = 3, .include_zero = false}};
+  const std::pair<std::optional<RowQuant>, DType> kinds[] = {
+      {std::nullopt, DType::F32},
+      {std::nullopt, DType::F16},
+      {RowQuant{.bits = 8}, {}},
+      {RowQuant{.bits = 4}, {}},
+      {RowQuant{.bits = 3, .include_zero = false}, {}}};
   for (const auto& [heads, kv_heads, d] :
        {std::array<int64_t, 3>{9, 3, 64}, {4, 4, 20}, {6, 1, 33}})
-    for (const auto& kind : kinds) {
+    for (const auto& [kind, floats] : kinds) {
       const int64_t capacity = 1000;
-      const Cache k(rng, capacity, kv_heads, d, kind), v(rng, capacity, kv_heads, d, kind);
+      const Cache k(rng, capacity, kv_heads, d, kind, 1, floats),
+          v(rng, capacity, kv_heads, d, kind, 1, floats);
       DecodeAttention attention(heads, kv_heads, d, capacity);
       for (const int64_t n : {1, 2, 63, 64, 65, 256, 257, 700, 1000}) {
         CAPTURE(heads);

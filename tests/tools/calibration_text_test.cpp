@@ -105,7 +105,7 @@ TEST_CASE("windows from text: what cannot be read is named") {
   const auto message = [&](const std::filesystem::path& file) {
     return message_of([&] { windows_from_text({file}, byte_tokenizer(), 1, 4, 2); });
   };
-  CHECK(contains(message(dir / "nowhere"), "nowhere: cannot be read"));
+  CHECK(contains(message(dir / "nowhere"), "nowhere: no such file"));
   CHECK(contains(message(dir.path()), dir.path().string()));
   CHECK(contains(message(dir / "empty"), "0 tokens"));
   write_file(dir / "t", some_text(100));
@@ -160,8 +160,8 @@ TEST_CASE("windows from ids: the line that is wrong is named") {
     CHECK(contains(message, c.message));
   }
   CHECK(contains(message_of([&] { windows_from_ids(dir / "nowhere", 10, 0); }),
-                 "nowhere: cannot be read"));
-  CHECK(contains(message_of([&] { windows_from_ids(dir.path(), 10, 0); }), "cannot be read"));
+                 "nowhere: no such file"));
+  CHECK(contains(message_of([&] { windows_from_ids(dir.path(), 10, 0); }), "not a regular file"));
 }
 
 }  // namespace

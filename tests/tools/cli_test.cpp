@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 #include <CLI/CLI.hpp>
+#include <limits>
 
 #include "tools/memory_option.h"
 
@@ -51,6 +52,80 @@ TEST_CASE("errors name the option") {
   CHECK(parsed({"--group-size"}).error.find("--group-size") != std::string::npos);
 }
 
+// What both kinds of options must do: CLI11, and tools/plain in its place.
+struct Many {
+  std::string error, text, file, model;
+  std::vector<std::string> words;
+  std::vector<int> numbers;
+  std::optional<double> share;
+  int64_t threads = 1;
+  bool quiet = false, escape = false, shown = true;
+  size_t texts = 0;
+};
+
+Many many(const Args& args) {
+  Many m;
+  CLI::App app("a test", "program");
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("-m,--model,model", m.model, "to run")->required();
+  auto* text = app.add_option("-p,--prompt", m.text)->type_name("TEXT");
+  app.add_option("-f,--file", m.file)->excludes(text);
+  app.add_option("--word", m.words)->take_all()->allow_extra_args(false);
+  app.add_option("--numbers", m.numbers)->delimiter(',');
+  app.add_option("--share", m.share)->check(CLI::Range(0.0, 1.0));
+  app.add_option("-t,--threads", m.threads)->check(CLI::PositiveNumber);
+  app.add_flag("-q,--quiet", m.quiet);
+  app.add_flag("-e,--escape", m.escape);
+  app.add_flag("--shown,!--no-shown", m.shown);
+  try {
+    parse(app, args);
+  } catch (const UsageError& e) {
+    m.error = e.what();
+  }
+  m.texts = app.get_option("--prompt")->count();
+  return m;
+}
+
+TEST_CASE("forms of options") {
+  CHECK(many({"a"}).model == "a");
+  CHECK(many({"-m", "a"}).model == "a");
+  CHECK(many({"-ma", "-t4"}).threads == 4);
+  CHECK(many({"--model=a", "--threads=+4"}).threads == 4);
+  CHECK(many({"a", "-p", ""}).texts == 1);
+  CHECK(many({"a", "-p", "-x"}).text == "-x");
+  CHECK(many({"a", "-p", "x", "-p", "y z"}).text == "y z");
+  CHECK(many({"a", "--word", "x", "--word", "y"}).words == Args{"x", "y"});
+  CHECK(many({"--word", "x", "a"}).model == "a");
+  CHECK(many({"a", "--numbers", "1,-2,3"}).numbers == std::vector<int>{1, -2, 3});
+  CHECK(many({"a", "--numbers", "1", "2"}).numbers == std::vector<int>{1, 2});
+  CHECK(many({"a", "--share", ".25"}).share == 0.25);
+  CHECK(!many({"a"}).share);
+  const Many both = many({"a", "-qe"});
+  CHECK((both.quiet && both.escape && both.shown));
+  CHECK(!many({"a", "--no-shown"}).shown);
+  CHECK(!many({"a", "--shown=false"}).shown);
+  CHECK(many({"--", "-a"}).model == "-a");
+  for (const Args& good : {Args{"a"}, Args{"a", "-q"}}) CHECK(many(good).error.empty());
+}
+
+TEST_CASE("wrong options") {
+  CHECK(many({}).error == "--model is required; program --help says more");
+  // The option, and what is wrong with it.
+  const auto says = [](const Args& args, std::string_view option, std::string_view what) {
+    const std::string error = many(args).error;
+    INFO(error);
+    CHECK(error.find(option) != std::string::npos);
+    CHECK(error.find(what) != std::string::npos);
+  };
+  says({"a", "-p", "x", "-f", "y"}, "--file", "excludes");
+  says({"a", "--share", "1.5"}, "--share", "1.5 not in range");
+  says({"a", "--threads", "0"}, "--threads", "0");
+  says({"a", "-t", "3x"}, "--threads", "3x");
+  says({"a", "-p"}, "--prompt", "required TEXT missing");
+  says({"a", "b"}, "unexpected argument", "\"b\"");
+  says({"a", "--quit"}, "unknown option --quit", "did you mean --quiet?");
+}
+
 TEST_CASE("nearest word") {
   const Args words = {"--temp", "--top-k", "--top-p", "--repeat-penalty"};
   CHECK(nearest("--tmep", words) == "--temp");
@@ -65,6 +140,26 @@ TEST_CASE("lists of numbers") {
   for (const char* wrong : {"", "1,", "1,,2", "a", "1 2", "0", "99999999999999999999"}) {
     CAPTURE(wrong);
     CHECK_THROWS_AS(parse_int_list(wrong, "-t", 1), UsageError);
+  }
+}
+
+TEST_CASE("decimal numbers") {
+  const auto is = [](std::string_view text, double value, size_t length) {
+    CAPTURE(text);
+    const std::optional<Decimal> got = decimal_at(text);
+    REQUIRE(got);
+    CHECK(got->value == value);
+    CHECK(got->length == length);
+  };
+  is("1.5x", 1.5, 3);
+  is("-.5", -0.5, 3);
+  is("24G", 24, 2);
+  is("1e3 ", 1000, 3);
+  is("0x10", 0, 1);
+  is("-inf", -std::numeric_limits<double>::infinity(), 4);
+  for (const char* none : {"", "G", " 1", "+1", "-", ".", "x", "in"}) {
+    CAPTURE(none);
+    CHECK(!decimal_at(none));
   }
 }
 

@@ -296,14 +296,14 @@ TEST_CASE("omq-quant: texts that are missing or too short cost nothing") {
   const Workshop w;
   const std::string base = fmt::format("-m {} -o {} --epochs 1 ", w.path("model"), w.path("out"));
   w.check_refused(base, 1, "method omniquant learns from text: give --calib FILE");
-  w.check_refused(base + "--calib /nowhere/text", 1, "/nowhere/text: cannot be read");
+  w.check_refused(base + "--calib /nowhere/text", 1, "/nowhere/text: no such file");
   w.check_refused(base + "--seqlen 500 --calib " + w.path("calib.txt"), 1,
                   "--seqlen 500: the model's context is 128");
   write_file(w.dir / "short.txt", "only these few words");
   w.check_refused(base + "--seqlen 64 --calib " + w.path("short.txt"), 1,
                   "20 tokens, one calibration window needs 65");
-  w.check_refused(base + "--calib-ids /nowhere/ids", 1, "/nowhere/ids: cannot be read");
-  w.check_refused(w.quick("--eval ppl:/nowhere/test"), 1, "/nowhere/test: cannot be read");
+  w.check_refused(base + "--calib-ids /nowhere/ids", 1, "/nowhere/ids: no such file");
+  w.check_refused(w.quick("--eval ppl:/nowhere/test"), 1, "/nowhere/test: no such file");
   w.check_refused(w.quick("--batch-size 9"), 1, "3 calibration windows for a batch of 9");
 }
 
