@@ -32,7 +32,8 @@ Tensor multiply(const Linear& l, const LinearInput& x, WriteAs write) {
     const Tensor& in = !s                       ? x.tensor()
                        : l.input_clip.defined() ? x.simulated(*s, l.input_clip)
                                                 : x.simulated(*s);
-    return dense_linear(in, l.dense(), l.bias, write);
+    const Tensor& w = l.dense();
+    return dense_linear(needs_grad(w) ? x.operand(in) : in, w, l.bias, write);
   }
   const auto& w = *std::get<std::shared_ptr<PackedWeight>>(l.weight);
   if (l.bias.defined()) write = WriteAs::Wide;

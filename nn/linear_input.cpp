@@ -1,6 +1,7 @@
 // LinearInput: one transform and one quantisation for all readers.
 #include "nn/linear_input.h"
 
+#include "autograd/compute.h"
 #include "autograd/ops.h"
 
 namespace omq::nn {
@@ -43,6 +44,16 @@ const Tensor& LinearInput::simulated(RowQuant s, const Tensor& share) const {
     share_ = share;
   }
   return clipped_;
+}
+
+const Tensor& LinearInput::operand(const Tensor& x) const {
+  const DType type = operand_dtype(x.dtype());
+  if (x.dtype() == type) return x;
+  if (!rounded_.defined() || rounded_of_.raw() != x.raw()) {
+    rounded_ = to(x, type);
+    rounded_of_ = x;
+  }
+  return rounded_;
 }
 
 const LinearInput& LinearInput::transformed(const Kronecker& k) const {

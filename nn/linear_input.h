@@ -27,6 +27,9 @@ class LinearInput {
   const Tensor& simulated(RowQuant s) const;
   // The latter with a share [1] of the range that learns (Linear::input_clip).
   const Tensor& simulated(RowQuant s, const Tensor& share) const;
+  // What a product that learns multiplies: `x`, this input or what was made of it, in the type of
+  // the ComputeScope. Made at the first call, and again only for another x.
+  const Tensor& operand(const Tensor& x) const;
   // Its rows through k. Made at the first call, and again only for a k of other factors: those that
   // share one Storage are one.
   const LinearInput& transformed(const Kronecker& k) const;
@@ -40,6 +43,7 @@ class LinearInput {
   mutable std::optional<Made<QuantizedRows>> codes_;
   mutable std::optional<Made<Tensor>> simulated_;
   mutable Tensor share_, clipped_;  // the last such share, and what it gave
+  mutable Tensor rounded_of_, rounded_;
   mutable std::optional<Kronecker> by_;
   mutable std::shared_ptr<const LinearInput> transformed_;
 };

@@ -3,6 +3,7 @@
 // 16-bit operands are multiplied as they are where the processor can, else widened first. F64 is
 // the plain loop.
 #include <bit>
+#include <type_traits>
 
 #include "tensor/cpu/gemm.h"
 #include "tensor/cpu/loops.h"
@@ -20,12 +21,17 @@ Cut cut(int64_t n, int64_t parts) {
   return {(n + size - 1) / size, size};
 }
 
-// Powers of two, so that pieces are equal and two or four threads divide them evenly.
-void choose_tiles(int64_t m, int64_t n, int64_t k, Cut& rows, Cut& cols) {
+// Powers of two, so that pieces are equal and two or four threads divide them evenly. bf16 is cut
+// across its rows where it can be: the multiplication is so fast there that copying rows once more
+// for every cut of the columns shows (512 × 1536 × 576 on AMX, cut in four: 790 GFLOP/s by rows,
+// 675 by both; F32 does not care).
+void choose_tiles(int64_t m, int64_t n, int64_t k, bool by_rows, Cut& rows, Cut& cols) {
+  const int64_t widest = by_rows ? 1536 : 768;
   int64_t pm = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((m + 255) / 256)));
-  int64_t pn = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((n + 767) / 768)));
+  int64_t pn =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((n + widest - 1) / widest)));
   const bool worth = m * n * k > (int64_t{1} << 21);
-  while (worth && pm * pn < 4) (m / pm >= n / pn ? pm : pn) *= 2;
+  while (worth && pm * pn < 4) (by_rows || m / pm >= n / pn ? pm : pn) *= 2;
   rows = cut(m, pm);
   cols = cut(n, pn);
 }
@@ -85,7 +91,7 @@ void matmul_tiles(Tensor& y, const Tensor& a_any, const Tensor& b_any, int64_t b
   const T *pa = a.data<T>(), *pb = b.data<T>();
   float* out = y.data<float>();
   Cut rows, cols;
-  choose_tiles(m, n, k, rows, cols);
+  choose_tiles(m, n, k, !std::is_same_v<T, float>, rows, cols);
   const int64_t tiles = rows.parts * cols.parts;
   parallel_for(batches * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
