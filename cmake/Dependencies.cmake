@@ -6,7 +6,7 @@ find_package(fmt 9 REQUIRED)
 # The compiled library halves the time that a file takes to compile; its headers alone leave one
 # shared library less to carry.
 set(OMQ_FMT fmt::fmt-header-only)
-if(TARGET fmt::fmt AND NOT OMQ_FMT_HEADER_ONLY)
+if(TARGET fmt::fmt AND NOT (OMQ_FMT_HEADER_ONLY OR OMQ_STATIC))
   set(OMQ_FMT fmt::fmt)
 endif()
 find_package(nlohmann_json 3.9 REQUIRED)

@@ -15,12 +15,7 @@ function(omq_add_test name)
   set_target_properties(omq-test-${name} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
   # Test code runs once: what it saves by running fast is less than what compiling it fast saves.
-  # The library is watched by both sanitizers, the tests by the first alone: the second doubles the
-  # time to compile them.
   target_compile_options(omq-test-${name} PRIVATE -O1)
-  if(OMQ_SANITIZE)
-    target_compile_options(omq-test-${name} PRIVATE -fno-sanitize=undefined)
-  endif()
   add_test(NAME ${name} COMMAND omq-test-${name} --test-case-exclude=slow:*)
   set_tests_properties(${name} PROPERTIES ENVIRONMENT OMQ_THREADS=1 TIMEOUT 900)
   if(NO_SLOW IN_LIST ARGN)

@@ -48,7 +48,7 @@ const Tensor& LinearInput::simulated(RowQuant s, const Tensor& share) const {
 
 const Tensor& LinearInput::operand(const Tensor& x) const {
   const DType type = operand_dtype(x.dtype());
-  if (x.dtype() == type) return x;
+  if (x.dtype() == type || x.device().type != DeviceType::CPU) return x;
   if (!rounded_.defined() || rounded_of_.raw() != x.raw()) {
     rounded_ = to(x, type);
     rounded_of_ = x;

@@ -28,7 +28,8 @@ class LinearInput {
   // The latter with a share [1] of the range that learns (Linear::input_clip).
   const Tensor& simulated(RowQuant s, const Tensor& share) const;
   // What a product that learns multiplies: `x`, this input or what was made of it, in the type of
-  // the ComputeScope. Made at the first call, and again only for another x.
+  // the ComputeScope (on a GPU as it is: what makes it writes that type). Made at the first call,
+  // and again only for another x.
   const Tensor& operand(const Tensor& x) const;
   // Its rows through k. Made at the first call, and again only for a k of other factors: those that
   // share one Storage are one.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <memory>
@@ -195,13 +196,13 @@ std::vector<int64_t> parse_int_list(std::string_view text, std::string_view opti
 }
 
 std::optional<Decimal> decimal_at(std::string_view text) {
-  const std::string digits(
-      text.substr(0, text.find_first_of("xX \t\n\v\f\r+", text.empty() ? 0 : 1)));
+  const std::string digits(text.substr(0, text.find_first_of("xX")));  // nothing hexadecimal
   if (digits.empty() || std::string_view("0123456789.-in").find(digits[0]) == std::string::npos)
     return std::nullopt;
   char* end = nullptr;
   const double value = std::strtod(digits.c_str(), &end);
-  if (end == digits.c_str()) return std::nullopt;
+  const bool named = digits.find_first_of("in") <= 1;  // inf, nan
+  if (end == digits.c_str() || (!named && !std::isfinite(value))) return std::nullopt;
   return Decimal{value, static_cast<size_t>(end - digits.c_str())};
 }
 

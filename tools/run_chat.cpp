@@ -4,8 +4,10 @@
 // Each turn is the whole conversation as a prompt; the generator computes only what its cache does
 // not hold yet.
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 
-#include "models/atomic_dir.h"
 #include "models/chat.h"
 #include "models/json_file.h"
 #include "tools/run_common.h"
@@ -161,9 +163,11 @@ class Conversation {
     check(!file.empty(), "/save needs a file name");
     nlohmann::json j = nlohmann::json::array();
     for (const Message& m : messages_) j.push_back({{"role", m.role}, {"content", m.content}});
-    AtomicFile out(file);
-    out.write(j.dump(2) + "\n");
-    out.commit();
+    const std::string text = j.dump(2) + "\n";
+    std::FILE* const out = std::fopen(file.c_str(), "w");
+    check(out != nullptr, "/save: cannot write {}: {}", file, std::strerror(errno));
+    const bool written = std::fwrite(text.data(), 1, text.size(), out) == text.size();
+    check((std::fclose(out) == 0) && written, "/save: cannot write {}", file);
     fmt::print(stderr, "{} messages saved to {}\n", messages_.size(), file);
   }
 

@@ -94,8 +94,12 @@ Device device_of(const ModelOptions& o) {
 void apply(const ModelOptions& o) {
   using cli::UsageError;
   cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
-  parse_cache_type(o.cache_k);
-  parse_cache_type(o.cache_v);
+  for (const std::string& name : {o.cache_k, o.cache_v}) {
+    parse_cache_type(name);
+    if (!name.empty() && name != "f16" && device_of(o).type != DeviceType::CPU)
+      throw UsageError(
+          fmt::format("cache type {}: a GPU keeps f16; --device cpu has others", name));
+  }
   if (o.threads < 0 || o.threads > 1024)
     throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
   if (o.context < 0) throw UsageError(fmt::format("--ctx-size {} is negative", o.context));
@@ -178,14 +182,13 @@ nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o) {
   nn::CacheQuant kept = cache_quant(config);
   settle(kept.k, o.cache_k, "--cache-type-k");
   settle(kept.v, o.cache_v, "--cache-type-v");
+  // What is not named is as the other is.
+  const bool k_floats = !kept.k && !o.cache_k.empty(), v_floats = !kept.v && !o.cache_v.empty();
   const DType k = parse_cache_type(o.cache_k).floats, v = parse_cache_type(o.cache_v).floats;
-  if (!kept.k && !kept.v && k != v)
+  if (k_floats && v_floats && k != v)
     throw cli::UsageError(
-        fmt::format("cache types {} and {}: floats of one type only", o.cache_k, o.cache_v));
-  kept.floats = kept.k ? v : k;
-  if (!(o.cache_k.empty() && o.cache_v.empty()) && device_of(o).type != DeviceType::CPU)
-    throw cli::UsageError(
-        "--cache-type-k, --cache-type-v: a GPU keeps f16; --device cpu has others");
+        fmt::format("-ctk {} -ctv {}: floats of one type only", o.cache_k, o.cache_v));
+  kept.floats = k_floats ? k : v_floats ? v : DType::F32;
   return kept;
 }
 

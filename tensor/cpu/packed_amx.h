@@ -286,7 +286,9 @@ template <class Block> class Multiplication {
   static constexpr int64_t kTileOfY = kXRows * 2 * kRows * 4;  // bytes
   static constexpr int64_t kMostTiles = kMaxGemmRows / kXRows * (kPanelsAtOnce / 2);
 
-  // A closed chunk, to be scaled and added while the next one is multiplied.
+  // A closed chunk, to be scaled and added while the next part is multiplied: before the sums of
+  // that part are stored, so that they may go where these lie; all are added before their pairs
+  // end.
   struct Closed {
     typename Block::Share share;
     float* y = nullptr;  // null: there is none

@@ -2,8 +2,8 @@
 // tiles.
 //
 // Two panels of weights meet 32 rows of x at once: four tiles of sums, each loaded tile used twice.
-// A chunk may be as wide as the matrix (weights with one scale a row); its sums stay in their
-// tiles.
+// A chunk may be as wide as the matrix (weights with one scale a row); between its pieces its sums
+// wait in memory.
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_amx.h"

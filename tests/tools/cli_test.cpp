@@ -104,6 +104,8 @@ TEST_CASE("forms of options") {
   CHECK((both.quiet && both.escape && both.shown));
   CHECK(!many({"a", "--no-shown"}).shown);
   CHECK(!many({"a", "--shown=false"}).shown);
+  CHECK(!many({"a", "--no-shown=true"}).shown);
+  CHECK(many({"a", "--no-shown", "--no-shown=false"}).shown);
   CHECK(many({"--", "-a"}).model == "-a");
   for (const Args& good : {Args{"a"}, Args{"a", "-q"}}) CHECK(many(good).error.empty());
 }
@@ -156,8 +158,10 @@ TEST_CASE("decimal numbers") {
   is("24G", 24, 2);
   is("1e3 ", 1000, 3);
   is("0x10", 0, 1);
+  is("1e+10", 1e10, 5);
+  is("1.5+2", 1.5, 3);
   is("-inf", -std::numeric_limits<double>::infinity(), 4);
-  for (const char* none : {"", "G", " 1", "+1", "-", ".", "x", "in"}) {
+  for (const char* none : {"", "G", " 1", "+1", "-", ".", "x", "in", "1e999"}) {
     CAPTURE(none);
     CHECK(!decimal_at(none));
   }

@@ -57,6 +57,14 @@ TEST_CASE("omq-quant: quantised activations are run as they were simulated") {
     CHECK(info["quantization"]["k_bits"] == s.k_bits);
     CHECK(info["cache"]["type_k"] == fmt::format("u{}", s.k_bits));
     CHECK(info["cache"]["bytes_per_token"] == s.cache_bytes);
+    // What attention quantises itself is kept as it reads it.
+    const std::string generate =
+        "generate -q --temp 0 -n 2 -p Once --device cpu -m " + w.path("out");
+    const Outcome other = run_program("omq-run", generate + " -ctk int8");
+    CHECK(other.code == 2);
+    CHECK(contains(other.err, fmt::format("this model keeps codes of {} bits there", s.k_bits)));
+    CHECK(run_program("omq-run", generate + fmt::format("{}", s.k_bits == 4 ? " -ctk q4_0" : ""))
+              .code == 0);
     // With the word about activations taken away, the same weights give another figure.
     json config = json::parse(read_file(w.dir / "out/config.json"));
     for (const char* key : {"activation_bits", "q_bits", "k_bits", "v_bits"})

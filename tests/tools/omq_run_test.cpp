@@ -62,6 +62,25 @@ std::string test_text() {
 }
 const std::string kStory = " -p 'Ella was a cheerful girl.' --temp 0 ";
 
+TEST_CASE("omq-run: caches of other types say nearly the same") {
+  const std::string run =
+      "generate -q --temp 0 -n 12 -p 'Once upon a time' --device cpu --json " + model();
+  const auto text = [&](const std::string& types) {
+    const Outcome o = omq_run(run + types);
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    return json::parse(o.out)["text"].get<std::string>();
+  };
+  const std::string exact = text("");
+  CHECK(text(" -ctk f16") == exact);
+  CHECK(text(" -ctk f16 -ctv f16") == exact);
+  CHECK(text(" -ctk int8 -ctv q8_0") == exact);
+  CHECK(!text(" --cache-type-k int4 --cache-type-v int4").empty());
+  const Outcome mixed = omq_run(run + " -ctk f16 -ctv f32");
+  CHECK(mixed.code == 2);
+  CHECK(has(mixed.err, "-ctk f16 -ctv f32: floats of one type only"));
+}
+
 TEST_CASE("help and version go to stdout with code 0") {
   CHECK(omq_run("--help").code == 0);
   CHECK(has(omq_run("--help").out, "omq-run generate"));

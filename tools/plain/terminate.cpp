@@ -1,5 +1,5 @@
 // The C++ library's own answer to an exception that nobody catches prints a demangled type name,
-// which is 50 KB of a static program; ours says what main() left to be said, and no more.
+// which is 50 KB of a static program; ours just ends it: our main() catches what can be said.
 #include <cstdlib>
 
 namespace __gnu_cxx {

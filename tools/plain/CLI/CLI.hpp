@@ -4,7 +4,9 @@
 //
 // An option takes a value, the list options any number of them; "--name=value", "--name value",
 // "-n value", "-nvalue", flags that may be joined ("-qe"), "--" before what only looks like an
-// option. Names, defaults and error texts are CLI11's.
+// option. Names, defaults and most error texts are CLI11's. Stricter than it: numbers are decimal and
+// in the range of their type, a flag's value is true or false (1, 0, on, off, yes, no), "--name=" is an
+// empty value, "[a,b]" is a name.
 #pragma once
 
 #include <fmt/format.h>
@@ -111,15 +113,16 @@ struct Validator {
   std::function<std::string(const std::string&)> complaint;
 };
 
-template <class T> Validator Range(T low, T high) {
-  const std::string range =
-      "[" + detail::shown<T>(low) + " - " + detail::shown<T>(high) + "]";
-  return {range, [=](const std::string& text) {
-            T value{};
-            const bool inside = detail::read(text, value) && value >= low && value <= high;
-            return inside ? std::string{} : "Value " + text + " not in range " + range;
-          }};
-}
+struct Range : Validator {
+  template <class T> Range(T low, T high) {
+    type_name = "[" + detail::shown<T>(low) + " - " + detail::shown<T>(high) + "]";
+    complaint = [low, high, range = type_name](const std::string& text) {
+      T value{};
+      const bool inside = detail::read(text, value) && value >= low && value <= high;
+      return inside ? std::string{} : "Value " + text + " not in range " + range;
+    };
+  }
+};
 
 inline const Validator PositiveNumber{"POSITIVE", [](const std::string& text) {
   double value = 0;
@@ -406,6 +409,8 @@ class App {
         rest[i] = "-" + *value;
         return take_option(rest, i);
       }
+      if (value && negative)  // --no-name=false is --name
+        value = *value == "false" ? "true" : *value == "true" ? "false" : "!" + *value;
       o->values_.push_back(value ? *value : negative ? "false" : "true");
       return i + 1;
     }
@@ -417,7 +422,7 @@ class App {
     take_value(*o, *value);
     while (o->many_ && i < args.size() && args[i] != "--" && !is_option(args[i]))
       take_value(*o, args[i++]);
-    return i;
+    return o->many_ && i < args.size() && args[i] == "--" ? i + 1 : i;  // it ends the list alone
   }
 
   static void take_value(Option& o, const std::string& value) {
