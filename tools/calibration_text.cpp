@@ -22,12 +22,11 @@ CalibrationWindows finish(std::vector<int32_t> ids, int64_t count, int64_t lengt
   return w;
 }
 
-// Corpora may be larger than what read_text_file takes for a mistake.
-std::string read_text(const std::filesystem::path& file) {
+}  // namespace
+
+std::string read_corpus(const std::filesystem::path& file) {
   return read_text_file(file, std::numeric_limits<size_t>::max());
 }
-
-}  // namespace
 
 PythonRandom::PythonRandom(uint32_t seed) {
   // init_by_array({seed}) of the reference implementation of MT19937
@@ -77,7 +76,7 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
   std::string text, names;
   for (const auto& file : files) {
     if (!text.empty()) text += "\n\n";
-    text += read_text(file);
+    text += read_corpus(file);
     names += (names.empty() ? "" : ", ") + file.string();
   }
   const std::vector<int32_t> tokens = tokenizer.encode(text);
@@ -101,7 +100,7 @@ CalibrationWindows windows_from_text(const std::vector<std::filesystem::path>& f
 
 CalibrationWindows windows_from_ids(const std::filesystem::path& jsonl, int64_t vocab,
                                     int64_t count) {
-  const std::string text = read_text(jsonl);
+  const std::string text = read_corpus(jsonl);
   std::vector<int32_t> ids;
   int64_t windows = 0, length = 0;
   int64_t number = 0;

@@ -16,6 +16,9 @@ struct CalibrationWindows {
   std::string hash;         // sha256 of the ids, 4 bytes each, little-endian
 };
 
+// A text file of any size: corpora may be larger than what read_text_file takes for a mistake.
+std::string read_corpus(const std::filesystem::path& file);
+
 // Texts joined by two newlines and tokenised once; `count` windows of `length` tokens start where
 // CPython's random.seed(seed); randint(0, tokens − length − 1) says (spec omniquant §7). Throws
 // Error when the text is shorter.

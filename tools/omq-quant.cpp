@@ -5,14 +5,12 @@
 //
 // stdout carries the results asked for with --eval; everything about the work goes to stderr.
 #include <chrono>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "autograd/ops.h"
 #include "models/evaluate.h"
 #include "models/hash.h"
-#include "models/json_file.h"
 #include "models/model.h"
 #include "models/packed_model.h"
 #include "quant/block_prefetch.h"
@@ -284,11 +282,6 @@ json fingerprint(const QuantOptions& o, const json& recipe, const Ends& ends, co
           {"settings", settings}};
 }
 
-// A text of any size.
-std::string read_text(const std::string& file) {
-  return read_text_file(file, std::numeric_limits<size_t>::max());
-}
-
 // One --eval item; prints a line on stdout and returns it for the report.
 json evaluate(const QuantOptions& o, const std::string& item, const Model& model,
               const Tokenizer& tokenizer) {
@@ -298,7 +291,7 @@ json evaluate(const QuantOptions& o, const std::string& item, const Model& model
   PerplexityOptions options{.context = std::min(o.eval_context, model.context()),
                             .max_windows = o.eval_chunks};
   const auto r = evaluate_perplexity(
-      model, tokenizer, read_text(file), options, [&](int64_t done, int64_t total, double ppl) {
+      model, tokenizer, read_corpus(file), options, [&](int64_t done, int64_t total, double ppl) {
         line.update(done, fmt::format("window {}/{}, ppl {:.4f}", done, total, ppl));
       });
   fmt::print("{} {:.6f}  ({}, {} windows of {}, {} tokens, {})\n",
@@ -398,7 +391,7 @@ int quantize_checkpoint(const cli::Args& args) {
   SourceModel model(*reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe, model);
   for (const std::string& item : o.eval)
-    read_text(item.substr(4));  // a missing text must not cost a whole run
+    read_corpus(item.substr(4));  // a missing text must not cost a whole run
   if (o.method == "best")
     fmt::print(stderr, "best for {}: {}{} ({})\n", recipe.spec.to_string(), recipe.title,
                recipe.rotation && recipe.rotation->norms ? " --rotate norms" : "",

@@ -182,10 +182,10 @@ TEST_CASE("decode plan: a cache of F16 or codes for a model that quantises neith
   double top = 0;
   for (const float x : exact) top = std::max(top, std::abs(static_cast<double>(x)));
   const std::pair<nn::CacheQuant, double> kinds[] = {
-      {{{}, {}, DType::F16}, 2e-3},
-      {{RowQuant{.bits = 8}, RowQuant{.bits = 8}}, 5e-2},
-      {{RowQuant{.bits = 8}, std::nullopt, DType::F16}, 5e-2},
-      {{RowQuant{.bits = 4}, RowQuant{.bits = 4}}, 1}};
+      {{{}, {}, DType::F16}, 1e-3},
+      {{RowQuant{.bits = 8}, RowQuant{.bits = 8}}, 1.5e-2},
+      {{RowQuant{.bits = 8}, std::nullopt, DType::F16}, 1.5e-2},
+      {{RowQuant{.bits = 4}, RowQuant{.bits = 4}}, 0.3}};
   for (const auto& [kept, bound] : kinds) {
     model.kept = kept;
     CHECK(model.new_caches(1, 4).front().quant().k == kept.k);
