@@ -2,6 +2,7 @@
 // need around a dense product.
 #include "cuda/gemv.cuh"
 
+#include "cuda/code_bytes.cuh"
 #include "cuda/packed.h"
 
 namespace omq::cuda {
@@ -36,7 +37,7 @@ GemvInput input_of(const char* op, const GemvRows& r) {
   return in;
 }
 
-__global__ void numbers_kernel(__half* y, const uint8_t* codes, const float2* grid, int64_t rows,
+__global__ void numbers_kernel(__half* y, CodeBytes codes, const float2* grid, int64_t rows,
                                int64_t cols) {
   for (int64_t i = grid_index(); i < rows * cols; i += grid_stride())
     y[i] = __float2half_rn(static_cast<float>(codes[i]) - grid[divide(i, cols)].y);
@@ -80,7 +81,7 @@ void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatri
 
 void codes_to_numbers(Tensor& y, const QuantizedRows& x) {
   launch("codes_to_numbers", y, numbers_kernel, blocks_for(y.numel(), kThreads), kThreads, 0,
-         static_cast<__half*>(y.raw()), x.codes.data<uint8_t>(),
+         static_cast<__half*>(y.raw()), CodeBytes(x),
          reinterpret_cast<const float2*>(x.grid.data<float>()), y.dim(0), y.dim(1));
 }
 

@@ -77,7 +77,7 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   if (y.numel() == 0) return;
   const RowMatrix m{w, {}};
   const bool unpack = many(x.codes.dim(0), m, w.cols, y.device());
-  if (unpack && integer_matmul_takes(w)) return integer_matmul(y, x, w);
+  if (unpack && x.as_signed() && integer_matmul_takes(w)) return integer_matmul(y, x, w);
   if (unpack) {  // codes less zero points are whole numbers: exact in F16
     Tensor values = Tensor::empty({x.codes.dim(0), x.cols}, DType::F16, y.device());
     codes_to_numbers(values, x);

@@ -6,14 +6,27 @@
 
 namespace omq::nn {
 
+namespace {
+
+// Where the codes of x [..., N] will stand: as signed bytes where a GPU multiplies many rows.
+QuantizedRows rows_like(const Tensor& x, RowQuant s) {
+  Shape grid = x.shape(), sums = x.shape();
+  grid[grid.n - 1] = 2;
+  sums[sums.n - 1] = 1;
+  const bool as_signed = x.device().type != DeviceType::CPU && x.numel() / x.dim(-1) > kFewRows;
+  return {.codes = Tensor::empty(x.shape(), as_signed ? DType::I8 : DType::U8, x.device()),
+          .sums = as_signed ? Tensor::empty(sums, DType::I32, x.device()) : Tensor{},
+          .grid = Tensor::empty(grid, DType::F32, x.device()),
+          .spec = s,
+          .cols = x.dim(-1),
+          .paired = false};
+}
+
+}  // namespace
+
 QuantizedRows quantized(const Tensor& any, RowQuant s) {
   const Tensor x = contiguous(any.detach());
-  Shape grid = x.shape();
-  grid[grid.n - 1] = 2;
-  QuantizedRows q{.codes = Tensor::empty(x.shape(), DType::U8, x.device()),
-                  .grid = Tensor::empty(grid, DType::F32, x.device()),
-                  .spec = s,
-                  .cols = x.dim(-1)};
+  QuantizedRows q = rows_like(x, s);
   packed_on(x).quantize_rows(q, x);
   return q;
 }
@@ -26,21 +39,40 @@ Tensor dequantized(const QuantizedRows& q) {
   return y;
 }
 
+LinearInput LinearInput::silu_mul(Tensor gate, Tensor up) {
+  LinearInput in(Tensor{});
+  in.gate_ = std::move(gate), in.up_ = std::move(up);
+  return in;
+}
+
+const Tensor& LinearInput::tensor() const {
+  if (!x_.defined()) x_ = omq::silu_mul(gate_, up_);
+  return x_;
+}
+
 const QuantizedRows& LinearInput::codes(RowQuant s) const {
-  check(!needs_grad(x_),
+  const auto made_of = [](const Tensor& t) { return t.defined() && needs_grad(t); };
+  check(!made_of(x_) && !made_of(gate_) && !made_of(up_),
         "packed matmul: no gradient goes through packed weights; dequantize() to train");
-  if (!codes_ || codes_->s != s) codes_ = {s, quantized(x_, s)};
+  if (codes_ && codes_->s == s) return codes_->value;
+  if (x_.defined()) {
+    codes_ = {s, quantized(x_, s)};
+  } else {
+    const Tensor gate = contiguous(gate_.detach()), up = contiguous(up_.detach());
+    codes_ = {s, rows_like(gate, s)};
+    packed_on(gate).quantize_silu_mul(codes_->value, gate, up);
+  }
   return codes_->value;
 }
 
 const Tensor& LinearInput::simulated(RowQuant s) const {
-  if (!simulated_ || simulated_->s != s) simulated_ = {s, fake_quant_rows(x_, s)};
+  if (!simulated_ || simulated_->s != s) simulated_ = {s, fake_quant_rows(tensor(), s)};
   return simulated_->value;
 }
 
 const Tensor& LinearInput::simulated(RowQuant s, const Tensor& share) const {
   if (!share_.defined() || share_.raw() != share.raw()) {
-    clipped_ = fake_quant_rows(x_, s, share);
+    clipped_ = fake_quant_rows(tensor(), s, share);
     share_ = share;
   }
   return clipped_;
@@ -58,7 +90,7 @@ const Tensor& LinearInput::operand(const Tensor& x) const {
 
 const LinearInput& LinearInput::transformed(const Kronecker& k) const {
   if (!by_ || !by_->same_as(k)) {
-    transformed_ = std::make_shared<const LinearInput>(k(x_));
+    transformed_ = std::make_shared<const LinearInput>(k(tensor()));
     by_ = k;
   }
   return *transformed_;

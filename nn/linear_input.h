@@ -20,7 +20,9 @@ Tensor dequantized(const QuantizedRows& q);
 class LinearInput {
  public:
   LinearInput(Tensor x) : x_(std::move(x)) {}  // NOLINT(google-explicit-constructor): any tensor
-  const Tensor& tensor() const { return x_; }
+  // silu(gate) ⊙ up, which is not stored where its codes are all that is asked for.
+  static LinearInput silu_mul(Tensor gate, Tensor up);
+  const Tensor& tensor() const;
   // Its rows as codes, and as the floats that these stand for, the latter with history. Made at the
   // first call, and again only when s changes.
   const QuantizedRows& codes(RowQuant s) const;
@@ -40,7 +42,8 @@ class LinearInput {
     RowQuant s;
     T value;
   };
-  Tensor x_;
+  mutable Tensor x_;  // undefined until it is asked for, if it is made of
+  Tensor gate_, up_;  // these
   mutable std::optional<Made<QuantizedRows>> codes_;
   mutable std::optional<Made<Tensor>> simulated_;
   mutable Tensor share_, clipped_;  // the last such share, and what it gave

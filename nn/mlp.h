@@ -11,7 +11,8 @@ struct MLP {
 
   Tensor operator()(const Tensor& x) const {
     const LinearInput in(x);
-    return down_proj(silu_mul(gate_proj(in, WriteAs::Operand), up_proj(in, WriteAs::Operand)));
+    return down_proj(
+        LinearInput::silu_mul(gate_proj(in, WriteAs::Operand), up_proj(in, WriteAs::Operand)));
   }
 };
 

@@ -46,6 +46,7 @@ Tensor PackedIntWeight::matmul(const QuantizedRows& x, WriteAs write) const {
   QuantizedRows rows = x;
   rows.codes = reshape(x.codes, {-1, w_.cols});
   rows.grid = reshape(x.grid, {-1, 2});
+  if (x.as_signed()) rows.sums = reshape(x.sums, {-1});
   Tensor y = result(rows.codes.dim(0), w_.rows, x.codes.device(), write);
   packed_on(y).packed_matmul_rows(y, rows, w_);
   Shape shape = x.codes.shape();

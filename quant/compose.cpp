@@ -111,6 +111,8 @@ Recipe compose(const std::string& method, const Line& usual, const Options& o) {
   }
   if (o.learn_act_clip == 0) plan.train.act_clips = false;
   if (o.full_inputs >= 0) plan.train.full_inputs = o.full_inputs != 0;
+  if (o.rate_shape) plan.train.rate_shape = *o.rate_shape;
+  plan.train.keep_best = o.keep_best.value_or(plan.train.keep_best);
   const bool augmented = plan.objective.wants_of_quant;
   GptqOptions solver{.act_order = o.act_order};
   if (o.damping >= 0) solver.damping = o.damping;

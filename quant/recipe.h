@@ -58,9 +58,11 @@ struct Options {
   bool untied_pairs = false, one_consumer = false, signed_max = false;
   uint64_t rotation_seed = 0;
   int rotate_norms = -1;  // behind each norm (1) or the residual stream (0); -1: the method's
-  double act_clip = -1, qkv_clip = -1;  // QuantSpec's; below 0: the method's, mostly 1
-  int learn_act_clip = -1;              // TrainPlan's; -1: the method's
-  int full_inputs = -1;                 // TrainPlan's; -1: the plan's
+  double act_clip = -1, qkv_clip = -1;       // QuantSpec's; below 0: the method's, mostly 1
+  int learn_act_clip = -1;                   // TrainPlan's; -1: the method's
+  int full_inputs = -1;                      // TrainPlan's; -1: the plan's
+  std::optional<RateShape> rate_shape = {};  // TrainPlan's; unset: the plan's
+  std::optional<bool> keep_best = {};        // likewise
   Compute compute = Compute::F32;
 };
 

@@ -20,15 +20,22 @@ struct RowQuant {
   bool operator==(const RowQuant&) const = default;
 };
 
+// What is taken from a code of so many bits to make it a signed byte.
+OMQ_HD constexpr int signed_offset(int bits) { return bits == 8 ? 128 : 0; }
+
 // Rows [..., N] as codes, each row on its own grid. What integer products and the key/value cache
 // read.
 struct QuantizedRows {
   Tensor codes;      // U8 [..., N]; paired: [..., ⌈N/2⌉], column 2i in the low half of byte i
+  Tensor sums{};     // undefined, or I32 [...]: see as_signed()
   Tensor grid;       // F32 [..., 2]: h and z. h is NaN where a value of the row was not finite
   RowQuant spec;     // how they were made
   int64_t cols = 0;  // N
   bool paired = false;  // two codes a byte; at most 4 bits
   int64_t code_bytes() const { return paired ? (cols + 1) / 2 : cols; }  // of a row
+  // Whether codes are I8, each less signed_offset(bits), with the sums of each row of them: what a
+  // GPU's integer product of many rows multiplies. On the CPU they never are.
+  bool as_signed() const { return sums.defined(); }
 };
 
 template <class T> struct RowGrid {

@@ -15,6 +15,24 @@ using cli::UsageError;
 const std::vector<std::string> kGroups = {"lwc",   "let",     "kronecker", "lac",     "grid",
                                           "range", "weights", "norms",     "rounding"};
 
+template <class T> using Names = std::vector<std::pair<const char*, T>>;
+const Names<RateShape> kShapes = {{"constant", RateShape::Constant},
+                                  {"linear", RateShape::Linear},
+                                  {"cosine", RateShape::Cosine}};
+const Names<bool> kEpochs = {{"last", false}, {"best", true}};
+
+// What a name stands for; nothing where none is given. Throws UsageError for another.
+template <class T>
+std::optional<T> named(const char* option, const std::string& name, const Names<T>& names) {
+  if (name.empty()) return {};
+  std::string known;
+  for (const auto& [text, value] : names) {
+    if (name == text) return value;
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", text);
+  }
+  throw UsageError(fmt::format("{} {}: one of {} wanted", option, name, known));
+}
+
 }  // namespace
 
 void add_composition_options(CLI::App& app, CompositionFlags& f) {
@@ -44,6 +62,16 @@ void add_composition_options(CLI::App& app, CompositionFlags& f) {
                  "(default), or full, those in full precision (FlatQuant's paper)")
       ->type_name("WHICH")
       ->group(group);
+  app.add_option("--schedule", f.schedule,
+                 "how learning rates fall over a block's steps: constant, linear or cosine "
+                 "(default: the method's; omniquant constant)")
+      ->type_name("SHAPE")
+      ->group(group);
+  app.add_option("--keep-epoch", f.keep_epoch,
+                 "what a block ends with: last, or best, the epoch with the smallest loss "
+                 "(default: the method's; omniquant last)")
+      ->type_name("WHICH")
+      ->group(group);
   app.add_option("--damping", f.damping,
                  "share of the mean that gptq adds to the diagonal of the products (default 0.01)")
       ->type_name("X")
@@ -71,14 +99,19 @@ void settle_composition(const CompositionFlags& f, quant::Options& o) {
     throw UsageError("--damping: above 0, at most 1");
   o.damping = f.damping.value_or(-1);
   o.act_order = !f.no_act_order;
-  if (!f.inputs.empty() && f.inputs != "full" && f.inputs != "quantised")
-    throw UsageError(fmt::format("--train-inputs {}: full or quantised wanted", f.inputs));
-  if (!f.inputs.empty()) o.full_inputs = f.inputs == "full";
+  if (const auto full =
+          named<bool>("--train-inputs", f.inputs, {{"full", true}, {"quantised", false}}))
+    o.full_inputs = *full;
+  o.rate_shape = named("--schedule", f.schedule, kShapes);
+  o.keep_best = named("--keep-epoch", f.keep_epoch, kEpochs);
 }
 
 void check_composition(const CompositionFlags& f, const quant::Recipe& r) {
-  if (!f.inputs.empty() && r.train.epochs == 0)
-    throw UsageError(fmt::format("--train-inputs: method {} learns nothing", r.name));
+  if (r.train.epochs == 0)
+    for (const auto& [given, name] : {std::pair{!f.inputs.empty(), "--train-inputs"},
+                                      {!f.schedule.empty(), "--schedule"},
+                                      {!f.keep_epoch.empty(), "--keep-epoch"}})
+      if (given) throw UsageError(fmt::format("{}: method {} learns nothing", name, r.name));
   if (r.rounder->wants_hessian()) return;
   for (const auto& [given, name] :
        {std::pair{f.damping.has_value(), "--damping"}, {f.no_act_order, "--no-act-order"}})

@@ -15,7 +15,7 @@ struct CompositionFlags {
   std::string transform, clip, round, train;
   std::vector<std::string> rates;  // "weights=1e-5"
   std::optional<double> damping;
-  std::string inputs;
+  std::string inputs, schedule, keep_epoch;
   bool no_act_order = false;
 };
 

@@ -3,8 +3,10 @@
 // through the row's extremes.
 #include <bit>
 #include <limits>
+#include <vector>
 
 #include "tensor/cpu/loops.h"
+#include "tensor/elementwise.h"
 #include "tensor/kernels.h"
 
 namespace omq::cpu {
@@ -42,6 +44,7 @@ void check_quantized(const char* op, const QuantizedRows& q, const Tensor& x) {
   check(q.spec.bits >= 2 && q.spec.bits <= (q.paired ? 4 : 8), "{}: {} bits{}, 2 to {} wanted", op,
         q.spec.bits, q.paired ? ", two codes a byte" : "", q.paired ? 4 : 8);
   check_rows(op, "x", x, DType::F32, x, q.cols);
+  check(!q.as_signed(), "{}: signed codes are a GPU's", op);
   check_rows(op, "codes", q.codes, DType::U8, x, q.code_bytes());
   check_rows(op, "the grid", q.grid, DType::F32, x, 2);
 }
@@ -66,31 +69,49 @@ bool all_finite(const float* p, int64_t n) {
   return bad == 0;
 }
 
+void quantize_row(const QuantizedRows& q, const float* p, uint8_t* codes, float* grid) {
+  const int64_t n = q.cols;
+  if (!all_finite(p, n)) {
+    std::fill_n(codes, q.code_bytes(), uint8_t{0});
+    grid[0] = std::numeric_limits<float>::quiet_NaN(), grid[1] = 0;
+    return;
+  }
+  const float top = static_cast<float>(q.spec.max_code());
+  const auto [hi, lo] = extremes(p, n, {p[0], p[0]});
+  const RowGrid<float> g = row_grid(hi, lo, q.spec);
+  grid[0] = g.scale, grid[1] = g.zero;
+  const auto code = [&](int64_t i) {
+    return static_cast<uint8_t>(static_cast<int32_t>(row_code(p[i], g, top)));
+  };
+  if (!q.paired) {
+    for (int64_t i = 0; i < n; ++i) codes[i] = code(i);
+    return;
+  }
+  for (int64_t i = 0; i < n / 2; ++i)
+    codes[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+  if (n % 2) codes[n / 2] = code(n - 1);
+}
+
 }  // namespace
 
 void quantize_rows(QuantizedRows& q, const Tensor& x) {
   check_quantized("quantize_rows", q, x);
-  const float top = static_cast<float>(q.spec.max_code());
-  for_each_quantized(q, x, [&](const float* p, uint8_t* codes, float* grid) {
-    const int64_t n = q.cols;
-    if (!all_finite(p, n)) {
-      std::fill_n(codes, q.code_bytes(), uint8_t{0});
-      grid[0] = std::numeric_limits<float>::quiet_NaN(), grid[1] = 0;
-      return;
-    }
-    const auto [hi, lo] = extremes(p, n, {p[0], p[0]});
-    const RowGrid<float> g = row_grid(hi, lo, q.spec);
-    grid[0] = g.scale, grid[1] = g.zero;
-    const auto code = [&](int64_t i) {
-      return static_cast<uint8_t>(static_cast<int32_t>(row_code(p[i], g, top)));
-    };
-    if (!q.paired) {
-      for (int64_t i = 0; i < n; ++i) codes[i] = code(i);
-      return;
-    }
-    for (int64_t i = 0; i < n / 2; ++i)
-      codes[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
-    if (n % 2) codes[n / 2] = code(n - 1);
+  for_each_quantized(
+      q, x, [&](const float* p, uint8_t* codes, float* grid) { quantize_row(q, p, codes, grid); });
+}
+
+void quantize_silu_mul(QuantizedRows& q, const Tensor& gate, const Tensor& up) {
+  check_quantized("quantize_silu_mul", q, gate);
+  check(gate.is_contiguous() && up.is_contiguous() && up.dtype() == DType::F32 &&
+            gate.shape() == up.shape(),
+        "quantize_silu_mul: gate {} and up {} must be F32, contiguous and of one shape",
+        gate.shape(), up.shape());
+  for_each_quantized(q, gate, [&](const float* g, uint8_t* codes, float* grid) {
+    thread_local std::vector<float> row;
+    row.resize(static_cast<size_t>(q.cols));
+    const float* u = up.data<float>() + (g - gate.data<float>());
+    for (int64_t i = 0; i < q.cols; ++i) row[static_cast<size_t>(i)] = fn::Silu{}.fwd(g[i]) * u[i];
+    quantize_row(q, row.data(), codes, grid);
   });
 }
 

@@ -87,6 +87,31 @@ TEST_CASE("quantize_rows and back is fake_quant_rows, bit for bit") {
           }
 }
 
+TEST_CASE("quantize_silu_mul is silu_mul and quantize_rows, bit for bit") {
+  Random rng(5);
+  for (const int bits : {2, 4, 8})
+    for (const Shape& shape : {Shape{1, 1}, Shape{3, 17}, Shape{2, 5, 40}}) {
+      const RowQuant s{.bits = bits};
+      const Tensor gate = random_floats(shape, rng), up = random_floats(shape, rng, 0.5f);
+      Tensor product = Tensor::empty(shape, DType::F32);
+      cpu::silu_mul(product, gate, up);
+      QuantizedRows want = empty_rows(shape, s), got = empty_rows(shape, s);
+      cpu::quantize_rows(want, product);
+      cpu::quantize_silu_mul(got, gate, up);
+      CHECK(same_bits(got.codes, want.codes));
+      CHECK(same_bits(got.grid, want.grid));
+    }
+  QuantizedRows q = empty_rows({2, 8}, {});
+  CHECK(message_of([&] {
+          cpu::quantize_silu_mul(q, Tensor::zeros({2, 8}), Tensor::zeros({2, 7}));
+        }) ==
+        "quantize_silu_mul: gate [2, 8] and up [2, 7] must be F32, contiguous and of one shape");
+  q.sums = Tensor::zeros({2}, DType::I32);
+  CHECK(message_of([&] {
+          cpu::quantize_rows(q, Tensor::zeros({2, 8}));
+        }) == "quantize_rows: signed codes are a GPU's");
+}
+
 TEST_CASE("two codes share a byte, the first in its low half") {
   QuantizedRows q = empty_rows({1, 5}, {.bits = 4}, true);
   cpu::quantize_rows(q, Tensor::from<float>({0, 1, 2, 15, 7}, {1, 5}));

@@ -117,10 +117,10 @@ TEST_CASE("omq-quant: what is written of a rotation, and what reads it") {
 
 TEST_CASE("omq-quant: learned transforms and learned shares of activations run as simulated") {
   const Workshop w;
-  const Outcome o = w.quant(
-      w.quick(fmt::format("--force --method flatquant --abits 4 --batch-size 1 --train-inputs full "
-                          "--eval ppl:{} sim:{} --eval-context 64",
-                          w.path("test.txt"), w.path("test.txt"))));
+  const Outcome o = w.quant(w.quick(
+      fmt::format("--force --method flatquant --abits 4 --batch-size 1 --train-inputs full "
+                  "--schedule linear --keep-epoch best --eval ppl:{} sim:{} --eval-context 64",
+                  w.path("test.txt"), w.path("test.txt"))));
   CAPTURE(o.err);
   REQUIRE(o.code == 0);
   CHECK(contains(o.err, "online: "));
@@ -131,6 +131,8 @@ TEST_CASE("omq-quant: learned transforms and learned shares of activations run a
   CHECK(r["recipe"]["learned_act_clips"] == true);
   CHECK(r["recipe"]["learning_rates"].contains("lac"));
   CHECK(r["recipe"]["inputs"] == "full precision");
+  CHECK(r["recipe"]["schedule"]["rates"] == "linear");
+  CHECK(r["recipe"]["schedule"]["keeps"] == "best epoch");
   const double packed = r["evaluation"][0]["perplexity"].get<double>(),
                simulated = r["evaluation"][1]["perplexity"].get<double>();
   CHECK(std::abs(packed - simulated) < 2e-3 * simulated);
@@ -141,7 +143,10 @@ TEST_CASE("omq-quant: learned transforms and learned shares of activations run a
         {"--method quarot --abits 4 --transform kronecker --clip lwc --train clip",
          "take --method flatquant"},
         {"--method flatquant --let", "exclude each other"},
-        {"--method rtn --train-inputs full", "method rtn learns nothing"}}) {
+        {"--method rtn --train-inputs full", "method rtn learns nothing"},
+        {"--method rtn --schedule cosine", "--schedule: method rtn learns nothing"},
+        {"--method rtn --keep-epoch best", "--keep-epoch: method rtn learns nothing"},
+        {"--schedule step", "--schedule step: one of constant, linear, cosine wanted"}}) {
     const Outcome refused = w.quant(w.quick(std::string("--force ") + options));
     CAPTURE(refused.err);
     CHECK(refused.code == 2);
