@@ -40,6 +40,7 @@ Tensor dequantized(const QuantizedRows& q) {
 }
 
 LinearInput LinearInput::silu_mul(Tensor gate, Tensor up) {
+  check(gate.shape() == up.shape(), "silu_mul: gate {} and up {} differ", gate.shape(), up.shape());
   LinearInput in(Tensor{});
   in.gate_ = std::move(gate), in.up_ = std::move(up);
   return in;

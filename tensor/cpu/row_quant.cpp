@@ -110,8 +110,9 @@ void quantize_silu_mul(QuantizedRows& q, const Tensor& gate, const Tensor& up) {
     thread_local std::vector<float> row;
     row.resize(static_cast<size_t>(q.cols));
     const float* u = up.data<float>() + (g - gate.data<float>());
-    for (int64_t i = 0; i < q.cols; ++i) row[static_cast<size_t>(i)] = fn::Silu{}.fwd(g[i]) * u[i];
-    quantize_row(q, row.data(), codes, grid);
+    float* product = row.data();
+    for (int64_t i = 0, n = q.cols; i < n; ++i) product[i] = fn::Silu{}.fwd(g[i]) * u[i];
+    quantize_row(q, product, codes, grid);
   });
 }
 

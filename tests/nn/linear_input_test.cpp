@@ -39,6 +39,8 @@ TEST_CASE("a gated product becomes codes without being stored") {
                     12 * sizeof(float)) == 0);
   CHECK(bit_equal(parts.tensor(), whole.tensor()));
   CHECK(parts.tensor().raw() == parts.tensor().raw());
+  CHECK_THROWS_WITH_AS(LinearInput::silu_mul(gate, Tensor::zeros({2, 3, 71})),
+                       "silu_mul: gate [2, 3, 72] and up [2, 3, 71] differ", Error);
   const Tensor learned = parameter(up);
   const auto learns = LinearInput::silu_mul(learned, up);
   CHECK(backward(sum(learns.tensor())).contains(learned));
