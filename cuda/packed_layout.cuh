@@ -9,12 +9,16 @@
 // and comes out of a word with one mask and at most one shift:
 //
 //   8 bits   a word is a four
-//   4 bits   a word holds two fours of a row, in the low and the high halves of its bytes
-//   2 bits   four fours of a row, in bits 2s, 2s + 1; U = 32: two of row r, then two of row r + 8
-//   3 bits   three words hold eight fours: word i has fours 2i and 2i + 1 in bits 0 – 2 and 3 – 5;
-//            four 6 is bits 6, 7 of word 0 and bit 6 of word 2, four 7 bits 6, 7 of word 1 and bit
-//            7 of word 2. U = 128: three words a row; 64: fours 0 – 3 are row r's, 4 – 7 row r +
-//            8's; 32: two words, the first row r's
+//   4 bits   a word holds fours f and f + 2 of a row, in the low and the high halves of its bytes
+//   2 bits   four fours of a row, f, f + 2, f + 4, f + 6, in bits 0, 1 to 6, 7; U = 64: 0 to 3; U =
+//            32: two of row r, then two of row r + 8
+//   3 bits   three words hold eight fours: word 0 fours 0 and 2 in bits 0 – 2 and 3 – 5, word 1
+//            fours 1 and 3, word 2 fours 4 and 6; four 5 is bits 6, 7 of word 0 and bit 6 of word
+//            2, four 7 bits 6, 7 of word 1 and bit 7 of word 2. U = 128: three words a row; 64:
+//            fours 0 – 3 are row r's, 4 – 7 row r + 8's; 32: two words, the first row r's
+//
+// So both fours of a product stand at one place in their words, mostly, and can be multiplied where
+// they are (below).
 //
 //   unit    a lane's words, in runs of 4, then 2, then 1, each run lane by lane
 //   panel   its units;   matrix   its panels, then the grids, [panel][group][16] of GridWord
@@ -101,24 +105,39 @@ struct CodePlace {
 // Four number f of row r (half 0) or r + 8 (half 1) in a lane's words; column j of it is in byte j.
 constexpr __host__ __device__ CodePlace code_place(int bits, int unit, int half, int f) {
   if (bits == 8) return {f * 2 + half, 0};
-  if (bits == 4) return {f / 2 * 2 + half, f % 2 * 4};
-  if (bits == 2)
-    return unit == 32 ? CodePlace{0, 2 * (f + 2 * half)} : CodePlace{f / 4 * 2 + half, f % 4 * 2};
-  if (unit == 32) return {half, f * 3};
+  if (unit == 32) return bits == 2 ? CodePlace{0, 2 * (f + 2 * half)} : CodePlace{half, f * bits};
+  if (bits == 4) return {(f / 4 * 2 + f % 2) * 2 + half, f / 2 % 2 * 4};
+  if (bits == 2) return unit == 64 ? CodePlace{half, f * 2} : CodePlace{f % 2 * 2 + half, f / 2 * 2};
   const int first = unit == 128 ? 3 * half : 0, n = unit == 128 ? f : f + 4 * half;
-  if (n < 6) return {first + n / 2, n % 2 * 3};
-  return {first + n - 6, 6, first + 2, n};
+  if (n < 4) return {first + n % 2, n / 2 * 3};
+  if (n % 2 == 0) return {first + 2, n / 2 % 2 * 3};
+  return {first + n / 2 - 2, 6, first + 2, n / 2 + 4};
 }
 
-// The four as bytes. Everything but the words is known to the compiler.
+// The four as bytes, each code at bit `to` of its byte, which is no higher than where the words have
+// it. Everything but the words is known to the compiler.
 template <int kBits, int kUnit>
 __device__ __forceinline__ uint32_t four_codes(const uint32_t (&w)[unit_words(kBits, kUnit)],
-                                               int half, int f) {
+                                               int half, int f, int to = 0) {
   const CodePlace at = code_place(kBits, kUnit, half, f);
   if (kBits == 8) return w[at.word];
   constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
-  if (kBits != 3 || at.third < 0) return (w[at.word] >> at.bit) & kMask;
-  return ((w[at.word] >> 6) & 0x03030303u) | ((w[at.third] >> (at.third_bit - 2)) & 0x04040404u);
+  if (kBits != 3 || at.third < 0) return (w[at.word] >> (at.bit - to)) & (kMask << to);
+  return ((w[at.word] >> (6 - to)) & (0x03030303u << to)) |
+         ((w[at.third] >> (at.third_bit - 2 - to)) & (0x04040404u << to));
+}
+
+// ---- codes that stay where they are ----
+//
+// Codes that are multiplied at bit b of their bytes give 2ᵇ times their sum: one shift of a sum
+// instead of one for every four. Products of one place, the fours' own bit, have sums of their own;
+// product s is of place s % code_places.
+constexpr __host__ __device__ int code_places(int bits, int unit) {
+  return unit == 32 ? 1 : unit == 128 && bits == 2 ? 4 : 2;
+}
+// The bit of a place, in words of row r (half 0) or r + 8 (half 1).
+constexpr __host__ __device__ int place_bit(int bits, int unit, int half, int place) {
+  return code_place(bits, unit, half, 2 * place).bit;
 }
 
 // ---- x ----

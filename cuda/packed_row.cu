@@ -36,7 +36,9 @@ template <int kBits, int kUnit>
 __device__ __forceinline__ float2 multiply_span(const char* slot, const char* const (&from)[kSpan],
                                                 const int (&step)[kSpan], const UnitScale* x_units,
                                                 int span, int lane) {
-  int32_t sums[2][4] = {};  // two chains: a product waits for the one before the last
+  constexpr int kPlaces = code_places(kBits, kUnit);
+  const auto bit = [](int half, int place) { return place_bit(kBits, kUnit, half, place); };
+  int32_t sums[kPlaces][4] = {};
 #pragma unroll
   for (int u = 0; u < kSpan; ++u) {
     uint32_t w[unit_words(kBits, kUnit)], b[kUnit / 16];
@@ -44,22 +46,35 @@ __device__ __forceinline__ float2 multiply_span(const char* slot, const char* co
     load_planes<kUnit>(b, from[u] + span * step[u]);
 #pragma unroll
     for (int s = 0; s < kUnit / 32; ++s) {
-      const uint32_t a[4] = {
-          four_codes<kBits, kUnit>(w, 0, 2 * s), four_codes<kBits, kUnit>(w, 1, 2 * s),
-          four_codes<kBits, kUnit>(w, 0, 2 * s + 1), four_codes<kBits, kUnit>(w, 1, 2 * s + 1)};
-      multiply_bytes(sums[(u * (kUnit / 32) + s) % 2], a, b[2 * s], b[2 * s + 1]);
+      const int place = s % kPlaces;
+      const auto codes = [&](int half, int f) {
+        return four_codes<kBits, kUnit>(w, half, f, bit(half, place));
+      };
+      const uint32_t a[4] = {codes(0, 2 * s), codes(1, 2 * s), codes(0, 2 * s + 1),
+                             codes(1, 2 * s + 1)};
+      multiply_bytes(sums[place], a, b[2 * s], b[2 * s + 1]);
     }
   }
+  // Σ code · x in whole numbers of x; what is added up is at most 2³⁰.
+  const auto whole = [&](int half) {
+    const int top = bit(half, kPlaces - 1);
+    int hi = 0, lo = 0;
+#pragma unroll
+    for (int p = 0; p < kPlaces; ++p) {
+      hi += sums[p][2 * half] * (1 << (top - bit(half, p)));
+      lo += sums[p][2 * half + 1] * (1 << (top - bit(half, p)));
+    }
+    return (hi * 256 + lo) >> top;
+  };
   const auto* grid = reinterpret_cast<const GridWord*>(slot + kSpan * unit_bytes(kBits, kUnit)) +
                      lane % 4 * 16 + lane / 4;
   const GridWord upper = grid[0], lower = grid[8];
   const UnitScale x_unit = x_units[span * kSpan + lane % 4];
-  const auto dot = [&](int i, GridWord g) {
-    const int hi = sums[0][i] + sums[1][i], lo = sums[0][i + 1] + sums[1][i + 1];
-    return static_cast<float>(hi * 256 + lo + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
+  const auto dot = [&](int half, GridWord g) {
+    return static_cast<float>(whole(half) + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
            grid_scale(g);
   };
-  return {dot(0, upper), dot(2, lower)};
+  return {dot(0, upper), dot(1, lower)};
 }
 
 // ---- results ----
@@ -168,7 +183,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     step[u] = own ? kSpan * 2 * kUnit : 0;
   }
   let_next_start();
-  int filled = 0, read = 0;  // the slot that is filled, or read, next
   using Row = RowInRegisters<kThreads>;
 #pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
@@ -184,11 +198,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     int ahead_panel = first_panel, ahead = first_span, panel = first_panel, span = first_span;
     const uint8_t* codes = pointer_of(of.codes, ahead_panel & 31);
     const GridWord* grids = pointer_of(of.grids, ahead_panel & 31);
-    const auto fill = [&] {
+    const auto fill = [&](int slot) {
       if (ahead_panel < count) {
-        const uint32_t to = shared_address(ring) + filled * kSlot;
+        const uint32_t to = shared_address(ring) + slot * kSlot;
         const int unit = ahead * kSpan, left = min(a.units - unit, kSpan);
         const uint8_t* at = codes + static_cast<int64_t>(unit) * kUnitBytes;
+        asm("" : "+l"(at));  // added up once, not for every unit
 #pragma unroll
         for (int u = 0; u < kSpan; ++u)
           if (u < left) copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
@@ -200,13 +215,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         advance(ahead_panel, ahead);
         codes = pointer_of(of.codes, ahead_panel & 31);
         grids = pointer_of(of.grids, ahead_panel & 31);
-        filled = (filled + 1) % kStages;
       }
       copy_async_commit();
     };
     const int early = p0 == 0 ? kEarly : kStages;
 #pragma unroll 1
-    for (int s = 0; s < early; ++s) fill();
+    for (int s = 0; s < early; ++s) fill(s);
     float sum = 0;
     if (p0 == 0) {
       Row row(a.in);
@@ -217,23 +231,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
     }
 #pragma unroll 1
-    for (int s = early; s < kStages; ++s) fill();
+    for (int s = early; s < kStages; ++s) fill(s);
     const float before = addend(a, p0, count);
     if (p0 == 0) {
       __syncthreads();
       Row::store_squares(a.in, squares, sum);  // nobody needs them before the end
     }
+    int slot = 0;
 #pragma unroll 1
     while (panel < count) {
       copy_async_wait<kStages - 1>();
       __syncwarp();
       const float2 sums =
-          multiply_span<kBits, kUnit>(ring + read * kSlot, from, step, x.units, span, lane);
+          multiply_span<kBits, kUnit>(ring + slot * kSlot, from, step, x.units, span, lane);
       float* to = parts + (panel * spans + span) * kSpanSums + lane % 4 * 16 + lane / 4;
       to[0] = sums.x, to[8] = sums.y;
       __syncwarp();
-      fill();
-      read = (read + 1) % kStages;
+      fill(slot);
+      slot = slot + 1 < kStages ? slot + 1 : 0;
       advance(panel, span);
     }
     copy_async_wait<0>();
