@@ -27,6 +27,9 @@ HeadForm head_form(const Tensor& gain, double eps, bool rotate, const std::optio
 }
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+// Of the weights behind attention, asked for in the L2 cache while it runs: 0.4 % more tokens a
+// second; three times as much gives nothing, six times takes up to 1.3 % (7B on an H200).
+constexpr int64_t kAskedAhead = int64_t{2} << 20;
 
 // kCluster: the splits of a head are a cluster.
 template <class T, int kEach, bool kCluster>
@@ -36,6 +39,10 @@ __global__ void __launch_bounds__(kThreads)
   let_next_start();
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y),
             row = static_cast<int>(blockIdx.z);
+  if (a.next_each > 0 && threadIdx.x == kThreads - 1) {
+    const auto block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    prefetch_to_l2(a.next + static_cast<size_t>(block) * a.next_each, a.next_each);
+  }
   const int position = a.position[row];  // not written in a step before its last kernel
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
   const SplitTokens of(position + 1, a.splits);
@@ -89,13 +96,18 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
 // ---- launchers ----
 
 void decode_attention(const DecodeAttentionStage& s) {
-  const AttentionArgs a = attention_args(s);
+  AttentionArgs a = attention_args(s);
   const int64_t rows = s.qkv.dim(0);
   const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.splits),
                   static_cast<unsigned>(rows));
   constexpr int kPortableCluster = 8;  // blocks
   const bool cluster =
       a.splits > 1 && a.splits <= kPortableCluster && device_info(s.y.device().index).major >= 9;
+  if (s.next.defined() && aligned16(s.next.raw())) {
+    const int64_t bytes = std::min(static_cast<int64_t>(s.next.nbytes()), kAskedAhead);
+    a.next = static_cast<const char*>(s.next.raw());
+    a.next_each = static_cast<uint32_t>(bytes / (int64_t{grid.x} * grid.y * grid.z) / 16 * 16);
+  }
   const auto run = [&](auto kernel) {
     prepare_shared(kernel, 0);
     launch_chained("decode_attention", s.y, kernel, grid, kThreads, 0, cluster ? a.splits : 1, a);

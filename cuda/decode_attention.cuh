@@ -26,6 +26,8 @@ struct AttentionArgs {
   int32_t* arrived;
   int heads, kv_heads, dim, capacity, splits, positions;
   float scale;
+  const char* next;    // weights that are wanted in the L2 cache,
+  uint32_t next_each;  // so many bytes by each block
 };
 
 // The rotation of a position: of a lane's pairs (lane + 32 j, lane + 32 j + d/2).

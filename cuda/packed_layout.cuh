@@ -107,15 +107,16 @@ constexpr __host__ __device__ CodePlace code_place(int bits, int unit, int half,
   if (bits == 8) return {f * 2 + half, 0};
   if (unit == 32) return bits == 2 ? CodePlace{0, 2 * (f + 2 * half)} : CodePlace{half, f * bits};
   if (bits == 4) return {(f / 4 * 2 + f % 2) * 2 + half, f / 2 % 2 * 4};
-  if (bits == 2) return unit == 64 ? CodePlace{half, f * 2} : CodePlace{f % 2 * 2 + half, f / 2 * 2};
+  if (bits == 2)
+    return unit == 64 ? CodePlace{half, f * 2} : CodePlace{f % 2 * 2 + half, f / 2 * 2};
   const int first = unit == 128 ? 3 * half : 0, n = unit == 128 ? f : f + 4 * half;
   if (n < 4) return {first + n % 2, n / 2 * 3};
   if (n % 2 == 0) return {first + 2, n / 2 % 2 * 3};
   return {first + n / 2 - 2, 6, first + 2, n / 2 + 4};
 }
 
-// The four as bytes, each code at bit `to` of its byte, which is no higher than where the words have
-// it. Everything but the words is known to the compiler.
+// The four as bytes, each code at bit `to` of its byte, which is no higher than where the words
+// have it. Everything but the words is known to the compiler.
 template <int kBits, int kUnit>
 __device__ __forceinline__ uint32_t four_codes(const uint32_t (&w)[unit_words(kBits, kUnit)],
                                                int half, int f, int to = 0) {

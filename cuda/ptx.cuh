@@ -36,6 +36,15 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Asks for bytes of device memory (p and bytes multiples of 16) in the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* p,
+                                               [[maybe_unused]] uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
+               "r"(bytes));
+#endif
+}
+
 // Of a cluster of blocks, from sm_90 on: a barrier of all threads of all blocks, which orders their
 // shared memory, and a number at a shared address of one of the blocks.
 __device__ __forceinline__ void cluster_barrier() {
