@@ -42,7 +42,7 @@ struct DecodeAttentionStage {
   Tensor parts;         // F32 [rows, H, splits, d + 2], scratch
   Tensor arrived;       // I32 [rows, H], zeros before and after
   Tensor y;             // F32 [rows, H·d]
-  Tensor next = {};     // weights that the stage behind reads; memory is idle meanwhile
+  Tensor next = {};     // weights that the stage behind reads: asked for early, as memory is idle
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
 // How many parts a cache of `capacity` tokens is read in.
