@@ -120,7 +120,7 @@ OMQ_HD inline float exp_fast(float x) {
   p = p * r + 5.0000001201e-1f;
   const float y = p * r * r + r + 1.0f;
   // 2ⁿ in two factors, so that n = 128 does not overflow half-way
-  const int half = static_cast<int>(n) / 2, rest = static_cast<int>(n) - half;
+  const int half = static_cast<int>(n) >> 1, rest = static_cast<int>(n) - half;
   const float a = std::bit_cast<float>((half + 127) << 23);
   const float b = std::bit_cast<float>((rest + 127) << 23);
   return x < -87.3f ? 0.0f : y * a * b;

@@ -95,28 +95,29 @@ template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
     const T v = f(i);
     lanes[j] = v > lanes[j] ? v : lanes[j];
   }
-  for (int64_t j = 1; j < kLanes; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j)
+      lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
   return lanes[0];
 }
 
 template <class T> struct Extremes { T hi, lo; };
 
-// Largest and smallest of p[0] … p[n−1] and start's two. NaN is passed over.
+// Largest and smallest of p[0] … p[n−1] and start's two. NaN is passed over. Lanes as lane_max's.
 template <class T> Extremes<T> extremes(const T* p, int64_t n, Extremes<T> start) {
-  constexpr int64_t kLanes = 8;
+  constexpr int64_t kLanes = 32;
   T hi[kLanes], lo[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) hi[j] = start.hi, lo[j] = start.lo;
-  const auto take = [&](int64_t i, int64_t lanes) {
-    for (int64_t j = 0; j < lanes; ++j) hi[j] = p[i + j] > hi[j] ? p[i + j] : hi[j];
-    for (int64_t j = 0; j < lanes; ++j) lo[j] = p[i + j] < lo[j] ? p[i + j] : lo[j];
+  const auto take = [&](int64_t j, T high, T low) {
+    hi[j] = high > hi[j] ? high : hi[j];
+    lo[j] = low < lo[j] ? low : lo[j];
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) take(i, kLanes);
-  take(i, n - i);
-  for (int64_t j = 1; j < kLanes; ++j) {
-    hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
-    lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
-  }
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) take(j, p[i + j], p[i + j]);
+  for (int64_t j = 0; i < n; ++i, ++j) take(j, p[i], p[i]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j) take(j, hi[j + half], lo[j + half]);
   return {hi[0], lo[0]};
 }
 
