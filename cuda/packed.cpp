@@ -107,7 +107,7 @@ namespace {
 const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
   for (const RowMatrix& m : matrices) {
     const auto* packed = std::get_if<PackedInt>(&m.weight);
-    const Tensor& stored = packed ? packed->data : std::get<Tensor>(m.weight);
+    const Tensor& stored = m.stored();
     if (!stored.is_contiguous()) return "a weight that is not contiguous";
     if (rows_at_once(m, packed ? packed->cols : stored.dim(1), stored.device()) == 0)
       return "rows that do not fit the shared memory of the device";

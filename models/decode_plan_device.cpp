@@ -29,11 +29,6 @@ struct Layer {
   Product qkv, o, gate_up, down;
 };
 
-const Tensor& stored(const RowMatrix& m) {
-  const auto* packed = std::get_if<PackedInt>(&m.weight);
-  return packed ? packed->data : std::get<Tensor>(m.weight);
-}
-
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256;  // about two on each processor of a large card; fewer where
@@ -167,7 +162,7 @@ void DevicePlan::run() {
     const LlamaBlock& b = *l.block;
     kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store);
     DecodeAttentionStage stage = attention(b.self_attn, (*bound_)[i]);
-    stage.next = stored(l.o.matrices.front());
+    stage.next = l.o.matrices.front().stored();
     kernels_.attention(stage);
     kernels_.products(x_, {.x = attended_, .quant = l.o.quant}, l.o.matrices, RowOutput::Add);
     kernels_.products(gated_, behind(b.post_attention_layernorm, l.gate_up), l.gate_up.matrices,

@@ -22,6 +22,10 @@ namespace omq {
 struct RowMatrix {                         // W [N, K]
   std::variant<PackedInt, Tensor> weight;  // packed, or dense of F32, BF16 or F16
   Tensor bias;                             // F32 [N] or undefined
+  const Tensor& stored() const {           // W as it lies in memory
+    const auto* packed = std::get_if<PackedInt>(&weight);
+    return packed ? packed->data : std::get<Tensor>(weight);
+  }
 };
 
 enum class RowOutput {
