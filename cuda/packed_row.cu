@@ -55,7 +55,11 @@ __device__ __forceinline__ float2 multiply_span(const char* slot, const char* co
       multiply_bytes(sums[place], a, b[2 * s], b[2 * s + 1]);
     }
   }
-  // Σ code · x in whole numbers of x; what is added up is at most 2³⁰.
+  // Σ code · x in whole numbers of x.
+  constexpr int64_t kMost = int64_t{kUnit} * ((1 << kBits) - 1) * (127 * 256 + 127);
+  static_assert(kMost << std::max(place_bit(kBits, kUnit, 0, kPlaces - 1),
+                                  place_bit(kBits, kUnit, 1, kPlaces - 1)) <
+                int64_t{1} << 31);
   const auto whole = [&](int half) {
     const int top = bit(half, kPlaces - 1);
     int hi = 0, lo = 0;
