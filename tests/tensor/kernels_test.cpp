@@ -204,6 +204,33 @@ TEST_CASE("group_range finds the extremes of every group, the short last one too
   }
 }
 
+TEST_CASE("group_range finds an extreme wherever it stands in a group of any length") {
+  for (Device d : test_devices())
+    for (const int64_t n : {1, 7, 31, 32, 33, 64, 71, 96}) {
+      CAPTURE(d);
+      CAPTURE(n);
+      // Row r: its largest at column r, its smallest at column n − 1 − r; all else between.
+      Tensor x = Tensor::full({n, n}, 0.5f);
+      for (int64_t r = 0; r < n; ++r) {
+        x.data<float>()[r * n + (n - 1 - r)] = -3 - static_cast<float>(r);
+        x.data<float>()[r * n + r] = 2 + static_cast<float>(r);
+      }
+      const Tensor xd = converted(x, DType::F32, d);
+      Tensor hi = Tensor::empty({n, 1}, DType::F32, d), lo = empty_like(hi);
+      on(xd).group_range(hi, lo, xd, {.group_size = 0, .include_zero = false});
+      const auto highs = values(hi), lows = values(lo);
+      for (int64_t r = 0; r < n; ++r) {
+        CAPTURE(r);
+        CHECK(highs[static_cast<size_t>(r)] == 2 + static_cast<double>(r));
+        // In the middle row of an odd number both stand at one column, and the largest stays.
+        const double smallest = 2 * r + 1 != n ? -3 - static_cast<double>(r)
+                                : n == 1       ? 2 + static_cast<double>(r)
+                                               : 0.5;
+        CHECK(lows[static_cast<size_t>(r)] == smallest);
+      }
+    }
+}
+
 TEST_CASE("embedding reads tables of every float type and refuses ids outside") {
   for (Device d : test_devices())
     for (DType dtype : {DType::F32, DType::BF16, DType::F16}) {
