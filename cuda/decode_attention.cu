@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ AttentionArgs a) {
   __shared__ AttentionMemory<kEach, kWarps> memory;
   let_next_start();
+  if constexpr (kCluster) cluster_arrive();
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y),
             row = static_cast<int>(blockIdx.z);
   if (a.next_each > 0 && threadIdx.x == kThreads - 1) {
@@ -45,13 +46,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int position = a.position[row];  // not written in a step before its last kernel
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
-  const SplitTokens of(position + 1, a.splits);
-  Sums<kEach> mine;
-  if (split < of.count) mine = attend<T>(a, memory, position, head, of, split, row);
-  if constexpr (kCluster) return join_in_cluster(a, memory, mine, head, split, of.count, row);
-  if (split >= of.count || threadIdx.x >= 32) return;
-  if (of.count == 1) return write_head(a, mine, head, row, static_cast<int>(threadIdx.x));
-  join_by_arrival(a, memory, mine, head, split, of.count, row);
+  const int tokens = position + 1, per = SplitTokens(a, tokens).per;
+  const int begin = split * per, end = min(tokens, begin + per);
+  Sums<1> mine;
+  if (begin < end) mine = attend<T>(a, memory, position, head, begin, end, row);
+  const int active = (tokens + per - 1) / per;  // splits that have tokens
+  if constexpr (kCluster) return join_in_cluster(a, memory, mine, head, split, active, row);
+  if (begin >= end) return;
+  if (active == 1) return write_head(a, mine, head, row);
+  join_by_arrival(a, memory, mine, head, split, active, row);
 }
 
 // Throws Error when the stage's tensors do not fit.
@@ -86,6 +89,9 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
   a.capacity = static_cast<int>(s.keys.dim(1));
   a.splits = static_cast<int>(s.parts.dim(2));
   a.positions = static_cast<int>(s.cos.dim(0));
+  a.group = a.heads / a.kv_heads;
+  a.inverse_group = inverse_of(a.group);
+  a.inverse_splits = inverse_of(a.splits);
   constexpr float kLog2E = 1.44269504088896341f;  // scores are exponents of two
   a.scale = kLog2E / sqrtf(static_cast<float>(a.dim));
   return a;
@@ -100,9 +106,9 @@ void decode_attention(const DecodeAttentionStage& s) {
   const int64_t rows = s.qkv.dim(0);
   const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.splits),
                   static_cast<unsigned>(rows));
-  constexpr int kPortableCluster = 8;  // blocks
-  const bool cluster =
-      a.splits > 1 && a.splits <= kPortableCluster && device_info(s.y.device().index).major >= 9;
+  check(a.splits >= 1 && a.splits <= kMostSplits, "decode attention: {} splits of a head, 1 to {}",
+        a.splits, kMostSplits);
+  const bool cluster = a.splits > 1 && device_info(s.y.device().index).major >= 9;
   if (s.next.defined() && aligned16(s.next.raw())) {
     const int64_t bytes = std::min(static_cast<int64_t>(s.next.nbytes()), kAskedAhead);
     a.next = static_cast<const char*>(s.next.raw());

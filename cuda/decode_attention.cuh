@@ -9,6 +9,7 @@
 namespace omq::cuda {
 
 constexpr int kAttentionTokens = 4;  // tokens of a warp at a time
+constexpr int kMostSplits = 8;
 
 struct HeadForm {  // what happens to a head of q, k or v on its way
   const float* gain = nullptr;
@@ -25,6 +26,8 @@ struct AttentionArgs {
   float *parts, *y;
   int32_t* arrived;
   int heads, kv_heads, dim, capacity, splits, positions;
+  int group;                               // query heads of a key head
+  uint32_t inverse_group, inverse_splits;  // for quotient()
   float scale;
   const char* next;    // weights that are wanted in the L2 cache,
   uint32_t next_each;  // so many bytes by each block
@@ -91,61 +94,80 @@ __device__ __forceinline__ void prepare_head(float* out, const float* x, const H
       if (lane + 32 * j < half) out[lane + 32 * j + h * half] = v[h][j];
 }
 
-// What a set of tokens gives: the largest score, Σ exp, and the weighted values of this lane.
+// Scores are exponents of two, and what they are measured from is the largest; of none, 0.
+__device__ __forceinline__ float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// What a set of tokens gives: the largest score, Σ exp, and the weighted values: of this lane's
+// elements, or of one.
 template <int kEach> struct Sums {
   float top = -INFINITY, weight = 0, value[kEach] = {};
-  __device__ __forceinline__ void add(float score, float other_weight, const float (&v)[kEach]) {
-    const float t = fmaxf(top, score);
-    if (t == -INFINITY) return;
-    const float keep = exp2_fast(top - t), in = exp2_fast(score - t);
-    weight = weight * keep + other_weight * in;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) value[j] = value[j] * keep + v[j] * in;
-    top = t;
-  }
 };
+
+// Joins up to kMost such sets, in their order. top(i), weight(i), value(i), of which the first
+// `count` are there: all are read side by side.
+template <int kMost, class Top, class Weight, class Value>
+__device__ __forceinline__ Sums<1> join(int count, Top&& top, Weight&& weight, Value&& value) {
+  float tops[kMost], weights[kMost], values[kMost];
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const int at = min(i, count - 1);
+    tops[i] = top(at), weights[i] = weight(at), values[i] = value(at);
+    if (i >= count) tops[i] = -INFINITY;
+  }
+  Sums<1> all;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) all.top = fmaxf(all.top, tops[i]);
+  const float base = base_of(all.top);
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const float by = exp2_fast(tops[i] - base);
+    all.weight += weights[i] * by;
+    all.value[0] += values[i] * by;
+  }
+  return all;
+}
 
 // A lane's kEach neighbouring elements of a head, in one load.
 template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
 
 // How the tokens of a cache are shared out.
 struct SplitTokens {
-  int per, count;  // tokens of a split, splits that have any
-  __device__ SplitTokens(int tokens, int splits)
-      : per(max(static_cast<int>(kDecodeSplitTokens), (tokens + splits - 1) / splits)),
-        count((tokens + per - 1) / per) {}
+  int per;  // tokens of a split
+  __device__ SplitTokens(const AttentionArgs& a, int tokens)
+      : per(max(static_cast<int>(kDecodeSplitTokens),
+                quotient(tokens + a.splits - 1, a.inverse_splits))) {}
 };
 
 template <int kEach, int kWarps> struct AttentionMemory {  // shared
-  float q[32 * kEach], k_new[32 * kEach], v_new[32 * kEach];
-  float tops[kWarps], weights[kWarps], values[kWarps][32 * kEach];
-  float top, weight, value[32 * kEach];  // of the split
+  static constexpr int kMostDim = 32 * kEach;
+  float q[kMostDim], k_new[kMostDim], v_new[kMostDim];
+  float tops[kWarps], weights[kWarps], values[kWarps][kMostDim];
+  // Of a head's splits, in the first block of a cluster.
+  float split_tops[kMostSplits], split_weights[kMostSplits], split_values[kMostSplits][kMostDim];
   int last;
 };
 
-// What the split's tokens give, in the block's warp 0 (all of its kWarps warps call it). T: of the
-// cache; a head has kEach elements a lane, a multiple of kEach in all.
+// What the split's tokens give, of element min(thread, d − 1). All of the block's kWarps warps call
+// it. T: of the cache; a head has kEach elements a lane, a multiple of kEach in all.
 template <class T, int kEach, int kWarps>
-__device__ __forceinline__ Sums<kEach> attend(const AttentionArgs& a,
-                                              AttentionMemory<kEach, kWarps>& m, int position,
-                                              int head, const SplitTokens& of, int split, int row) {
+__device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m,
+                                          int position, int head, int begin, int end, int row) {
   constexpr int kTokens = kAttentionTokens;
   using Part = Elements<T, kEach>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int group = a.heads / a.kv_heads, kv = head / group, d = a.dim;
-  const int tokens = position + 1;
-  const int begin = split * of.per, end = min(tokens, begin + of.per);
-  const int64_t step = static_cast<int64_t>(a.kv_heads) * d;  // from token to token
-  const int64_t first =
-      static_cast<int64_t>(row) * a.capacity * step + static_cast<int64_t>(kv) * d;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int kv = quotient(head, a.inverse_group), d = a.dim;
+  const int step = a.kv_heads * d;  // from token to token
+  const int64_t first = static_cast<int64_t>(row) * a.capacity * step + kv * d;
   const bool mine = lane * kEach < d;
+  const T *keys = static_cast<const T*>(a.keys.data) + first + (mine ? lane * kEach : 0),
+          *values = static_cast<const T*>(a.values.data) + first + (mine ? lane * kEach : 0);
   Part k_raw[kTokens], v_raw[kTokens];
   const auto fetch = [&](int t0) {  // all loads first, none behind a condition
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      const int64_t at = first + min(t0 + u * kWarps, end - 1) * step + (mine ? lane * kEach : 0);
-      k_raw[u] = *reinterpret_cast<const Part*>(static_cast<const T*>(a.keys.data) + at);
-      v_raw[u] = *reinterpret_cast<const Part*>(static_cast<const T*>(a.values.data) + at);
+      const int64_t at = static_cast<int64_t>(min(t0 + u * kWarps, end - 1)) * step;
+      k_raw[u] = *reinterpret_cast<const Part*>(keys + at);
+      v_raw[u] = *reinterpret_cast<const Part*>(values + at);
     }
   };
   // Older tokens' keys and values were there before this step began; the newest one's are not
@@ -154,16 +176,17 @@ __device__ __forceinline__ Sums<kEach> attend(const AttentionArgs& a,
   const Rotation<kEach / 2> turn(a, position, lane);
   wait_for_previous();
   const float* qkv = a.qkv + static_cast<int64_t>(row) * (a.heads + 2 * a.kv_heads) * d;
-  if (warp == 0 || (warp <= 2 && end == tokens)) {  // q; and the new k and v, by a warp each
+  if (warp == 0 || (warp <= 2 && end == position + 1)) {  // q; and the new k and v, by a warp each
     const HeadForm& form = warp == 0 ? a.q : warp == 1 ? a.k : a.v;
     float* out = warp == 0 ? m.q : warp == 1 ? m.k_new : m.v_new;
     const int at = warp == 0 ? head : warp == 1 ? a.heads + kv : a.heads + a.kv_heads + kv;
     prepare_head(out, qkv + at * d, form, turn, d, lane);
-    if (warp > 0 && head % group == 0) {
+    if (warp > 0 && head == kv * a.group) {
       __syncwarp();
 #pragma unroll 1
       for (int i = lane; i < d; i += 32)
-        store(warp == 1 ? a.keys : a.values, first + position * step + i, out[i]);
+        store(warp == 1 ? a.keys : a.values, first + static_cast<int64_t>(position) * step + i,
+              out[i]);
     }
   }
   __syncthreads();
@@ -186,119 +209,101 @@ __device__ __forceinline__ Sums<kEach> attend(const AttentionArgs& a,
       }
       score[u] = mine ? s : 0.0f;
     }
-    const int now = t0;
+    const int left = (end - t0 + kWarps - 1) / kWarps;  // of these tokens
     t0 += kWarps * kTokens;
     if (t0 < end) fetch(t0);
+    float top = sums.top;
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u) score[u] = team_sum<32>(score[u]);
+    for (int u = 0; u < kTokens; ++u) {
+      score[u] = team_sum<32>(score[u]);
+      if (u >= left) score[u] = -INFINITY;
+      top = fmaxf(top, score[u]);
+    }
+    const float base = base_of(top), keep = exp2_fast(sums.top - base);
+    sums.top = top;
+    sums.weight *= keep;
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u)
-      if (now + u * kWarps < end) sums.add(score[u], 1.0f, v[u]);
+    for (int j = 0; j < kEach; ++j) sums.value[j] *= keep;
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      if (u >= left) break;  // what stands there may be no number
+      const float by = exp2_fast(score[u] - base);
+      sums.weight += by;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) sums.value[j] += v[u][j] * by;
+    }
   }
   if (lane == 0) m.tops[warp] = sums.top, m.weights[warp] = sums.weight;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) m.values[warp][lane * kEach + j] = sums.value[j];
   __syncthreads();
-  Sums<kEach> all;
-  if (warp == 0) {
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      float v[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) v[j] = m.values[w][lane * kEach + j];
-      all.add(m.tops[w], m.weights[w], v);
-    }
-  }
-  return all;
+  const int element = min(static_cast<int>(threadIdx.x), d - 1);
+  return join<kWarps>(
+      kWarps, [&](int w) { return m.tops[w]; }, [&](int w) { return m.weights[w]; },
+      [&](int w) { return m.values[w][element]; });
 }
 
-// The head's result, by a warp.
-template <int kEach>
-__device__ __forceinline__ void write_head(const AttentionArgs& a, const Sums<kEach>& all, int head,
-                                           int row, int lane) {
-  float* y = a.y + (static_cast<int64_t>(row) * a.heads + head) * a.dim;
-#pragma unroll
-  for (int j = 0; j < kEach; ++j)
-    if (lane * kEach < a.dim) y[lane * kEach + j] = all.value[j] / all.weight;
+// The head's result, element by element.
+__device__ __forceinline__ void write_head(const AttentionArgs& a, const Sums<1>& all, int head,
+                                           int row) {
+  if (static_cast<int>(threadIdx.x) >= a.dim) return;
+  a.y[(static_cast<int64_t>(row) * a.heads + head) * a.dim + threadIdx.x] =
+      all.value[0] / all.weight;
 }
 
-// Joins the splits of a head, in their order: get(s, top, weight, value) reads what split s gave.
-template <int kEach, class Get>
-__device__ __forceinline__ Sums<kEach> join_splits(int active, Get&& get) {
-  constexpr int kParts = 4;  // under way together
-  Sums<kEach> all;
-#pragma unroll 1
-  for (int s0 = 0; s0 < active; s0 += kParts) {
-    float top[kParts], weight[kParts], v[kParts][kEach];
-#pragma unroll
-    for (int u = 0; u < kParts; ++u) get(min(s0 + u, active - 1), top[u], weight[u], v[u]);
-#pragma unroll
-    for (int u = 0; u < kParts; ++u)
-      if (s0 + u < active) all.add(top[u], weight[u], v[u]);
-  }
-  return all;
-}
-
-// Through device memory, by warp 0 of each block: the last of a head to arrive joins.
+// Joins the splits of a head through device memory: the last of its blocks to arrive does.
 template <int kEach, int kWarps>
 __device__ __forceinline__ void join_by_arrival(const AttentionArgs& a,
                                                 AttentionMemory<kEach, kWarps>& m,
-                                                const Sums<kEach>& mine, int head, int split,
+                                                const Sums<1>& mine, int head, int split,
                                                 int active, int row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, d = a.dim;
-  const bool there = lane * kEach < d;
+  const int d = a.dim, i = static_cast<int>(threadIdx.x);
   const int64_t at = static_cast<int64_t>(row) * a.heads + head;
   float* parts = a.parts + at * a.splits * (d + 2);
   float* part = parts + static_cast<int64_t>(split) * (d + 2);
-  if (lane == 0) part[d] = mine.top, part[d + 1] = mine.weight;
-#pragma unroll
-  for (int j = 0; j < kEach; ++j)
-    if (there) part[lane * kEach + j] = mine.value[j];
+  if (i == 0) part[d] = mine.top, part[d + 1] = mine.weight;
+  if (i < d) part[i] = mine.value[0];
   __threadfence();
-  __syncwarp();
-  if (lane == 0) m.last = atomicAdd(a.arrived + at, 1) == active - 1;
-  __syncwarp();
+  __syncthreads();
+  if (i == 0) m.last = atomicAdd(a.arrived + at, 1) == active - 1;
+  __syncthreads();
   if (!m.last) return;
   __threadfence();
-  const auto get = [&](int s, float& top, float& weight, float(&v)[kEach]) {
-    const float* p = parts + static_cast<int64_t>(s) * (d + 2);
-    top = __ldcg(p + d);
-    weight = __ldcg(p + d + 1);
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) v[j] = __ldcg(p + (there ? lane * kEach + j : 0));
+  const auto read = [&](int s, int what) {
+    return __ldcg(parts + static_cast<int64_t>(s) * (d + 2) + what);
   };
-  write_head(a, join_splits<kEach>(active, get), head, row, lane);
-  if (lane == 0) a.arrived[at] = 0;
+  write_head(a,
+             join<kMostSplits>(
+                 active, [&](int s) { return read(s, d); }, [&](int s) { return read(s, d + 1); },
+                 [&](int s) { return read(s, min(i, d - 1)); }),
+             head, row);
+  if (i == 0) a.arrived[at] = 0;
 }
 
-// Through the shared memory of a cluster (compute capability 9.0), whose blocks are the splits of a
-// head: the first block joins. All threads of all its blocks call it.
+// Through the shared memory of the first block of a cluster (compute capability 9.0), whose blocks
+// are the splits of a head. All threads of all its blocks call it, behind a cluster_arrive().
 template <int kEach, int kWarps>
 __device__ __forceinline__ void join_in_cluster(const AttentionArgs& a,
                                                 AttentionMemory<kEach, kWarps>& m,
-                                                const Sums<kEach>& mine, int head, int split,
+                                                const Sums<1>& mine, int head, int split,
                                                 int active, int row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool first_warp = threadIdx.x < 32;
-  if (first_warp && split < active) {
-    if (lane == 0) m.top = mine.top, m.weight = mine.weight;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) m.value[lane * kEach + j] = mine.value[j];
+  const int i = static_cast<int>(threadIdx.x), element = min(i, a.dim - 1);
+  cluster_wait();  // the first block has begun
+  if (split < active) {
+    if (i == 0) {
+      store_in_cluster(shared_address(m.split_tops + split), 0, mine.top);
+      store_in_cluster(shared_address(m.split_weights + split), 0, mine.weight);
+    }
+    if (i < a.dim) store_in_cluster(shared_address(m.split_values[split] + i), 0, mine.value[0]);
   }
   cluster_barrier();
-  if (first_warp && split == 0) {
-    const uint32_t top_at = shared_address(&m.top), weight_at = shared_address(&m.weight),
-                   value_at = shared_address(m.value + lane * kEach);
-    const auto get = [&](int s, float& top, float& weight, float(&v)[kEach]) {
-      const auto block = static_cast<uint32_t>(s);
-      top = load_from_cluster(top_at, block);
-      weight = load_from_cluster(weight_at, block);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) v[j] = load_from_cluster(value_at + 4 * j, block);
-    };
-    write_head(a, join_splits<kEach>(active, get), head, row, lane);
-  }
-  cluster_barrier();  // nobody leaves while its memory is read
+  if (split != 0) return;
+  write_head(
+      a,
+      join<kMostSplits>(
+          active, [&](int s) { return m.split_tops[s]; }, [&](int s) { return m.split_weights[s]; },
+          [&](int s) { return m.split_values[s][element]; }),
+      head, row);
 }
 
 }  // namespace omq::cuda

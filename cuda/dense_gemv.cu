@@ -20,9 +20,10 @@ template <class T> constexpr int ahead_of() { return sizeof(T) == 4 ? 2 : 4; }
 template <class T> struct Eight {
   static constexpr int kLoads = sizeof(T) / 2;  // of 16 bytes
   uint4 raw[kLoads];
-  __device__ __forceinline__ void fetch(const T* p) {
+  __device__ __forceinline__ void fetch(const T* p, uint64_t policy) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    for (int i = 0; i < kLoads; ++i)
+      raw[i] = load_once(reinterpret_cast<const uint4*>(p) + i, policy);
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -75,28 +76,39 @@ template <class T> __device__ float one(const T* p) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(*p);
 }
 
-// kRows: the most rows of x; kRegisters: the one row is staged as RowInRegisters.
-template <class T, int kRows, bool kIntegers, bool kRegisters>
+// How x is staged: RowInRegisters for one row, as it suits, or any rows by stage_input.
+template <int kTurns_, bool kGain_> struct OneRow {
+  static constexpr bool kRegisters = true;
+  static constexpr int kRows = 1, kTurns = kTurns_;
+  static constexpr bool kGain = kGain_;
+};
+template <int kRows_, bool kIntegers_> struct AnyRows {
+  static constexpr bool kRegisters = false, kIntegers = kIntegers_;
+  static constexpr int kRows = kRows_;  // at most
+};
+
+template <class T, class Staging>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
-  constexpr int kAhead = ahead_of<T>();
+  constexpr int kAhead = ahead_of<T>(), kRows = Staging::kRows;
   extern __shared__ __align__(16) float x[];  // [rows, x_stride]
   __shared__ float scales[kDecodeRows];
   // What a warp has of a row that it goes on with, and of one that it begins and does not end.
   __shared__ float parts[kWarps][2][kRows][kPairRows];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int pieces = a.groups;  // of 8 columns; 0: columns one by one
-  const int turns = max(1, (pieces + 32 * kAhead - 1) / (32 * kAhead));  // of a row
-  const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-                   static_cast<int>(gridDim.x);
-  const int steps = mine * turns;
-  const auto share = [&](int w) { return steps * w / kWarps; };  // where warp w begins
+  const int turns = a.spans, steps = work_of_block(a) * turns;
+  const auto share = [&](int w) {  // where warp w begins
+    return static_cast<int>(static_cast<unsigned>(steps * w) / kWarps);
+  };
   const int end = share(warp + 1);
-  int step = share(warp), row_number = step / turns, turn = step - row_number * turns;
+  int step = share(warp);
+  int row_number = quotient(step, a.inverse), turn = step - row_number * turns;
   const auto row_at = [&](int number) {
     return RowPair<T>(a, static_cast<int>(blockIdx.x) + number * static_cast<int>(gridDim.x));
   };
   Eight<T> ahead[kAhead][kPairRows];
+  const uint64_t policy = read_once();
   const auto fetch = [&](const RowPair<T>& rows, int first) {
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
@@ -104,40 +116,44 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < kPairRows; ++i) {
         const int piece = first + j * 32 + lane;
         if (piece < pieces && rows.w[i])
-          ahead[j][i].fetch(rows.w[i] + piece * 8);
+          ahead[j][i].fetch(rows.w[i] + piece * 8, policy);
         else
           ahead[j][i].clear();
       }
   };
   let_next_start();
   if (step < end) fetch(row_at(row_number), turn * 32 * kAhead);
-  const auto put = [&](int n, int c, float4 v) {
-    if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
-  };
   float factor = 1;
-  if constexpr (kRegisters) {
+  if constexpr (Staging::kRegisters) {
     __shared__ float squares[kWarps];
-    RowInRegisters<kThreads> row(a.in);
+    using Row = RowInRegisters<kThreads, Staging::kTurns, Staging::kGain>;
+    Row row(a.in);
     wait_for_previous();
-    const float sum = row.put(a.in, [&](const int(&c)[2], const float4(&v)[2]) {
-      put(0, c[0], v[0]);
-      put(0, c[1], v[1]);
+    const float sum = row.put(a.in, [&](int turn, const float4(&v)[2]) {
+      const int c = turn * Row::kTurnColumns + 4 * static_cast<int>(threadIdx.x);
+#pragma unroll
+      for (int f = 0; f < 2; ++f)
+        if (c + f * Row::kTurnColumns < a.x_stride)
+          *reinterpret_cast<float4*>(x + c + f * Row::kTurnColumns) = v[f];
     });
-    row.store_squares(a.in, squares, sum);
+    row.store_squares(squares, sum);
     __syncthreads();
     factor = row.factor(a.in, squares);
   } else {
     float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
     stage_gains<kThreads>(a.in, gains);
     wait_for_previous();
-    stage_input<kThreads, kIntegers>(a.in, x, a.x_stride, gains, scales, put);
+    stage_input<kThreads, Staging::kIntegers>(
+        a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
+          if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
+        });
     __syncthreads();
   }
   const auto write = [&](const RowPair<T>& rows, int n, const float(&sums)[kPairRows]) {
     float v[kPairRows];
 #pragma unroll
     for (int i = 0; i < kPairRows; ++i) {
-      v[i] = sums[i] * (kRegisters ? factor : scales[n]);
+      v[i] = sums[i] * (Staging::kRegisters ? factor : scales[n]);
       if (rows.bias[i]) v[i] += *rows.bias[i];
     }
     if (a.output == RowOutput::SiluMul) {
@@ -248,7 +264,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   a.groups = whole ? a.in.cols / 8 : 0;
   a.x_stride = (a.in.cols + 3) / 4 * 4;
   const DeviceInfo& info = device_info(y.device().index);
-  const auto blocks = static_cast<unsigned>(std::min(a.work, info.sms));
+  const int blocks = share_work(a, info.sms);
   size_t shared = static_cast<size_t>(a.in.rows) * static_cast<size_t>(a.x_stride) * 4;
   const size_t limit = info.shared_optin - kStatic;
   check(shared <= limit,
@@ -261,16 +277,22 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   }
   const auto run = [&](auto kernel) {
     prepare_shared(kernel, shared);
-    launch_chained("dense_gemv", y, kernel, blocks, kThreads, shared, 1, a);
+    launch_chained("dense_gemv", y, kernel, static_cast<unsigned>(blocks), kThreads, shared, 1, a);
   };
   const auto of_rows = [&](auto t) {
     using T = decltype(t);
-    if (row_in_registers(a.in)) return run(dense_gemv_kernel<T, 1, false, true>);
+    constexpr int kTurn = 32 * ahead_of<T>();  // pieces
+    a.spans = std::max(1, (a.groups + kTurn - 1) / kTurn);
+    a.inverse = inverse_of(a.spans);
+    if (row_in_registers(a.in))
+      return with_row<kThreads>(a.in, [&](auto turns, auto gain) {
+        run(dense_gemv_kernel<T, OneRow<decltype(turns)::value, decltype(gain)::value>>);
+      });
     if (a.in.codes || a.in.quantise)
-      return a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, true, false>)
-                            : run(dense_gemv_kernel<T, 8, true, false>);
-    a.in.rows == 1 ? run(dense_gemv_kernel<T, 1, false, false>)
-                   : run(dense_gemv_kernel<T, 8, false, false>);
+      return a.in.rows == 1 ? run(dense_gemv_kernel<T, AnyRows<1, true>>)
+                            : run(dense_gemv_kernel<T, AnyRows<8, true>>);
+    a.in.rows == 1 ? run(dense_gemv_kernel<T, AnyRows<1, false>>)
+                   : run(dense_gemv_kernel<T, AnyRows<8, false>>);
   };
   if (type == DType::F32) return of_rows(float{});
   if (type == DType::F16) return of_rows(__half{});

@@ -28,8 +28,8 @@ struct GemvMatrix {
   const void* data = nullptr;  // codes, or rows of a dense matrix
   const GridWord* grids = nullptr;
   const float* bias = nullptr;
-  float* y = nullptr;  // [rows of x, y_stride]
-  int rows = 0, panels = 0;
+  float* y = nullptr;        // [rows of x, y_stride]
+  int rows = 0, panels = 0;  // 0: no matrix
 };
 
 struct GemvArgs {
@@ -38,12 +38,25 @@ struct GemvArgs {
   int matrices = 0;
   RowOutput output = RowOutput::Store;
   int64_t y_stride = 0;
-  int work = 0;       // panels (or row pairs) of all matrices; pairs of panels for SiluMul
-  int per_round = 0;  // panels whose sums fit the shared memory together
+  int work = 0;            // panels (or row pairs) of all matrices; pairs of panels for SiluMul
+  int each = 0, more = 0;  // of it a block has `each`, the first `more` blocks one more
+  int per_round = 0;       // panels whose sums fit the shared memory together
+  int spans = 0;           // of a panel (packed_row.cu), or turns of a row (dense_gemv.cu)
+  uint32_t inverse = 0;    // of spans, for quotient()
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
   int row_floats = 0;    // of shared memory for x's row (packed) and the gains, each; 0: none
 };
+
+// Divides a.work among as many blocks, which are what is returned.
+inline int share_work(GemvArgs& a, int processors) {
+  const int blocks = std::max(1, std::min(a.work, processors));
+  a.each = a.work / blocks, a.more = a.work % blocks;
+  return blocks;
+}
+__device__ __forceinline__ int work_of_block(const GemvArgs& a) {
+  return a.each + (static_cast<int>(blockIdx.x) < a.more ? 1 : 0);
+}
 
 // n numbers into shared memory, 16 bytes at a time where `by_fours` allows; gives the sum of this
 // thread's squares. Loads of a turn come first: kTurn of them are under way together.
@@ -216,57 +229,63 @@ __device__ __forceinline__ void stage_input(const GemvInput& in, float* row, int
 // product at the end: nothing here waits for the sum of the squares, and the caller's one barrier
 // is enough.
 
-constexpr int kRowTurns = 6;  // of four columns a thread, under way together
-
 // Whether the row can be staged so.
 inline bool row_in_registers(const GemvInput& in) {
   return in.rows == 1 && in.by_fours && !in.codes && !in.quantise && !in.shift;
 }
 
-template <int kThreads> struct RowInRegisters {
-  float4 gain[kRowTurns];
+// kTurns: of four columns a thread, under way together. Few warps run a kernel for a few µs: what
+// it does once is counted in instructions, so a row that needs no gain, or two turns, has code of
+// its own (with_row).
+template <int kThreads, int kTurns, bool kGain> struct RowInRegisters {
+  static_assert(kTurns % 2 == 0);
+  static constexpr int kTurnColumns = 4 * kThreads;
+  float4 gain[kGain ? kTurns : 1];
 
   // What no kernel writes: before the kernel in front has ended.
   __device__ __forceinline__ explicit RowInRegisters(const GemvInput& in) { load_gains(in, 0); }
 
-  // put(two columns c, values of columns c … c + 3 of each times the gain), as stage_input's, for
-  // all columns up to a multiple of 8 kThreads. Gives the sum of this thread's squares.
+  // put(turn, its columns and those of the turn behind it, times the gain) for all columns up to a
+  // multiple of 2 kTurnColumns; those of a turn are turn · kTurnColumns + 4 · thread and the three
+  // behind it. Gives the sum of this thread's squares, where there is a gain.
   template <class Put> __device__ __forceinline__ float put(const GemvInput& in, Put&& put) {
     float sum = 0;
 #pragma unroll 1
-    for (int first = 0; first < in.cols; first += kRowTurns * 4 * kThreads) {
-      float4 x[kRowTurns];
+    for (int first = 0; first < in.cols; first += kTurns * kTurnColumns) {
+      float4 x[kTurns];
+      const int column = first + 4 * static_cast<int>(threadIdx.x), left = in.cols - column;
+      const float4* from = reinterpret_cast<const float4*>(in.x + column);
 #pragma unroll
-      for (int j = 0; j < kRowTurns; ++j) {
-        const int c = column(first, j);
+      for (int j = 0; j < kTurns; ++j) {
         x[j] = float4{};
-        if (c < in.cols) x[j] = __ldcg(reinterpret_cast<const float4*>(in.x + c));
+        if (j * kTurnColumns < left) x[j] = __ldcg(from + j * kThreads);
       }
       if (first > 0) load_gains(in, first);
 #pragma unroll
-      for (int j = 0; j < kRowTurns; j += 2) {
-        if (first + j * 4 * kThreads >= in.cols) break;
+      for (int j = 0; j < kTurns; j += 2) {
+        if (j > 0 && first + j * kTurnColumns >= in.cols) break;
         const auto of = [&](int i) {
-          const float4 v = x[i], g = gain[i];
+          const float4 v = x[i];
+          if constexpr (!kGain) return v;
+          const float4 g = gain[kGain ? i : 0];
           sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
           return make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
         };
         // Two side by side, each being a chain of long waits.
-        put({column(first, j), column(first, j + 1)}, {of(j), of(j + 1)});
+        put(first / kTurnColumns + j, {of(j), of(j + 1)});
       }
     }
     return sum;
   }
   // The warps' sums of squares, [kThreads / 32] in shared memory, where there is a gain.
-  __device__ __forceinline__ static void store_squares(const GemvInput& in, float* squares,
-                                                       float sum) {
-    if (!in.gain) return;
+  __device__ __forceinline__ static void store_squares(float* squares, float sum) {
+    if constexpr (!kGain) return;
     sum = team_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
   }
   // What the product's sums are to be multiplied by; a barrier behind store_squares.
   __device__ __forceinline__ static float factor(const GemvInput& in, const float* squares) {
-    if (!in.gain) return 1;
+    if constexpr (!kGain) return 1;
     float all = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) all += squares[w];
@@ -274,25 +293,40 @@ template <int kThreads> struct RowInRegisters {
   }
 
  private:
-  __device__ __forceinline__ static int column(int first, int turn) {
-    return first + (turn * kThreads + static_cast<int>(threadIdx.x)) * 4;
-  }
   __device__ __forceinline__ void load_gains(const GemvInput& in, int first) {
+    if constexpr (!kGain) return;
+    const int column = first + 4 * static_cast<int>(threadIdx.x), left = in.cols - column;
+    const float4* from = reinterpret_cast<const float4*>(in.gain + column);
 #pragma unroll
-    for (int j = 0; j < kRowTurns; ++j) {
-      const int c = column(first, j);
-      gain[j] = in.gain && c < in.cols ? __ldg(reinterpret_cast<const float4*>(in.gain + c))
-                                       : make_float4(1, 1, 1, 1);
+    for (int j = 0; j < kTurns; ++j) {
+      gain[j] = float4{};
+      if (j * kTurnColumns < left) gain[j] = __ldg(from + j * kThreads);
     }
   }
 };
+
+// Host side: calls body(Int<kTurns>, std::bool_constant<kGain>) with what suits the row.
+template <int kThreads, class F> void with_row(const GemvInput& in, F&& body) {
+  const auto of_turns = [&](auto turns) {
+    if (in.gain)
+      body(turns, std::true_type{});
+    else
+      body(turns, std::false_type{});
+  };
+  if (in.cols <= 2 * 4 * kThreads)
+    of_turns(Int<2>{});
+  else
+    of_turns(Int<6>{});
+}
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // Which matrix and which of its panels (or rows) stands at `at` among all of them.
 __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
-  int i = 0;
-  while (i + 1 < a.matrices && at >= a.m[i].panels) at -= a.m[i++].panels;
+  const int first = a.m[0].panels, two = first + a.m[1].panels;
+  if (at < first) return 0;
+  const int i = at < two ? 1 : 2;
+  at -= i == 1 ? first : two;
   return i;
 }
 

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit),
                 kUnitBytes = unit_words(kBits, kUnit) * 128, kSpan = slot_units(kBits);
   extern __shared__ __align__(128) char shared[];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int rows = a.in.rows, each = 16 * rows;
   const int spans = (a.units + kSpan - 1) / kSpan;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
@@ -102,9 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* gains = a.row_floats > 0 ? row + a.row_floats : nullptr;
   __shared__ float scales[kDecodeRows];
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
-  const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-                   static_cast<int>(gridDim.x);
-  const int panels = a.output == RowOutput::SiluMul ? 2 * mine : mine;
+  const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
   // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
   // lane % 4.
   const char* x_lane[kTiles];
@@ -117,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     x_units[t] = x.units + (got < rows ? got : 0) * a.x_units;
   }
   let_next_start();
+  const uint64_t policy = read_once();
 #pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
     const int count = min(panels - p0, a.per_round);
@@ -135,13 +134,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     const GridWord* grids = pointer_of(of.grids, ahead_panel & 31);
     const auto fill = [&](int slot) {
       if (ahead_panel < count) {
-        const uint32_t to = shared_address(ring) + slot * kSlot;
+        const uint32_t to = shared_address(ring) + slot * kSlot + lane * 16;
         const int unit = ahead * kSpan;
-        copy_codes<kBits, kUnit>(codes + static_cast<int64_t>(unit) * kUnitBytes, to, lane);
+        const uint8_t* at = codes + static_cast<int64_t>(unit) * kUnitBytes + lane * 16;
+#pragma unroll
+        for (int u = 0; u < kSpan; ++u)
+          copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane, policy);
         if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind an odd panel's end the last
-          copy_async16(to + kSpan * kUnitBytes + lane * 16,
-                       grids + group_of(a, min(unit + lane / 4, a.units - 1)) * 16 + lane % 4 * 4,
-                       true);
+          copy_async_once<16>(
+              to + kSpan * kUnitBytes,
+              grids + group_of(a, min(unit + lane / 4, a.units - 1)) * 16 + lane % 4 * 4, policy);
         ahead += kWarps;
         if (wrap(ahead_panel, ahead)) {
           codes = pointer_of(of.codes, ahead_panel & 31);
@@ -160,8 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p0 == 0) {
       const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
       stage_input<kThreads, kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
-        put_bytes<kUnit, 1>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, {c}, {v},
-                            whole);
+        put_bytes<kUnit>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, c, v, whole);
       });
       if (kSpan > 1 && a.units % kSpan != 0)  // one unit more, of zeros
         for (int n = warp; n < rows; n += kWarps) {
@@ -264,7 +265,7 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   a.x_stride = size.x_stride;
   a.x_units = size.x_units;
   const DeviceInfo& info = device_info(y.device().index);
-  const auto blocks = static_cast<unsigned>(std::min(a.work, info.sms));
+  const auto blocks = static_cast<unsigned>(share_work(a, info.sms));
   const int panels = (a.work + static_cast<int>(blocks) - 1) / static_cast<int>(blocks) *
                      (a.output == RowOutput::SiluMul ? 2 : 1);
   const int rows_bytes = size.ring + a.in.rows * size.per_row, sums = a.in.rows * size.sums,

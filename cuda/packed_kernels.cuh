@@ -31,6 +31,14 @@ template <class F> void with_layout(const PackedView& v, F&& body) {
   return of_unit(Int<2>{});
 }
 
+// a / b for 0 ≤ a < 2³¹ / b and inverse = inverse_of(b): one multiplication.
+inline uint32_t inverse_of(int b) {
+  return b == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(b) + 1);
+}
+__device__ __forceinline__ int quotient(int a, uint32_t inverse) {
+  return inverse == 0 ? a : static_cast<int>(__umulhi(static_cast<uint32_t>(a), inverse));
+}
+
 // ---- chained launches ----
 //
 // A chained kernel may be started while the one before it on the stream still runs (programmatic

@@ -4,9 +4,10 @@
 //   span     four neighbouring units of a panel are a warp's work at a time. A product has room for
 //            four rows of x: each unit of the span is given a row of its own, which is x for that
 //            unit and zero for its neighbours, so the sums of all four come out of one set of
-//            registers, a unit's in the lanes lane % 4 that hold its row, and are scaled together
-//   sums     a span's go to a place of their own in shared memory, [panel][span][unit][row];
-//            nothing is kept from span to span
+//            registers, a unit's in the lanes lane % 4 that hold its row, and are scaled together.
+//            A warp takes spans that stand one behind another, through the panels of a round
+//   sums     stay in registers to the end of a panel, and meet those of the other warps in shared
+//            memory, [panel][warp][row]
 //   x        stays in registers until it is whole numbers (RowInRegisters); one slot of the ring is
 //            filled before the kernel in front has ended, the other once x is there: it would stand
 //            in its way, and comes while x is worked at
@@ -25,7 +26,40 @@ constexpr int kStages = 2, kEarly = 1;
 
 constexpr int unit_bytes(int bits, int unit) { return unit_words(bits, unit) * 128; }
 constexpr int span_bytes(int bits, int unit) { return kSpan * (unit_bytes(bits, unit) + 64); }
-constexpr int kSpanSums = kSpan * 16;  // of a panel
+constexpr int kPanelSums = kWarps * 16;
+
+// ---- x ----
+
+// Where a thread's fours of x stand once they are bytes. Turns of RowInRegisters are whole units
+// apart, so a place is that of the first turn and a multiple of the turn.
+template <int kUnit> struct RowBytes {
+  static constexpr int kTeam = kUnit / 4;  // lanes that hold a unit
+  static constexpr int kTurnUnits = 4 * kThreads / kUnit;
+  char* bytes;
+  UnitScale* unit;
+  int left;  // units from there on
+
+  __device__ __forceinline__ RowBytes(const StagedX& x, int units) {
+    const int own = static_cast<int>(threadIdx.x / kTeam),
+              inside = static_cast<int>(threadIdx.x % kTeam * 4);
+    bytes = x.bytes + own * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
+    unit = x.units + own;
+    left = units - own;
+  }
+  __device__ __forceinline__ void put(int turn, const float4 (&v)[2]) const {
+    FourBytes out[2];
+    whole_numbers<kTeam>(out, v);
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const int after = (turn + f) * kTurnUnits;
+      if (after >= left) continue;
+      char* at = bytes + after * (2 * kUnit);
+      *reinterpret_cast<uint32_t*>(at) = out[f].hi;
+      *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = out[f].lo;
+      if (threadIdx.x % kTeam == 0) unit[after] = out[f].unit;
+    }
+  }
+};
 
 // ---- a span ----
 
@@ -101,12 +135,11 @@ struct RowPlace {
   }
 };
 
-// Four lanes to an output, one for each unit of the spans.
-constexpr int kLanes = kSpan;
+constexpr int kLanes = 4;  // to an output, each for a quarter of the warps
 
 // What this thread's first output of a round is added to.
 __device__ __forceinline__ float addend(const GemvArgs& a, int p0, int count) {
-  const int i = static_cast<int>(threadIdx.x) / kLanes;
+  const int i = static_cast<int>(threadIdx.x / kLanes);
   if (a.output != RowOutput::Add || i >= outputs_of(a, count)) return 0;
   const RowPlace at(a, i, p0);
   return at.y ? __ldcg(at.y) : 0.0f;
@@ -117,25 +150,26 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-__device__ __forceinline__ void write_outputs(const GemvArgs& a, const float* parts, int spans,
-                                              float scale, float before, int p0, int count) {
+__device__ __forceinline__ void write_outputs(const GemvArgs& a, const float* parts, float scale,
+                                              float before, int p0, int count) {
+  static_assert(kWarps % kLanes == 0);
   const bool pairs = a.output == RowOutput::SiluMul;
-  const int outputs = outputs_of(a, count), unit = static_cast<int>(threadIdx.x) % kLanes;
+  const int outputs = outputs_of(a, count), quarter = static_cast<int>(threadIdx.x % kLanes);
   const auto sum_of = [&](int panel, int row) {
-    const float* from = parts + panel * (spans * kSpanSums) + unit * 16 + row;
+    const float* from = parts + panel * kPanelSums + quarter * 16 + row;
     float sum = 0;
-#pragma unroll 8
-    for (int s = 0; s < spans; ++s) sum += from[s * kSpanSums];
+#pragma unroll
+    for (int w = 0; w < kWarps; w += kLanes) sum += from[w * 16];
     return quad_sum(sum) * scale;
   };
   // Whole warps: eight outputs each.
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) / kLanes; i < outputs; i += kThreads / kLanes) {
+  for (int i = static_cast<int>(threadIdx.x / kLanes); i < outputs; i += kThreads / kLanes) {
     const int panel = i / 16, row = i % 16;
     float v = sum_of(pairs ? 2 * panel : panel, row), up = 0;
     if (pairs) up = sum_of(2 * panel + 1, row);
     const RowPlace at(a, i, p0);
-    if (unit != 0 || !at.y) continue;
+    if (quarter != 0 || !at.y) continue;
     if (const float* bias = a.m[at.matrix].bias) v += bias[at.out];
     if (pairs) {
       if (const float* bias = a.m[1].bias) up += bias[at.out];
@@ -146,7 +180,7 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& a, const float* pa
   }
 }
 
-template <int kBits, int kUnit>
+template <int kBits, int kUnit, int kTurns, bool kGain>
 __global__ void __launch_bounds__(kThreads, 1)
     packed_row_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kUnitBytes = unit_bytes(kBits, kUnit), kSlot = span_bytes(kBits, kUnit);
@@ -156,26 +190,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   asm volatile("" : "+r"(address));
   char* shared = static_cast<char*>(__cvta_shared_to_generic(address));
   __shared__ float squares[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int spans = (a.units + kSpan - 1) / kSpan;  // of a panel
-  // Spans are counted through the round's panels: warp w takes number w, w + kWarps, …, which is
-  // so many panels and spans further on. Quotients are small; a division takes longer.
-  const auto split = [&](int& s) {
-    int p = 0;
-    while (s >= spans) s -= spans, ++p;
-    return p;
-  };
-  int step_spans = kWarps, first_span = warp;
-  const int step_panels = split(step_spans), first_panel = split(first_span);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int spans = a.spans;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
+  const uint32_t ring_address = shared_address(ring) + lane * 16;
   const StagedX x{shared + kWarps * kStages * kSlot,
                   reinterpret_cast<UnitScale*>(shared + kWarps * kStages * kSlot + a.x_stride)};
   char* zeros = reinterpret_cast<char*>(x.units + spans * kSpan);  // a unit's bytes
   float* parts = reinterpret_cast<float*>(zeros + 2 * kUnit);
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
-  const int mine = (a.work - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-                   static_cast<int>(gridDim.x);
-  const int panels = a.output == RowOutput::SiluMul ? 2 * mine : mine;
+  const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
   const char* from[kSpan];
   int step[kSpan];
 #pragma unroll
@@ -187,38 +211,46 @@ __global__ void __launch_bounds__(kThreads, 1)
     step[u] = own ? kSpan * 2 * kUnit : 0;
   }
   let_next_start();
-  using Row = RowInRegisters<kThreads>;
+  const uint64_t policy = read_once();
+  using Row = RowInRegisters<kThreads, kTurns, kGain>;
 #pragma unroll 1
   for (int p0 = 0; p0 < panels; p0 += a.per_round) {
-    if (p0 > 0) __syncthreads();  // the last round's sums have been read
     const int count = min(panels - p0, a.per_round);
+    if (p0 > 0) __syncthreads();  // the last round's sums have been read
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < count * (kPanelSums / 4); i += kThreads)
+      reinterpret_cast<float4*>(parts)[i] = float4{};
+    if (p0 > 0) __syncthreads();  // a barrier follows below where p0 is 0
     const RoundPanels of(a, p0, p0 + count, panel_bytes, lane);
-    // The span that is fetched next, and the one that is multiplied next: of which of the round's
-    // panels, and the how manieth of it.
-    const auto advance = [&](int& p, int& s) {  // to the warp's next span
-      p += step_panels, s += step_spans;
-      if (s >= spans) s -= spans, ++p;
-    };
-    int ahead_panel = first_panel, ahead = first_span, panel = first_panel, span = first_span;
-    const uint8_t* codes = pointer_of(of.codes, ahead_panel & 31);
+    // The warp's spans of the round, and which of which panel is multiplied and fetched next.
+    const int all = count * spans, most = static_cast<int>((all + kWarps - 1u) / kWarps),
+              first = warp * most;
+    int left = min(most, all - first), panel = quotient(first, a.inverse),
+        span = first - panel * spans;
+    int ahead_left = left, ahead_panel = panel, ahead = span;
+    const uint8_t* codes = pointer_of(of.codes, ahead_panel & 31) + lane * 16;
     const GridWord* grids = pointer_of(of.grids, ahead_panel & 31);
     const auto fill = [&](int slot) {
-      if (ahead_panel < count) {
-        const uint32_t to = shared_address(ring) + slot * kSlot;
-        const int unit = ahead * kSpan, left = min(a.units - unit, kSpan);
-        const uint8_t* at = codes + static_cast<int64_t>(unit) * kUnitBytes;
-        asm("" : "+l"(at));  // added up once, not for every unit
+      if (ahead_left > 0) {
+        uint32_t to = ring_address + slot * kSlot;
+        const int unit = ahead * kSpan, units = a.units - unit;
+        const uint8_t* at = codes + unit * kUnitBytes;
+        asm("" : "+l"(at), "+r"(to));  // added up once, not for every unit
 #pragma unroll
         for (int u = 0; u < kSpan; ++u)
-          if (u < left) copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane);
+          if (u < units)
+            copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane, policy);
         if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind the panel's end the last
-          copy_async16(
-              to + kSpan * kUnitBytes + lane * 16,
+          copy_async_once<16>(
+              to + kSpan * kUnitBytes,
               grids + (min(unit + lane / 4, a.units - 1) >> a.group_shift) * 16 + lane % 4 * 4,
-              true);
-        advance(ahead_panel, ahead);
-        codes = pointer_of(of.codes, ahead_panel & 31);
-        grids = pointer_of(of.grids, ahead_panel & 31);
+              policy);
+        --ahead_left;
+        if (++ahead == spans) {
+          ahead = 0, ++ahead_panel;
+          codes = pointer_of(of.codes, ahead_panel & 31) + lane * 16;
+          grids = pointer_of(of.grids, ahead_panel & 31);
+        }
       }
       copy_async_commit();
     };
@@ -229,35 +261,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p0 == 0) {
       Row row(a.in);
       if (threadIdx.x < kUnit / 2) reinterpret_cast<uint32_t*>(zeros)[threadIdx.x] = 0;
+      const RowBytes<kUnit> to(x, spans * kSpan);
       wait_for_previous();
-      sum = row.put(a.in, [&](const int(&c)[2], const float4(&v)[2]) {
-        put_bytes<kUnit, 2>(x, spans * kSpan, c, v, false);
-      });
+      sum = row.put(a.in, [&](int turn, const float4(&v)[2]) { to.put(turn, v); });
     }
 #pragma unroll 1
     for (int s = early; s < kStages; ++s) fill(s);
     const float before = addend(a, p0, count);
     if (p0 == 0) {
       __syncthreads();
-      Row::store_squares(a.in, squares, sum);  // nobody needs them before the end
+      Row::store_squares(squares, sum);  // nobody needs them before the end
     }
     int slot = 0;
+    float2 sums{};
 #pragma unroll 1
-    while (panel < count) {
+    while (left > 0) {
       copy_async_wait<kStages - 1>();
       __syncwarp();
-      const float2 sums =
+      const float2 more =
           multiply_span<kBits, kUnit>(ring + slot * kSlot, from, step, x.units, span, lane);
-      float* to = parts + (panel * spans + span) * kSpanSums + lane % 4 * 16 + lane / 4;
-      to[0] = sums.x, to[8] = sums.y;
+      sums.x += more.x, sums.y += more.y;
       __syncwarp();
       fill(slot);
       slot = slot + 1 < kStages ? slot + 1 : 0;
-      advance(panel, span);
+      --left;
+      if (++span < spans && left > 0) continue;
+      sums.x = quad_sum(sums.x), sums.y = quad_sum(sums.y);
+      float* to = parts + panel * kPanelSums + warp * 16 + lane / 4;
+      if (lane % 4 == 0) to[0] = sums.x, to[8] = sums.y;
+      sums = {};
+      span = 0, ++panel;
     }
     copy_async_wait<0>();
     __syncthreads();
-    write_outputs(a, parts, spans, Row::factor(a.in, squares), before, p0, count);
+    write_outputs(a, parts, Row::factor(a.in, squares), before, p0, count);
   }
 }
 
@@ -272,24 +309,26 @@ bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
   if (v.bits > 4 || a.group_shift < 0 || !row_in_registers(a.in)) return false;
   const DeviceInfo& info = device_info(y.device().index);
   const int limit = static_cast<int>(info.shared_optin) - kStatic;
-  const int blocks = std::min(a.work, info.sms), each = a.output == RowOutput::SiluMul ? 2 : 1;
-  const int panels = (a.work + blocks - 1) / blocks * each;
+  const int blocks = share_work(a, info.sms), each = a.output == RowOutput::SiluMul ? 2 : 1;
+  const int panels = (a.each + (a.more > 0 ? 1 : 0)) * each;
   const int spans = (v.units + kSpan - 1) / kSpan;
+  a.spans = spans, a.inverse = inverse_of(spans);
   a.x_stride = spans * kSpan * 2 * v.unit;
   const int x_bytes = a.x_stride + spans * kSpan * static_cast<int>(sizeof(UnitScale)) + 2 * v.unit;
-  const int ring = kWarps * kStages * span_bytes(v.bits, v.unit), sums = spans * kSpanSums * 4;
-  // Panels of a round: those whose sums take 32 KiB, and no more than there are lanes to point at
-  // them.
-  a.per_round = std::min({panels, 32, std::max(2, 32 * 1024 / sums / 2 * 2)});
-  const int shared = ring + x_bytes + a.per_round * sums;
+  const int ring = kWarps * kStages * span_bytes(v.bits, v.unit);
+  a.per_round = std::min(panels, 32);  // as many as there are lanes to point at them
+  const int shared = ring + x_bytes + a.per_round * (kPanelSums * 4);
   if (shared > limit) return false;
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;
     if constexpr (kBits <= 4) {
-      const auto kernel = packed_row_kernel<kBits, kUnit>;
-      prepare_shared(kernel, static_cast<size_t>(shared));
-      launch_chained("packed_row", y, kernel, static_cast<unsigned>(blocks), kThreads,
-                     static_cast<size_t>(shared), 1, a);
+      with_row<kThreads>(a.in, [&](auto turns, auto gain) {
+        const auto kernel =
+            packed_row_kernel<kBits, kUnit, decltype(turns)::value, decltype(gain)::value>;
+        prepare_shared(kernel, static_cast<size_t>(shared));
+        launch_chained("packed_row", y, kernel, static_cast<unsigned>(blocks), kThreads,
+                       static_cast<size_t>(shared), 1, a);
+      });
     }
   });
   return true;

@@ -13,25 +13,19 @@ constexpr int slot_bytes(int bits, int unit) {
   return slot_units(bits) * (unit_words(bits, unit) * 128 + 64);
 }
 
-// Copies a unit's codes into shared memory by one warp, asynchronously.
+// Copies a unit's codes into shared memory by one warp, asynchronously. from, to: where the unit
+// begins, and 16 bytes a lane further.
 template <int kBits, int kUnit>
-__device__ __forceinline__ void copy_unit(const uint8_t* from, uint32_t to, int lane) {
-  constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4;
+__device__ __forceinline__ void copy_unit(const uint8_t* from, uint32_t to, int lane,
+                                          uint64_t policy) {
+  constexpr int kWords = unit_words(kBits, kUnit), kFours = kWords / 4 * 4,
+                kOne = (kWords - 1) * 128;
 #pragma unroll
-  for (int i = 0; i < kFours; i += 4)
-    copy_async16(to + i * 128 + lane * 16, from + i * 128 + lane * 16, true);
+  for (int i = 0; i < kFours; i += 4) copy_async_once<16>(to + i * 128, from + i * 128, policy);
   if constexpr (kWords % 4 >= 2)
-    copy_async8(to + kFours * 128 + lane * 8, from + kFours * 128 + lane * 8);
+    copy_async_once<8>(to + kFours * 128 - lane * 8, from + kFours * 128 - lane * 8, policy);
   if constexpr (kWords % 2 == 1)
-    copy_async4(to + (kWords - 1) * 128 + lane * 4, from + (kWords - 1) * 128 + lane * 4, true);
-}
-// The same with a slot's units, which stand one behind another.
-template <int kBits, int kUnit>
-__device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int lane) {
-  constexpr int kBytes = unit_words(kBits, kUnit) * 128;
-#pragma unroll
-  for (int u = 0; u < slot_units(kBits); ++u)
-    copy_unit<kBits, kUnit>(codes + u * kBytes, slot + u * kBytes, lane);
+    copy_async_once<4>(to + kOne - lane * 12, from + kOne - lane * 12, policy);
 }
 
 // This lane's words of a unit in shared memory.
@@ -84,55 +78,69 @@ template <int kTeam> __device__ __forceinline__ uint32_t team_mask() {
   return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
 }
 
-// kFours times columns c … c + 3 of a row whose bytes and units begin at x; side by side, since
-// each is a chain of long waits. A unit's lanes call together. whole: the values are whole numbers
-// of less than two bytes already.
-template <int kUnit, int kFours>
-__device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int (&c)[kFours],
-                                          const float4 (&v)[kFours], bool whole) {
-  constexpr int kTeam = kUnit / 4;  // lanes that hold a unit
-  constexpr float kTop = 127 * 256 + 127;
-  // Bits of |v| as whole numbers: their order is that of the values, and NaN is the largest.
-  const auto bits = [](float f) { return __float_as_uint(f) & 0x7fffffffu; };
-  // i = 256 · hi + lo, both signed: lo is the last byte of i, hi the one above it of i + 128.
-  const auto bytes = [](int i, int j, int k, int l, uint32_t pick) {
-    return __byte_perm(__byte_perm(i, j, pick), __byte_perm(k, l, pick), 0x5410);
-  };
-  uint32_t top[kFours], lo[kFours], hi[kFours];
+// Four neighbouring columns of x as bytes, and what their unit's whole numbers stand for.
+struct FourBytes {
+  uint32_t hi, lo;
+  UnitScale unit;
+};
+
+// kFours times such columns, side by side, since each is a chain of long waits. A unit's lanes, of
+// which there are kTeam, call together. whole: the values are whole numbers of less than two bytes
+// already; else they become such, in units that make the largest of a unit the largest.
+template <int kTeam, int kFours>
+__device__ __forceinline__ void whole_numbers(FourBytes (&out)[kFours], const float4 (&v)[kFours],
+                                              bool whole = false) {
+  // i = 256 · hi + lo, both signed: lo is the last byte of i, hi the one above it of i + 128. Added
+  // to 1.5 · 2²³ a number rounds to a whole one, which is then in the low bits.
+  constexpr float kTop = 127 * 256 + 127, kRound = 12582912;
+  constexpr uint32_t kRoundBits = 0x4b400000;
+  uint32_t top[kFours];  // bits of the largest |v|: their order is that of the values; NaN is above
   int sum[kFours];
 #pragma unroll
   for (int f = 0; f < kFours; ++f)
     top[f] = __reduce_max_sync(
-        team_mask<kTeam>(), max(max(bits(v[f].x), bits(v[f].y)), max(bits(v[f].z), bits(v[f].w))));
+        team_mask<kTeam>(),
+        __float_as_uint(larger_or_nan(larger_or_nan(fabsf(v[f].x), fabsf(v[f].y)),
+                                      larger_or_nan(fabsf(v[f].z), fabsf(v[f].w)))));
 #pragma unroll
   for (int f = 0; f < kFours; ++f) {
-    const float up = __fdividef(kTop, __uint_as_float(top[f])),
-                by = whole                                ? 1.0f
-                     : top[f] > 0 && top[f] < 0x7f800000u ? up
-                                                          : 0.0f;
-    const auto number = [&](float t) { return __float2int_rn(t * by); };
-    const int i[4] = {number(v[f].x), number(v[f].y), number(v[f].z), number(v[f].w)};
-    lo[f] = bytes(i[0], i[1], i[2], i[3], 0x0040);
-    hi[f] = bytes(i[0] + 128, i[1] + 128, i[2] + 128, i[3] + 128, 0x0051);
-    sum[f] = i[0] + i[1] + i[2] + i[3];
-  }
-#pragma unroll
-  for (int f = 0; f < kFours; ++f) sum[f] = __reduce_add_sync(team_mask<kTeam>(), sum[f]);
-#pragma unroll
-  for (int f = 0; f < kFours; ++f) {
-    const int unit = static_cast<int>(static_cast<unsigned>(c[f]) / kUnit),
-              inside = static_cast<int>(static_cast<unsigned>(c[f]) % kUnit);
-    if (unit >= units) continue;
-    char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
-    *reinterpret_cast<uint32_t*>(at) = hi[f];
-    *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = lo[f];
-    if (inside != 0) continue;
+    const bool usable = top[f] - 0x00800000u < 0x7f000000u;  // neither denormal nor infinite
+    const float by = whole ? 1.0f : usable ? kTop * reciprocal_fast(__uint_as_float(top[f])) : 0.0f;
+    const auto bits = [&](float t, float round) { return __float_as_uint(fmaf(t, by, round)); };
+    const uint32_t i[4] = {bits(v[f].x, kRound), bits(v[f].y, kRound), bits(v[f].z, kRound),
+                           bits(v[f].w, kRound)},
+                   above[4] = {bits(v[f].x, kRound + 128), bits(v[f].y, kRound + 128),
+                               bits(v[f].z, kRound + 128), bits(v[f].w, kRound + 128)};
+    const auto pick = [](const uint32_t(&from)[4], uint32_t which) {
+      return __byte_perm(__byte_perm(from[0], from[1], which), __byte_perm(from[2], from[3], which),
+                         0x5410);
+    };
+    out[f].lo = pick(i, 0x0040);
+    out[f].hi = pick(above, 0x0051);
+    sum[f] = static_cast<int>(i[0] + i[1] + (i[2] + i[3]) - 4 * kRoundBits);
     // Infinite or not a number: so is the result.
-    x.units[unit] = {top[f] >= 0x7f800000u ? __int_as_float(0x7fc00000)
-                     : whole               ? 1.0f
-                                           : __uint_as_float(top[f]) * (1 / kTop),
-                     -sum[f]};
+    out[f].unit.scale = top[f] >= 0x7f800000u ? __int_as_float(0x7fc00000)
+                        : whole               ? 1.0f
+                                              : __uint_as_float(top[f]) * (1 / kTop);
   }
+#pragma unroll
+  for (int f = 0; f < kFours; ++f)
+    out[f].unit.minus_sum = -__reduce_add_sync(team_mask<kTeam>(), sum[f]);
+}
+
+// Columns c … c + 3 of a row whose bytes and units begin at x.
+template <int kUnit>
+__device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, float4 v,
+                                          bool whole) {
+  FourBytes out[1];
+  whole_numbers<kUnit / 4>(out, {v}, whole);
+  const int unit = static_cast<int>(static_cast<unsigned>(c) / kUnit),
+            inside = static_cast<int>(static_cast<unsigned>(c) % kUnit);
+  if (unit >= units) return;
+  char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
+  *reinterpret_cast<uint32_t*>(at) = out[0].hi;
+  *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = out[0].lo;
+  if (inside == 0) x.units[unit] = out[0].unit;
 }
 
 // A tile is four rows of x. total: of rows r and r + 8 and row q of each tile. x: where

@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 (8, 4) bytes to shared memory, or zeros when they are not present.
+// 16 (4) bytes to shared memory, or zeros when they are not present.
 __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(present ? 16 : 0)
@@ -25,8 +25,31 @@ __device__ __forceinline__ void copy_async4(uint32_t to, const void* from, bool 
                "r"(present ? 4 : 0)
                : "memory");
 }
-__device__ __forceinline__ void copy_async8(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+// For loads of what is read once: the L2 cache gives it up first, and keeps what kernels hand to
+// each other.
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// 16 bytes, 8 or 4.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_once(uint32_t to, const void* from, uint64_t policy) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
+                 "l"(from), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(to),
+                 "l"(from), "n"(kBytes), "l"(policy)
+                 : "memory");
+}
+__device__ __forceinline__ uint4 load_once(const uint4* p, uint64_t policy) {
+  uint4 v;
+  asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p), "l"(policy));
+  return v;
 }
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -46,22 +69,32 @@ __device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* p,
 }
 
 // Of a cluster of blocks, from sm_90 on: a barrier of all threads of all blocks, which orders their
-// shared memory, and a number at a shared address of one of the blocks.
+// shared memory; the two halves of one that does not, for a block must have begun before others
+// write into its shared memory; and such a write, at a shared address as it is in the own block.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 #endif
 }
-__device__ __forceinline__ float load_from_cluster([[maybe_unused]] uint32_t address,
-                                                   [[maybe_unused]] uint32_t block) {
-  float v = 0;
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t address,
+                                                 [[maybe_unused]] uint32_t block,
+                                                 [[maybe_unused]] float v) {
 #if __CUDA_ARCH__ >= 900
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
 #endif
-  return v;
 }
 
 // Four 8 × 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
@@ -128,6 +161,18 @@ __device__ __forceinline__ float2 unpack_pair(F16, uint32_t pair) {
   return r;
 }
 
+// The larger; NaN where one of them is.
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float reciprocal_fast(
+    float x) {  // relative error < 2⁻²³; denormals are 0
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float exp2_fast(float x) {  // 2ˣ, relative error < 2⁻²²; −∞ gives 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
