@@ -10,6 +10,7 @@
 #include "cuda/code_bytes.cuh"
 #include "cuda/packed.h"
 #include "cuda/packed_kernels.cuh"
+#include "tensor/elementwise.h"
 
 namespace omq::cuda {
 namespace {
@@ -69,15 +70,55 @@ __global__ void __launch_bounds__(kThreads)
   sums[panel * 16 + threadIdx.x] = all;
 }
 
+// One product's sums and what they stand for.
+struct Finish {
+  const int32_t *sums, *w_sums;  // [T, N], [N]
+  const GridWord* w_grid;        // [N]
+  int w_offset;
+};
+struct FinishRows {
+  const int32_t* x_sums;  // [T]
+  const float2* x_grid;   // [T]: scale, zero
+  int64_t rows, cols;     // T, N
+  int depth, x_offset;    // K
+};
+
 // Four neighbouring columns of kRowsEach rows a thread: what belongs to columns is read once for
 // them, and the lanes of a warp read and write side by side.
 constexpr int kRowsEach = 8, kColsEach = 4;
-struct Finish {
-  const int32_t *sums, *x_sums, *w_sums;  // [T, N], [T], [N]
-  const float2* x_grid;                   // [T]: scale, zero
-  const GridWord* w_grid;                 // [N]
-  int64_t rows, cols;                     // T, N
-  int depth, x_offset, w_offset;          // K
+
+// A thread's columns of a product.
+struct Columns {
+  int4 s[kRowsEach];
+  int ws[kColsEach], zw[kColsEach];
+  float scale[kColsEach];
+  __device__ __forceinline__ void load(const Finish& f, int64_t first, int64_t rows, int64_t fours,
+                                       int64_t four) {
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r)
+      if (first + r < rows)
+        s[r] = reinterpret_cast<const int4*>(f.sums)[(first + r) * fours + four];
+    const int4 w = reinterpret_cast<const int4*>(f.w_sums)[four];
+    const uint4 g = reinterpret_cast<const uint4*>(f.w_grid)[four];
+    const int sums[kColsEach] = {w.x, w.y, w.z, w.w};
+    const GridWord grids[kColsEach] = {g.x, g.y, g.z, g.w};
+#pragma unroll
+    for (int j = 0; j < kColsEach; ++j) {
+      ws[j] = sums[j];
+      zw[j] = grid_zero(grids[j]) - f.w_offset;
+      scale[j] = grid_scale(grids[j]);
+    }
+  }
+  // Row r, whose x has scale and zero point zx, and whose codes' sum is xs.
+  __device__ __forceinline__ void row(float (&out)[kColsEach], int r, float x_scale, int zx, int xs,
+                                      int depth) const {
+    const int sums[kColsEach] = {s[r].x, s[r].y, s[r].z, s[r].w};
+#pragma unroll
+    for (int j = 0; j < kColsEach; ++j) {
+      const int exact = sums[j] - zw[j] * xs - zx * ws[j] + depth * zx * zw[j];
+      out[j] = static_cast<float>(exact) * (x_scale * scale[j]);
+    }
+  }
 };
 
 __device__ __forceinline__ void store_four(Operand y, int64_t i, const float (&v)[kColsEach]) {
@@ -88,38 +129,29 @@ __device__ __forceinline__ void store_four(Operand y, int64_t i, const float (&v
         make_uint2(two_16bit(v[0], v[1], y.dtype), two_16bit(v[2], v[3], y.dtype));
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Operand y, Finish f) {
-  const int64_t fours = f.cols / kColsEach, row_blocks = (f.rows + kRowsEach - 1) / kRowsEach;
+// y: of f[0]; kGated: silu(of f[0]) ⊙ (of f[1]).
+template <bool kGated>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(Operand y, FinishRows of, Finish a, Finish b) {
+  const int64_t fours = of.cols / kColsEach, row_blocks = (of.rows + kRowsEach - 1) / kRowsEach;
   for (int64_t i = grid_index(); i < row_blocks * fours; i += grid_stride()) {
-    const int64_t block = divide(i, fours), four = i - block * fours;
-    int4 s[kRowsEach];
-#pragma unroll
-    for (int r = 0; r < kRowsEach; ++r)
-      if (const int64_t row = block * kRowsEach + r; row < f.rows)
-        s[r] = reinterpret_cast<const int4*>(f.sums)[row * fours + four];
-    const int4 w = reinterpret_cast<const int4*>(f.w_sums)[four];
-    const uint4 g = reinterpret_cast<const uint4*>(f.w_grid)[four];
-    const int ws[kColsEach] = {w.x, w.y, w.z, w.w};
-    const GridWord grids[kColsEach] = {g.x, g.y, g.z, g.w};
-    int zw[kColsEach];
-    float scale[kColsEach];
-#pragma unroll
-    for (int j = 0; j < kColsEach; ++j) {
-      zw[j] = grid_zero(grids[j]) - f.w_offset;
-      scale[j] = grid_scale(grids[j]);
-    }
+    const int64_t block = divide(i, fours), four = i - block * fours, first = block * kRowsEach;
+    Columns left, right;
+    left.load(a, first, of.rows, fours, four);
+    if constexpr (kGated) right.load(b, first, of.rows, fours, four);
 #pragma unroll
     for (int r = 0; r < kRowsEach; ++r) {
-      const int64_t row = block * kRowsEach + r;
-      if (row >= f.rows) break;
-      const float2 grid = f.x_grid[row];
-      const int zx = static_cast<int>(grid.y) - f.x_offset, xs = f.x_sums[row];
-      const int sums[kColsEach] = {s[r].x, s[r].y, s[r].z, s[r].w};
+      const int64_t row = first + r;
+      if (row >= of.rows) break;
+      const float2 grid = of.x_grid[row];
+      const int zx = static_cast<int>(grid.y) - of.x_offset, xs = of.x_sums[row];
       float out[kColsEach];
+      left.row(out, r, grid.x, zx, xs, of.depth);
+      if constexpr (kGated) {
+        float up[kColsEach];
+        right.row(up, r, grid.x, zx, xs, of.depth);
 #pragma unroll
-      for (int j = 0; j < kColsEach; ++j) {
-        const int exact = sums[j] - zw[j] * xs - zx * ws[j] + f.depth * zx * zw[j];
-        out[j] = static_cast<float>(exact) * (grid.x * scale[j]);
+        for (int j = 0; j < kColsEach; ++j) out[j] = fn::Silu{}.fwd(out[j]) * up[j];
       }
       store_four(y, row * fours + four, out);
     }
@@ -135,35 +167,57 @@ bool integer_matmul_takes(const PackedInt& w) {
   return w.groups() == 1 && w.cols % 16 == 0 && w.rows % 16 == 0 && w.cols <= 32768;
 }
 
+namespace {
+
+// Σ of the products of x's codes with w's, and what is needed beside them. The tensors live as long
+// as this.
+struct Sums {
+  Tensor sums, w_sums;  // I32 [T, N], [N]
+  Finish finish;
+  Sums(const QuantizedRows& x, const PackedInt& w) {
+    const PackedView v = view_of("packed_matmul_rows", w);
+    const Device device = x.codes.device();
+    check(x.as_signed() && x.codes.is_contiguous() && aligned16(x.codes.raw()) &&
+              x.grid.is_contiguous(),
+          "packed_matmul_rows: codes {} are not signed bytes, row by row", x.codes.shape());
+    Tensor right = Tensor::empty({w.rows, w.cols}, DType::I8, device);
+    sums = Tensor::empty({x.codes.dim(0), w.rows}, DType::I32, device);
+    w_sums = Tensor::empty({w.rows}, DType::I32, device);
+    with_layout(v, [&](auto bits, auto unit) {
+      launch("signed_units", sums,
+             signed_units_kernel<decltype(bits)::value, decltype(unit)::value>,
+             dim3(static_cast<unsigned>(v.panels)), kThreads, 0, static_cast<uint8_t*>(right.raw()),
+             w_sums.data<int32_t>(), v);
+    });
+    matmul(sums, x.codes, right.alias({w.cols, w.rows}, {1, w.cols}, 0));
+    finish = {sums.data<int32_t>(), w_sums.data<int32_t>(), v.grids, signed_offset(v.bits)};
+  }
+};
+
+template <bool kGated>
+void finish_sums(Tensor& y, const QuantizedRows& x, const Finish& a, const Finish& b) {
+  check(y.is_contiguous(), "packed_matmul_rows: y {} is not contiguous", y.shape());
+  const FinishRows of{x.sums.data<int32_t>(),
+                      reinterpret_cast<const float2*>(x.grid.data<float>()),
+                      y.dim(0),
+                      y.dim(1),
+                      static_cast<int>(x.cols),
+                      signed_offset(x.spec.bits)};
+  launch("integer_sums", y, finish_kernel<kGated>,
+         blocks_for((of.rows + kRowsEach - 1) / kRowsEach * (of.cols / kColsEach), kThreads),
+         kThreads, 0, operand("packed_matmul_rows", y), of, a, b);
+}
+
+}  // namespace
+
 void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
-  const PackedView v = view_of("packed_matmul_rows", w);
-  const int64_t rows = x.codes.dim(0), cols = w.cols;
-  const Device device = y.device();
-  check(x.as_signed() && x.codes.is_contiguous() && aligned16(x.codes.raw()) &&
-            x.grid.is_contiguous() && y.is_contiguous(),
-        "packed_matmul_rows: codes {} are not signed bytes, row by row", x.codes.shape());
-  Tensor right = Tensor::empty({w.rows, cols}, DType::I8, device),
-         sums = Tensor::empty({rows, w.rows}, DType::I32, device),
-         w_sums = Tensor::empty({w.rows}, DType::I32, device);
-  with_layout(v, [&](auto bits, auto unit) {
-    launch("signed_units", y, signed_units_kernel<decltype(bits)::value, decltype(unit)::value>,
-           dim3(static_cast<unsigned>(v.panels)), kThreads, 0, static_cast<uint8_t*>(right.raw()),
-           w_sums.data<int32_t>(), v);
-  });
-  matmul(sums, x.codes, right.alias({cols, w.rows}, {1, cols}, 0));
-  const Finish f{sums.data<int32_t>(),
-                 x.sums.data<int32_t>(),
-                 w_sums.data<int32_t>(),
-                 reinterpret_cast<const float2*>(x.grid.data<float>()),
-                 v.grids,
-                 rows,
-                 w.rows,
-                 static_cast<int>(cols),
-                 signed_offset(x.spec.bits),
-                 signed_offset(v.bits)};
-  launch("integer_sums", y, finish_kernel,
-         blocks_for((rows + kRowsEach - 1) / kRowsEach * (w.rows / kColsEach), kThreads), kThreads,
-         0, operand("packed_matmul_rows", y), f);
+  const Sums s(x, w);
+  finish_sums<false>(y, x, s.finish, {});
+}
+
+void integer_gated(Tensor& y, const QuantizedRows& x, const PackedInt& gate, const PackedInt& up) {
+  const Sums left(x, gate), right(x, up);
+  finish_sums<true>(y, x, left.finish, right.finish);
 }
 
 }  // namespace omq::cuda

@@ -88,6 +88,19 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
   few_rows("packed_matmul_rows", y, {}, &x, {&m, 1}, RowOutput::Store);
 }
 
+void packed_gated_rows(Tensor& y, const QuantizedRows& x, const PackedInt& gate,
+                       const PackedInt& up) {
+  if (y.numel() == 0) return;
+  if (many(x.codes.dim(0), {gate, {}}, gate.cols, y.device()) && x.as_signed() &&
+      integer_matmul_takes(gate) && integer_matmul_takes(up))
+    return integer_gated(y, x, gate, up);
+  Tensor left = Tensor::empty(y.shape(), y.dtype(), y.device()),
+         right = Tensor::empty(y.shape(), y.dtype(), y.device());
+  packed_matmul_rows(left, x, gate);
+  packed_matmul_rows(right, x, up);
+  silu_mul(y, left, right);
+}
+
 void dense_matmul(Tensor& y, const Tensor& x, const Tensor& w) {
   if (y.numel() == 0) return;
   const RowMatrix m{w, {}};

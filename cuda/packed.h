@@ -34,6 +34,7 @@ void choose(Tensor& state, Tensor& told, const Tensor& logits);
 // y [M, N] = rows of signed codes times packed weights in int8, exact; for matrices that it takes.
 bool integer_matmul_takes(const PackedInt& w);
 void integer_matmul(Tensor& y, const QuantizedRows& x, const PackedInt& w);
+void integer_gated(Tensor& y, const QuantizedRows& x, const PackedInt& gate, const PackedInt& up);
 
 // code − zero of every element into y, F16 [rows, cols].
 void codes_to_numbers(Tensor& y, const QuantizedRows& x);

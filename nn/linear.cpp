@@ -50,6 +50,24 @@ Tensor Linear::operator()(const LinearInput& x, WriteAs write) const {
              : multiply(*this, seen, write);
 }
 
+Tensor gated_product(const Linear& gate, const Linear& up, const LinearInput& x) {
+  const auto plain = [](const Linear& l) {
+    return l.is_packed() && !l.pre && !l.online && !l.bias.defined();
+  };
+  if (!plain(gate) || !plain(up) || !gate.input_quant || gate.input_quant != up.input_quant)
+    return {};
+  const Tensor& in = x.tensor();
+  const int64_t rows = in.numel() / in.dim(-1);
+  if (!halves_wanted(rows, in.device(), WriteAs::Operand)) return {};
+  const auto int_weight = [](const Linear& l) {
+    return dynamic_cast<const PackedIntWeight*>(
+        std::get<std::shared_ptr<PackedWeight>>(l.weight).get());
+  };
+  const PackedIntWeight *left = int_weight(gate), *right = int_weight(up);
+  if (!left || !right || left->rows() != right->rows()) return {};
+  return left->gated(x.codes(*gate.input_quant), *right);
+}
+
 Linear Linear::product() const {
   Linear l = *this;
   l.online = {};

@@ -41,6 +41,10 @@ struct Linear {
   void visit(const VisitFn& v);  // weight (or packed), bias, online.left, online.right, input_clip
 };
 
+// silu(gate(x)) ⊙ up(x), where a device multiplies codes and makes it of the sums at once; else
+// undefined, and nothing is done. No gradient.
+Tensor gated_product(const Linear& gate, const Linear& up, const LinearInput& x);
+
 // x [..., K] · wᵀ with w [N, K] of F32, BF16 or F16. Weights of 16 bits take no gradient and are
 // never widened whole.
 Tensor dense_linear(const Tensor& x, const Tensor& w, const Tensor& bias,

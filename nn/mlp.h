@@ -11,6 +11,8 @@ struct MLP {
 
   Tensor operator()(const Tensor& x) const {
     const LinearInput in(x);
+    if (const Tensor gated = gated_product(gate_proj, up_proj, in); gated.defined())
+      return down_proj(gated);
     return down_proj(
         LinearInput::silu_mul(gate_proj(in, WriteAs::Operand), up_proj(in, WriteAs::Operand)));
   }

@@ -15,6 +15,22 @@ Tensor result(int64_t rows, int64_t cols, Device device, WriteAs write) {
                        device);
 }
 
+// x as [rows, columns], and the shape of a product with it.
+QuantizedRows flat(const QuantizedRows& x, const PackedInt& w) {
+  check(x.cols == w.cols, "packed matmul: codes {} against a weight [{}, {}]", x.codes.shape(),
+        w.rows, w.cols);
+  QuantizedRows rows = x;
+  rows.codes = reshape(x.codes, {-1, w.cols});
+  rows.grid = reshape(x.grid, {-1, 2});
+  if (x.as_signed()) rows.sums = reshape(x.sums, {-1});
+  return rows;
+}
+Shape shape_behind(const QuantizedRows& x, const PackedInt& w) {
+  Shape shape = x.codes.shape();
+  shape[shape.n - 1] = w.rows;
+  return shape;
+}
+
 }  // namespace
 
 bool halves_wanted(int64_t rows, Device device, WriteAs write) {
@@ -41,17 +57,18 @@ Tensor PackedIntWeight::matmul(const Tensor& x, WriteAs write) const {
 
 Tensor PackedIntWeight::matmul(const QuantizedRows& x, WriteAs write) const {
   if (!x.spec.include_zero) return PackedWeight::matmul(x, write);
-  check(x.cols == w_.cols, "packed matmul: codes {} against a weight [{}, {}]", x.codes.shape(),
-        w_.rows, w_.cols);
-  QuantizedRows rows = x;
-  rows.codes = reshape(x.codes, {-1, w_.cols});
-  rows.grid = reshape(x.grid, {-1, 2});
-  if (x.as_signed()) rows.sums = reshape(x.sums, {-1});
+  const QuantizedRows rows = flat(x, w_);
   Tensor y = result(rows.codes.dim(0), w_.rows, x.codes.device(), write);
   packed_on(y).packed_matmul_rows(y, rows, w_);
-  Shape shape = x.codes.shape();
-  shape[shape.n - 1] = w_.rows;
-  return reshape(y, shape);
+  return reshape(y, shape_behind(x, w_));
+}
+
+Tensor PackedIntWeight::gated(const QuantizedRows& x, const PackedIntWeight& up) const {
+  if (!x.spec.include_zero) return {};
+  const QuantizedRows rows = flat(x, w_);
+  Tensor y = result(rows.codes.dim(0), w_.rows, x.codes.device(), WriteAs::Operand);
+  packed_on(y).packed_gated_rows(y, rows, w_, up.w_);
+  return reshape(y, shape_behind(x, w_));
 }
 
 std::shared_ptr<PackedWeight> PackedIntWeight::on_device(Device device) const {

@@ -46,6 +46,8 @@ class PackedIntWeight final : public PackedWeight {
   Tensor matmul(const Tensor& x, WriteAs write) const override;
   // In integers, unless zero points of x need not be codes (RowQuant::include_zero).
   Tensor matmul(const QuantizedRows& x, WriteAs write) const override;
+  // silu(x · thisᵀ) ⊙ (x · upᵀ), F16, of many rows on a GPU; undefined where integers do not do it.
+  Tensor gated(const QuantizedRows& x, const PackedIntWeight& up) const;
   Tensor dequantize() const override;
   Tensor embedding(const Tensor& ids) const override;
   std::shared_ptr<PackedWeight> on_device(Device device) const override;

@@ -319,6 +319,14 @@ void packed_matmul_rows(Tensor& y, const QuantizedRows& x, const PackedInt& w) {
     multiply_codes(loops, view, codes, m, y.data<float>());
 }
 
+void packed_gated_rows(Tensor& y, const QuantizedRows& x, const PackedInt& gate,
+                       const PackedInt& up) {
+  Tensor right = Tensor::empty(y.shape(), DType::F32);
+  packed_matmul_rows(y, x, gate);
+  packed_matmul_rows(right, x, up);
+  silu_mul(y, y, right);
+}
+
 // Files hold the CPU's own order.
 void packed_arrange(PackedInt& y, const PackedInt& w) { y = w; }
 

@@ -320,4 +320,45 @@ TEST_CASE("devices: products without gradients in every compute type") {
         }
 }
 
+// On a GPU the sums of gate and up become one tensor at once, where both multiply codes of one
+// kind.
+TEST_CASE("devices: an MLP of codes is the CPU's") {
+  const NoGrad off;
+  Rng rng(4);
+  const Tensor narrow = normal_tensor(rng, {48, 64}, DType::F32),
+               wide = normal_tensor(rng, {48, 64}, DType::F32),
+               back = normal_tensor(rng, {64, 48}, DType::F32),
+               x = normal_tensor(rng, {1, 40, 64}, DType::F32);
+  const auto mlp = [&](Device d) {
+    nn::MLP m;
+    const auto packed = [&](const Tensor& w) {
+      const auto p = quant::pack_nearest(w, {.wbits = 8});
+      return nn::Linear{d.type == DeviceType::CPU ? p : p->on_device(d), {}};
+    };
+    m.gate_proj = packed(narrow), m.up_proj = packed(wide), m.down_proj = packed(back);
+    for (nn::Linear* l : {&m.gate_proj, &m.up_proj, &m.down_proj})
+      l->input_quant = RowQuant{.bits = 8};
+    return m;
+  };
+  const std::vector<float> want = mlp({})(x).to_vector<float>();
+  for (const Device d : test_devices())
+    for (const Compute compute : {Compute::F32, Compute::F16})
+      for (const bool apart : {false, true}) {
+        CAPTURE(d);
+        CAPTURE(std::string(compute_name(compute)));
+        CAPTURE(apart);
+        nn::MLP m = mlp(d);
+        if (apart)  // an onlooker wants each product by itself
+          m.up_proj.pre = [](const Tensor& t) { return t; };
+        const ComputeScope scope(compute);
+        const Tensor on_device = to(x, d);
+        const bool at_once =
+            nn::gated_product(m.gate_proj, m.up_proj, nn::LinearInput(on_device)).defined();
+        CHECK(at_once == (d.type != DeviceType::CPU && compute == Compute::F16 && !apart));
+        const std::vector<float> got =
+            to(to(m(on_device), DType::F32), Device{}).to_vector<float>();
+        CHECK(difference(got, want) < 0.02);
+      }
+}
+
 }  // namespace omq

@@ -237,6 +237,37 @@ TEST_CASE("devices: many rows of codes are multiplied exactly, in 16 bits too") 
   });
 }
 
+TEST_CASE("devices: two products of codes become one gated one") {
+  on_devices(1, [](Rng& rng, Device d) {
+    for (const int bits : {4, 8})
+      for (const int64_t group : {0, 64})  // groups are multiplied one product after the other
+        for (const int64_t m : {3, 37}) {
+          CAPTURE(bits);
+          CAPTURE(group);
+          CAPTURE(m);
+          constexpr int64_t kRows = 48, kCols = 192;
+          const GroupSpec spec{.bits = bits, .group_size = group};
+          const Packed gate = random_packed(rng, kRows, kCols, spec, d),
+                       up = random_packed(rng, kRows, kCols, spec, d);
+          const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -0.2, 0.3);
+          const QuantizedRows want_x = codes_of(x, {.bits = 8}, {}),
+                              got_x = codes_of(x, {.bits = 8}, d);
+          Tensor left = floats({m, kRows}), right = floats({m, kRows}), want = floats({m, kRows});
+          cpu::packed_matmul_rows(left, want_x, gate.cpu);
+          cpu::packed_matmul_rows(right, want_x, up.cpu);
+          cpu::silu_mul(want, left, right);
+          const auto check_as = [&](DType type, double tolerance) {
+            Guarded got({m, kRows}, type, d);
+            packed_on(got.tensor).packed_gated_rows(got.tensor, got_x, gate.device, up.device);
+            CHECK(close(got.tensor, want, tolerance));
+            CHECK(got.untouched());
+          };
+          check_as(DType::F32, m > kFewRows && group > 0 ? kRounded : 1e-5);
+          if (d.type != DeviceType::CPU && m > kFewRows) check_as(DType::F16, kRounded);
+        }
+  });
+}
+
 TEST_CASE("devices: products with dense weights of every type") {
   on_devices(4, [](Rng& rng, Device d) {
     for (const DType type : {DType::F32, DType::F16, DType::BF16})
