@@ -19,40 +19,41 @@ TEST_CASE("devices: a plan of several sequences gives each its own logits") {
     for (const int bits : {3, 4})
       for (const bool quantised : {false, true})
         for (const int64_t batch : {2, 3, 16}) {
-          CAPTURE(bits);
-          CAPTURE(quantised);
-          CAPTURE(batch);
-          const ActivationSpec s = quantised
-                                       ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
-                                       : ActivationSpec{};
-          Model model = assembled(bits, 64, s, bits == 4);
-          model.move_to(d);
-          const std::vector<int32_t> text = some_ids(kTokens + 3 * batch, kVocab);
-          DecodePlan together(model, kTokens, batch), alone(model, kTokens);
-          auto caches = model.new_caches(batch, kTokens);
-          std::vector<std::vector<float>> got(static_cast<size_t>(batch));
-          std::vector<int32_t> ids(static_cast<size_t>(batch));
-          for (size_t t = 0; t < static_cast<size_t>(kTokens); ++t) {
-            for (size_t n = 0; n < ids.size(); ++n) ids[n] = text[t + 3 * n];
-            together.step(ids, caches);
-            const auto logits = together.logits();
-            REQUIRE(logits.size() == ids.size() * static_cast<size_t>(kVocab));
-            for (size_t n = 0; n < ids.size(); ++n) {
-              const auto row = logits.subspan(n * kVocab, kVocab);
-              got[n].insert(got[n].end(), row.begin(), row.end());
-            }
-          }
-          for (size_t n = 0; n < ids.size(); ++n) {
-            auto own = model.new_caches(1, kTokens);
-            std::vector<double> all;
+          const std::string name = fmt::format("{}: {} sequences at {} bits{}", to_string(d), batch,
+                                               bits, quantised ? " quantised" : "");
+          SUBCASE(name.c_str()) {
+            const ActivationSpec s = quantised
+                                         ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
+                                         : ActivationSpec{};
+            Model model = assembled(bits, 64, s, bits == 4);
+            model.move_to(d);
+            const std::vector<int32_t> text = some_ids(kTokens + 3 * batch, kVocab);
+            DecodePlan together(model, kTokens, batch), alone(model, kTokens);
+            auto caches = model.new_caches(batch, kTokens);
+            std::vector<std::vector<float>> got(static_cast<size_t>(batch));
+            std::vector<int32_t> ids(static_cast<size_t>(batch));
             for (size_t t = 0; t < static_cast<size_t>(kTokens); ++t) {
-              alone.step(text[t + 3 * n], own);
-              all.push_back(
-                  difference(std::span(got[n]).subspan(t * kVocab, kVocab), alone.logits()));
+              for (size_t n = 0; n < ids.size(); ++n) ids[n] = text[t + 3 * n];
+              together.step(ids, caches);
+              const auto logits = together.logits();
+              REQUIRE(logits.size() == ids.size() * static_cast<size_t>(kVocab));
+              for (size_t n = 0; n < ids.size(); ++n) {
+                const auto row = logits.subspan(n * kVocab, kVocab);
+                got[n].insert(got[n].end(), row.begin(), row.end());
+              }
             }
-            std::sort(all.begin(), all.end());
-            CHECK(all[all.size() / 2] < (quantised ? 0.05 : 2e-3));
-            CHECK(all.back() < (quantised ? 0.2 : 1e-2));
+            for (size_t n = 0; n < ids.size(); ++n) {
+              auto own = model.new_caches(1, kTokens);
+              std::vector<double> all;
+              for (size_t t = 0; t < static_cast<size_t>(kTokens); ++t) {
+                alone.step(text[t + 3 * n], own);
+                all.push_back(
+                    difference(std::span(got[n]).subspan(t * kVocab, kVocab), alone.logits()));
+              }
+              std::sort(all.begin(), all.end());
+              CHECK(all[all.size() / 2] < (quantised ? 0.05 : 2e-3));
+              CHECK(all.back() < (quantised ? 0.2 : 1e-2));
+            }
           }
         }
   }

@@ -18,6 +18,37 @@
 
 namespace omq {
 
+namespace {
+
+// In one pass and token by token, against the CPU's in one pass.
+void check_logits(const CheckpointReader& reader, const Form& f, Device d) {
+  CAPTURE(d);
+  const Model cpu = loaded(reader, f);
+  Model gpu = loaded(reader, f);
+  gpu.move_to(d);
+  // An 8-bit code of a row can fall the other way.
+  const double bound = f.activations.activation < 16 ? 0.05 : 5e-3;
+  constexpr int64_t kTokens = 90;
+  const std::vector<int32_t> ids = some_ids(kTokens, cpu.config().vocab_size);
+  const Tensor all = Tensor::from<int32_t>(ids, {1, kTokens});
+  const std::vector<float> want = cpu.logits(cpu.forward(all)).to_vector<float>();
+  const std::vector<float> got = gpu.logits(gpu.forward(all)).to_vector<float>();
+  CHECK(difference(got, want) < bound);
+  CHECK(DecodePlan::unsupported(gpu) == "");
+  DecodePlan plan(gpu, kTokens);
+  auto caches = gpu.new_caches(1, kTokens);
+  const auto vocab = static_cast<size_t>(cpu.config().vocab_size);
+  double worst = 0;
+  for (size_t t = 0; t < ids.size(); ++t) {
+    plan.step(ids[t], caches);
+    worst = std::max(worst, difference(plan.logits(), std::span(want).subspan(t * vocab, vocab)));
+  }
+  CHECK(worst < bound);
+  CHECK(caches.front().length() == kTokens);
+}
+
+}  // namespace
+
 TEST_CASE("devices: a model's logits, in one pass and token by token") {
   const NoGrad off;
   TempDir dir;
@@ -36,34 +67,10 @@ TEST_CASE("devices: a model's logits, in one pass and token by token") {
     for (const Device d : test_devices()) {
       if (d.type == DeviceType::CPU) continue;
       for (const Form& f : forms) {
-        CAPTURE(d);
-        CAPTURE(std::string(type));
-        CAPTURE(f.bits);
-        CAPTURE(f.group);
-        CAPTURE(f.table);
-        const Model cpu = loaded(*reader, f);
-        Model gpu = loaded(*reader, f);
-        gpu.move_to(d);
-        // An 8-bit code of a row can fall the other way.
-        const double bound = f.activations.activation < 16 ? 0.05 : 5e-3;
-        constexpr int64_t kTokens = 90;
-        const std::vector<int32_t> ids = some_ids(kTokens, cpu.config().vocab_size);
-        const Tensor all = Tensor::from<int32_t>(ids, {1, kTokens});
-        const std::vector<float> want = cpu.logits(cpu.forward(all)).to_vector<float>();
-        const std::vector<float> got = gpu.logits(gpu.forward(all)).to_vector<float>();
-        CHECK(difference(got, want) < bound);
-        CHECK(DecodePlan::unsupported(gpu) == "");
-        DecodePlan plan(gpu, kTokens);
-        auto caches = gpu.new_caches(1, kTokens);
-        const auto vocab = static_cast<size_t>(cpu.config().vocab_size);
-        double worst = 0;
-        for (size_t t = 0; t < ids.size(); ++t) {
-          plan.step(ids[t], caches);
-          worst =
-              std::max(worst, difference(plan.logits(), std::span(want).subspan(t * vocab, vocab)));
-        }
-        CHECK(worst < bound);
-        CHECK(caches.front().length() == kTokens);
+        const std::string name =
+            fmt::format("{}: {}: {} bits in groups of {}; table {}; x {}", to_string(d), type,
+                        f.bits, f.group, f.table, f.activations.activation);
+        SUBCASE(name.c_str()) { check_logits(*reader, f, d); }
       }
     }
   }
@@ -78,28 +85,30 @@ TEST_CASE("devices: a plan gives the CPU's logits at every width") {
     for (const int bits : {2, 3, 4, 8})
       for (const int64_t group : {0, 64})
         for (const bool quantised : {false, true}) {
-          CAPTURE(bits);
-          CAPTURE(group);
-          CAPTURE(quantised);
-          const ActivationSpec s = quantised
-                                       ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
-                                       : ActivationSpec{};
-          const Model cpu = assembled(bits, group, s, bits == 4);
-          Model gpu = assembled(bits, group, s, bits == 4);
-          gpu.move_to(d);
-          const std::vector<int32_t> ids = some_ids(kTokens, 131);
-          const std::vector<float> want =
-              cpu.logits(cpu.forward(Tensor::from<int32_t>(ids, {1, kTokens}))).to_vector<float>();
-          DecodePlan plan(gpu, 224);
-          auto caches = gpu.new_caches(1, 224);
-          std::vector<double> all;
-          for (size_t t = 0; t < ids.size(); ++t) {
-            plan.step(ids[t], caches);
-            all.push_back(difference(plan.logits(), std::span(want).subspan(t * 131, 131)));
+          const std::string name = fmt::format("{}: {} bits in groups of {}{}", to_string(d), bits,
+                                               group, quantised ? " quantised" : "");
+          SUBCASE(name.c_str()) {
+            const ActivationSpec s = quantised
+                                         ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
+                                         : ActivationSpec{};
+            const Model cpu = assembled(bits, group, s, bits == 4);
+            Model gpu = assembled(bits, group, s, bits == 4);
+            gpu.move_to(d);
+            const std::vector<int32_t> ids = some_ids(kTokens, 131);
+            const std::vector<float> want =
+                cpu.logits(cpu.forward(Tensor::from<int32_t>(ids, {1, kTokens})))
+                    .to_vector<float>();
+            DecodePlan plan(gpu, 224);
+            auto caches = gpu.new_caches(1, 224);
+            std::vector<double> all;
+            for (size_t t = 0; t < ids.size(); ++t) {
+              plan.step(ids[t], caches);
+              all.push_back(difference(plan.logits(), std::span(want).subspan(t * 131, 131)));
+            }
+            std::sort(all.begin(), all.end());
+            CHECK(all[all.size() / 2] < (quantised ? 0.05 : 2e-3));
+            CHECK(all.back() < (quantised ? 0.2 : 1e-2));
           }
-          std::sort(all.begin(), all.end());
-          CHECK(all[all.size() / 2] < (quantised ? 0.05 : 2e-3));
-          CHECK(all.back() < (quantised ? 0.2 : 1e-2));
         }
   }
 }

@@ -29,6 +29,8 @@ inline double difference(std::span<const float> got, std::span<const float> want
   return error / top;
 }
 
+// Whole models are subcases, one for each device and setting: a tool under which a kernel takes a
+// hundred times as long can be given one at a time (--subcase).
 struct Form {
   int bits = 16;
   int64_t group = 0;

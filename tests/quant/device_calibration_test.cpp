@@ -51,49 +51,49 @@ TEST_CASE("devices: calibration learns what the CPU learns") {
   // a whole trajectory. So the CPU is first held against itself, learning at rates that differ by a
   // millionth; a device may differ by a few times as much. The kernels are held to rounding in
   // tests/tensor; this holds the loop.
-  for (const std::string setting : {"w3a16g32", "w2a16", "w4a4", "w8a8"}) {
-    const Recipe recipe = recipe_of(setting.c_str());
-    const Run cpu = calibrated(recipe, {}, false);
-    double spread = 0.01;
-    for (const double factor : {1 - 1e-6, 1 + 1e-6, 1 + 2e-6}) {
-      Recipe other = recipe;
-      for (auto& [name, rate] : other.train.lr) rate *= factor;
-      spread = std::max(spread, distance(calibrated(other, {}, false), cpu));
-    }
-    CAPTURE(spread);
-    CHECK(spread < 0.3);
-    for (Device d : test_devices())
-      for (const bool samples_on_host : {false, true}) {
-        CAPTURE(setting);
-        CAPTURE(d);
-        CAPTURE(samples_on_host);
-        const Run there = calibrated(recipe, d, samples_on_host);
-        CHECK(distance(there, cpu) <= (d.type == DeviceType::CPU ? 0 : 4 * spread));
-        for (size_t i = 0; i < there.reports.size(); ++i) {
-          CHECK(there.reports[i].packed_error < 1e-4);
-          for (const auto& [name, linear] : there.packed.blocks[i]->linears())
-            CHECK(packed_of(*linear).data.device() == Device{});
-        }
+  for (const std::string setting : {"w3a16g32", "w2a16", "w4a4", "w8a8"}) SUBCASE(setting.c_str()) {
+      const Recipe recipe = recipe_of(setting.c_str());
+      const Run cpu = calibrated(recipe, {}, false);
+      double spread = 0.01;
+      for (const double factor : {1 - 1e-6, 1 + 1e-6, 1 + 2e-6}) {
+        Recipe other = recipe;
+        for (auto& [name, rate] : other.train.lr) rate *= factor;
+        spread = std::max(spread, distance(calibrated(other, {}, false), cpu));
       }
-  }
+      CAPTURE(spread);
+      CHECK(spread < 0.3);
+      for (Device d : test_devices())
+        for (const bool samples_on_host : {false, true}) {
+          CAPTURE(setting);
+          CAPTURE(d);
+          CAPTURE(samples_on_host);
+          const Run there = calibrated(recipe, d, samples_on_host);
+          CHECK(distance(there, cpu) <= (d.type == DeviceType::CPU ? 0 : 4 * spread));
+          for (size_t i = 0; i < there.reports.size(); ++i) {
+            CHECK(there.reports[i].packed_error < 1e-4);
+            for (const auto& [name, linear] : there.packed.blocks[i]->linears())
+              CHECK(packed_of(*linear).data.device() == Device{});
+          }
+        }
+    }
 }
 
 TEST_CASE("devices: products in 16 bits learn nearly the same") {
-  for (const std::string setting : {"w3a16g32", "w4a4"}) {
-    const Run exact = calibrated(recipe_of(setting.c_str()), {}, false);
-    for (Device d : test_devices())
-      for (const Compute c : {Compute::BF16, Compute::F16}) {
-        if (d.type == DeviceType::CPU) continue;
-        CAPTURE(setting);
-        CAPTURE(compute_name(c));
-        Recipe recipe = recipe_of(setting.c_str());
-        recipe.train.compute = c;
-        const Run there = calibrated(recipe, d, true);
-        CHECK(distance(there, exact) < 0.2);
-        const auto &first = there.reports[0].epoch_loss, &want = exact.reports[0].epoch_loss;
-        CHECK((first.back() < first.front()) == (want.back() < want.front()));  // it does learn
-      }
-  }
+  for (const std::string setting : {"w3a16g32", "w4a4"}) SUBCASE(setting.c_str()) {
+      const Run exact = calibrated(recipe_of(setting.c_str()), {}, false);
+      for (Device d : test_devices())
+        for (const Compute c : {Compute::BF16, Compute::F16}) {
+          if (d.type == DeviceType::CPU) continue;
+          CAPTURE(setting);
+          CAPTURE(compute_name(c));
+          Recipe recipe = recipe_of(setting.c_str());
+          recipe.train.compute = c;
+          const Run there = calibrated(recipe, d, true);
+          CHECK(distance(there, exact) < 0.2);
+          const auto &first = there.reports[0].epoch_loss, &want = exact.reports[0].epoch_loss;
+          CHECK((first.back() < first.front()) == (want.back() < want.front()));  // it does learn
+        }
+    }
 }
 
 TEST_CASE("a mean's loss is scaled for F16 alone, by powers of two") {
