@@ -310,15 +310,20 @@ int run(int argc, char** argv) {
       throw cli::UsageError(fmt::format("--batch {}: 1 to {}", n, DecodePlan::kMaxBatch));
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
-  fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8}\n", "weights", "batch",
-             "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s", "gemv GB/s", "of copy");
+  // down: a product with 4096 × 11008 weights by itself; up: with 11008 × 4096.
+  fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8} {:>11} {:>8}\n", "weights",
+             "batch", "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s", "down GB/s",
+             "of copy", "up GB/s", "of copy");
   nlohmann::json rows = nlohmann::json::array();
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
     const Form f = parse_form(text);
-    size_t bytes = 0;
-    const double alone = product_seconds(b, f, 4096, 11008, &bytes);
-    const double gemv = static_cast<double>(bytes) / alone;
+    const auto product_rate = [&](int64_t n, int64_t k) {
+      size_t bytes = 0;
+      const double seconds = product_seconds(b, f, n, k, &bytes);
+      return static_cast<double>(bytes) / seconds;
+    };
+    const double down = product_rate(4096, 11008), up = product_rate(11008, 4096);
     const Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
     const ModelSize size = model_size(m);
     const double prompt = b.long_prompt > 0 ? prompt_seconds(b, m) : NAN;
@@ -327,9 +332,11 @@ int run(int argc, char** argv) {
       const double step = decode_seconds(b, m, n);
       const double tokens = static_cast<double>(n) / step,
                    rate = static_cast<double>(size.token_bytes) / step;
-      fmt::print("{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}%\n",
-                 f.name, n, tokens, step * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
-                 gemv / 1e9, 100 * gemv / b.copy_rate);
+      fmt::print(
+          "{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}% {:11.0f} "
+          "{:7.0f}%\n",
+          f.name, n, tokens, step * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
+          down / 1e9, 100 * down / b.copy_rate, up / 1e9, 100 * up / b.copy_rate);
       rows.push_back({{"shape", s->name},
                       {"weights", f.name},
                       {"batch", n},
@@ -337,7 +344,8 @@ int run(int argc, char** argv) {
                       {"bytes_per_step", size.token_bytes},
                       {"decode_share", rate / b.copy_rate},
                       {"prompt_ts", prompt_rate},
-                      {"gemv_share", gemv / b.copy_rate}});
+                      {"down_share", down / b.copy_rate},
+                      {"up_share", up / b.copy_rate}});
       std::fflush(stdout);
     }
   }
