@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int position = a.position[row];  // not written in a step before its last kernel
   if (position < 0 || position >= a.capacity || position >= a.positions) return;
-  const int tokens = position + 1, per = SplitTokens(a, tokens).per;
+  const int tokens = position + 1, per = split_tokens(a, tokens);
   const int begin = split * per, end = min(tokens, begin + per);
   Sums<1> mine;
   if (begin < end) mine = attend<T>(a, memory, position, head, begin, end, row);

@@ -9,7 +9,7 @@
 namespace omq::cuda {
 
 constexpr int kAttentionTokens = 4;  // tokens of a warp at a time
-constexpr int kMostSplits = 8;
+constexpr int kMostSplits = static_cast<int>(kDecodeMostSplits);
 
 struct HeadForm {  // what happens to a head of q, k or v on its way
   const float* gain = nullptr;
@@ -130,13 +130,11 @@ __device__ __forceinline__ Sums<1> join(int count, Top&& top, Weight&& weight, V
 // A lane's kEach neighbouring elements of a head, in one load.
 template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
 
-// How the tokens of a cache are shared out.
-struct SplitTokens {
-  int per;  // tokens of a split
-  __device__ SplitTokens(const AttentionArgs& a, int tokens)
-      : per(max(static_cast<int>(kDecodeSplitTokens),
-                quotient(tokens + a.splits - 1, a.inverse_splits))) {}
-};
+// Tokens of a split, of so many in a cache.
+__device__ __forceinline__ int split_tokens(const AttentionArgs& a, int tokens) {
+  return max(static_cast<int>(kDecodeSplitTokens),
+             quotient(tokens + a.splits - 1, a.inverse_splits));
+}
 
 template <int kEach, int kWarps> struct AttentionMemory {  // shared
   static constexpr int kMostDim = 32 * kEach;

@@ -129,7 +129,7 @@ __device__ __forceinline__ void store_four(Operand y, int64_t i, const float (&v
         make_uint2(two_16bit(v[0], v[1], y.dtype), two_16bit(v[2], v[3], y.dtype));
 }
 
-// y: of f[0]; kGated: silu(of f[0]) ⊙ (of f[1]).
+// y: the product a; kGated: silu(a) ⊙ b.
 template <bool kGated>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(Operand y, FinishRows of, Finish a, Finish b) {

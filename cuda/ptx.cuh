@@ -167,8 +167,8 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
-__device__ __forceinline__ float reciprocal_fast(
-    float x) {  // relative error < 2⁻²³; denormals are 0
+// 1 / x, relative error < 2⁻²³; denormals are 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;

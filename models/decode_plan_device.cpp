@@ -32,8 +32,9 @@ struct Layer {
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256;  // about two on each processor of a large card; fewer where
-                                    // heads are few, for eight make a cluster
-  return std::clamp<int64_t>(std::min(kBlocks / heads, capacity / kDecodeSplitTokens), 1, 8);
+                                    // heads are few
+  return std::clamp<int64_t>(std::min(kBlocks / heads, capacity / kDecodeSplitTokens), 1,
+                             kDecodeMostSplits);
 }
 
 class DevicePlan final : public DecodePlan::Impl {

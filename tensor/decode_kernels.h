@@ -47,6 +47,7 @@ struct DecodeAttentionStage {
 };
 // How many parts a cache of `capacity` tokens is read in.
 inline constexpr int64_t kDecodeSplitTokens = 32;  // at least so many in each
+inline constexpr int64_t kDecodeMostSplits = 8;    // a cluster of every device that has them
 
 struct DecodeKernels {
   // y: F32; Store: [rows, Σ N]; Add, SiluMul: [rows, N]. Matrices of one form share a launch.

@@ -22,9 +22,7 @@ TEST_CASE("devices: a plan of several sequences gives each its own logits") {
           const std::string name = fmt::format("{}: {} sequences at {} bits{}", to_string(d), batch,
                                                bits, quantised ? " quantised" : "");
           SUBCASE(name.c_str()) {
-            const ActivationSpec s = quantised
-                                         ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
-                                         : ActivationSpec{};
+            const ActivationSpec s = eight_bits(quantised);
             Model model = assembled(bits, 64, s, bits == 4);
             model.move_to(d);
             const std::vector<int32_t> text = some_ids(kTokens + 3 * batch, kVocab);

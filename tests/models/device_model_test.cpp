@@ -101,9 +101,7 @@ TEST_CASE("devices: a plan gives the CPU's logits at every width") {
           const std::string name = fmt::format("{}: {} bits in groups of {}{}", to_string(d), bits,
                                                group, quantised ? " quantised" : "");
           SUBCASE(name.c_str()) {
-            const ActivationSpec s = quantised
-                                         ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8}
-                                         : ActivationSpec{};
+            const ActivationSpec s = eight_bits(quantised);
             const Model cpu = assembled(bits, group, s, bits == 4);
             Model gpu = assembled(bits, group, s, bits == 4);
             gpu.move_to(d);

@@ -1,4 +1,7 @@
 // The models that the tests of devices run, and how far what they give is apart.
+//
+// Whole models are subcases, one for each device and setting: a tool under which a kernel takes a
+// hundred times as long can be given one at a time (--subcase).
 #pragma once
 
 #include <doctest/doctest.h>
@@ -29,14 +32,17 @@ inline double difference(std::span<const float> got, std::span<const float> want
   return error / top;
 }
 
-// Whole models are subcases, one for each device and setting: a tool under which a kernel takes a
-// hundred times as long can be given one at a time (--subcase).
 struct Form {
   int bits = 16;
   int64_t group = 0;
   int table = 8;  // bits of embedding and head; 0: as they are
   ActivationSpec activations = {};
 };
+
+// Activations and the cache in 8 bits, or nothing quantised.
+inline ActivationSpec eight_bits(bool quantised) {
+  return quantised ? ActivationSpec{.activation = 8, .q = 8, .k = 8, .v = 8} : ActivationSpec{};
+}
 
 // body(reader, device) for a model of random weights and every device.
 template <class F> void for_random_model(F&& body) {

@@ -51,7 +51,8 @@ TEST_CASE("devices: calibration learns what the CPU learns") {
   // a whole trajectory. So the CPU is first held against itself, learning at rates that differ by a
   // millionth; a device may differ by a few times as much. The kernels are held to rounding in
   // tests/tensor; this holds the loop.
-  for (const std::string setting : {"w3a16g32", "w2a16", "w4a4", "w8a8"}) SUBCASE(setting.c_str()) {
+  for (const std::string setting : {"w3a16g32", "w2a16", "w4a4", "w8a8"}) {
+    SUBCASE(setting.c_str()) {
       const Recipe recipe = recipe_of(setting.c_str());
       const Run cpu = calibrated(recipe, {}, false);
       double spread = 0.01;
@@ -76,10 +77,12 @@ TEST_CASE("devices: calibration learns what the CPU learns") {
           }
         }
     }
+  }
 }
 
 TEST_CASE("devices: products in 16 bits learn nearly the same") {
-  for (const std::string setting : {"w3a16g32", "w4a4"}) SUBCASE(setting.c_str()) {
+  for (const std::string setting : {"w3a16g32", "w4a4"}) {
+    SUBCASE(setting.c_str()) {
       const Run exact = calibrated(recipe_of(setting.c_str()), {}, false);
       for (Device d : test_devices())
         for (const Compute c : {Compute::BF16, Compute::F16}) {
@@ -94,6 +97,7 @@ TEST_CASE("devices: products in 16 bits learn nearly the same") {
           CHECK((first.back() < first.front()) == (want.back() < want.front()));  // it does learn
         }
     }
+  }
 }
 
 TEST_CASE("a mean's loss is scaled for F16 alone, by powers of two") {
