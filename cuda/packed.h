@@ -29,7 +29,7 @@ inline int64_t row_count(const RowMatrix& m) {
 }
 
 void decode_attention(const DecodeAttentionStage& s);
-void choose(Tensor& state, Tensor& told, const Tensor& logits);
+void choose(Tensor& state, Tensor& told, Tensor& logits, const TokenChoice& by);
 
 // y [M, N] = rows of signed codes times packed weights in int8, exact; for matrices that it takes.
 bool integer_matmul_takes(const PackedInt& w);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "models/decode_plan_impl.h"
+#include "tensor/decode_kernels.h"
 
 namespace omq {
 namespace {
@@ -97,17 +98,30 @@ void DecodePlan::step(std::span<const int32_t> tokens, std::vector<nn::KVCache>&
   impl_->step(tokens, check_step(tokens, caches), caches);
 }
 
-std::span<const int32_t> DecodePlan::greedy(std::span<const int32_t> tokens,
+std::span<const int32_t> DecodePlan::choose(std::span<const int32_t> tokens,
                                             std::vector<nn::KVCache>& caches) {
   const int64_t at = check_step(tokens, caches);
-  impl_->greedy(tokens, at, caches, next_);
+  impl_->choose(tokens, at, caches, next_);
   for (size_t i = 0; i < next_.size(); ++i) {
     if (next_[i] >= 0) continue;
     for (nn::KVCache& cache : caches) cache.truncate(at);
+    check(next_[i] != kChosenNothing, "sampling: every token is forbidden; see --logit-bias");
     fail("decode: a logit behind token {} at position {} is NaN", tokens[i], at);
   }
   std::swap(chosen_, next_);
   return chosen_;
+}
+
+bool DecodePlan::can_choose(const SamplerOptions& sampling) const {
+  return impl_->can_choose(sampling);
+}
+
+void DecodePlan::choose_by(const SamplerOptions& sampling, int64_t at,
+                           std::span<const double> numbers) {
+  check(can_choose(sampling), "decode: the plan cannot choose tokens in this way");
+  check(at >= 0 && static_cast<int64_t>(numbers.size()) % batch_ == 0,
+        "decode: {} numbers for {} sequences from position {}", numbers.size(), batch_, at);
+  impl_->choose_by(sampling, at, numbers);
 }
 
 std::span<const float> DecodePlan::logits() { return impl_->logits(); }

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "models/model.h"
+#include "models/sampler.h"
 #include "nn/kv_cache.h"
 
 namespace omq {
@@ -41,21 +42,30 @@ class DecodePlan {
   // Hidden states after the final norm stay in the plan; logits() multiplies them. Throws Error
   // when a token is unknown or the caches are full, of different lengths, or not as the model's.
   void step(std::span<const int32_t> tokens, std::vector<nn::KVCache>& caches);
-  // Of the tokens after the last step(): [B, V], valid until the next call. Behind greedy() they
+  // Of the tokens after the last step(): [B, V], valid until the next call. Behind choose() they
   // may be those of the step that was begun ahead.
   std::span<const float> logits();
-  // step(), and for each sequence the id of the largest logit behind it, the lowest among equals;
-  // valid until the call after the next, so that they may be its tokens. A GPU chooses by itself
-  // and has begun the step of these ids when this returns, so that it does not wait for the host;
-  // what it writes into the caches counts only when that step is asked for. Throws Error when a
-  // logit is NaN; the caches are as before then.
-  std::span<const int32_t> greedy(std::span<const int32_t> tokens,
+  // step(), and for each sequence the token that follows: the one of the largest logit, the lowest
+  // id among equals, or as choose_by() says. Valid until the call after the next, so that they may
+  // be its tokens. A GPU chooses by itself and has begun the step of these ids when this returns,
+  // so that it does not wait for the host; what it writes into the caches counts only when that
+  // step is asked for. Throws Error when a logit is NaN, or all are −∞; the caches are as before
+  // then.
+  std::span<const int32_t> choose(std::span<const int32_t> tokens,
                                   std::vector<nn::KVCache>& caches);
+  // Whether choose() can choose so: on a CPU where the largest logit is taken as it is; on a GPU
+  // where nothing is penalised and top-k keeps few (kDecodeMostTopK).
+  bool can_choose(const SamplerOptions& sampling) const;
+  // It does from now on; can_choose() holds. numbers [B, n]: sequence b draws the token behind
+  // position at + i by numbers[b][i], and none are asked for beyond. The ids are those of a Sampler
+  // with these numbers, unless one falls between two tokens by less than rounding (bias and the
+  // biased logits are F32 here).
+  void choose_by(const SamplerOptions& sampling, int64_t at, std::span<const double> numbers);
 
   // The same of one sequence.
   void step(int32_t token, std::vector<nn::KVCache>& caches) { step({&token, 1}, caches); }
-  int32_t greedy(int32_t token, std::vector<nn::KVCache>& caches) {
-    return greedy({&token, 1}, caches).front();
+  int32_t choose(int32_t token, std::vector<nn::KVCache>& caches) {
+    return choose({&token, 1}, caches).front();
   }
 
   struct Impl;
@@ -66,7 +76,7 @@ class DecodePlan {
   int64_t vocabulary_;
   size_t blocks_;
   int64_t context_, batch_;
-  std::vector<int32_t> chosen_, next_;  // [B]: by the last greedy(), and by the one under way
+  std::vector<int32_t> chosen_, next_;  // [B]: by the last choose(), and by the one under way
   std::unique_ptr<Impl> impl_;
 };
 

@@ -6,6 +6,7 @@
 
 #include "models/decode_plan_impl.h"
 #include "tensor/decode_attention.h"
+#include "tensor/decode_kernels.h"
 #include "tensor/kernels.h"
 
 namespace omq {
@@ -45,8 +46,12 @@ struct CpuPlan final : DecodePlan::Impl {
   CpuPlan(const Model& m, int64_t capacity, int64_t batch);
   void step(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+  void choose(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
               std::span<int32_t> chosen) override;
+  bool can_choose(const SamplerOptions& sampling) const override {
+    return sampling.takes_largest();
+  }
+  void choose_by(const SamplerOptions&, int64_t, std::span<const double>) override {}
   void embed(std::span<const int32_t> tokens);
   void attend(const nn::Attention& a, nn::KVCache& cache);
   void layer(Layer& l, nn::KVCache& cache);
@@ -137,7 +142,7 @@ std::span<const float> CpuPlan::logits() {
   return {scores.data<float>(), static_cast<size_t>(scores.numel())};
 }
 
-void CpuPlan::greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+void CpuPlan::choose(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
                      std::span<int32_t> chosen) {
   step(tokens, at, caches);
   const std::span<const float> all = logits();
@@ -150,7 +155,7 @@ void CpuPlan::greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn
       broken |= std::isnan(row[i]);
       if (row[i] > row[best]) best = i;
     }
-    chosen[n] = broken ? -1 : static_cast<int32_t>(best);
+    chosen[n] = broken ? kChosenNaN : static_cast<int32_t>(best);
   }
 }
 

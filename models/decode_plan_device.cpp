@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <optional>
 #include <utility>
 
@@ -43,8 +44,11 @@ class DevicePlan final : public DecodePlan::Impl {
   ~DevicePlan() override;
   void step(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches) override;
   std::span<const float> logits() override;
-  void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+  void choose(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
               std::span<int32_t> chosen) override;
+  bool can_choose(const SamplerOptions& sampling) const override;
+  void choose_by(const SamplerOptions& sampling, int64_t at,
+                 std::span<const double> numbers) override;
 
  private:
   void bind(std::vector<nn::KVCache>& caches);
@@ -68,10 +72,13 @@ class DevicePlan final : public DecodePlan::Impl {
   Tensor parts_, arrived_;                     // of attention
   Tensor host_;                                // logits, page-locked
   Tensor told_;                                // page-locked, see DecodeKernels::choose
+  Tensor numbers_;                             // [B, capacity], see TokenChoice
   std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
   const void* bound_memory_ = nullptr;
-  std::optional<StepGraph> graph_, greedy_graph_;
-  // The greedy step that was begun before it was asked for: at this position, of the tokens that
+  std::optional<StepGraph> graph_, choosing_graph_;
+  TokenChoice choice_;                      // as it is recorded,
+  std::optional<SamplerOptions> sampling_;  // and what it stands for; none: the largest
+  // The choosing step that was begun before it was asked for: at this position, of the tokens that
   // the step before it chose. −1: none.
   int64_t ahead_ = -1;
   uint64_t ahead_changes_ = 0;  // of the caches then: nobody else may have changed them since
@@ -109,6 +116,7 @@ DevicePlan::DevicePlan(const Model& m, int64_t capacity, int64_t B)
   arrived_ = Tensor::zeros({B, H}, DType::I32, device_);
   host_ = empty_pinned(logits_.shape(), DType::F32, device_);
   told_ = empty_pinned({16 * B}, DType::U8, device_);
+  numbers_ = Tensor::zeros({B, capacity}, DType::F64, device_);
 }
 
 DevicePlan::~DevicePlan() {
@@ -145,10 +153,7 @@ void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
   bound_memory_ = keys.raw();
   ahead_ = -1;
   graph_.emplace(device_, [this] { run(); });
-  greedy_graph_.emplace(device_, [this] {
-    run();
-    kernels_.choose(state_, told_, logits_);
-  });
+  choosing_graph_.reset();
 }
 
 void DevicePlan::run() {
@@ -203,23 +208,71 @@ int32_t DevicePlan::told(int64_t at, int64_t sequence) const {
   }
 }
 
-void DevicePlan::greedy(std::span<const int32_t> tokens, int64_t at,
+void DevicePlan::choose(std::span<const int32_t> tokens, int64_t at,
                         std::vector<nn::KVCache>& caches, std::span<int32_t> chosen) {
   bind(caches);
+  if (!choosing_graph_)
+    choosing_graph_.emplace(device_, [this] {
+      run();
+      kernels_.choose(state_, told_, logits_, choice_);
+    });
   if (ahead_ != at || ahead_changes_ != caches.front().changes() ||
       !std::equal(tokens.begin(), tokens.end(), ahead_tokens_.begin())) {
     set_state(tokens, at);
     device_api(device_).sync(device_.index);  // nothing is on its way that would write told_
     std::fill_n(static_cast<int64_t*>(told_.raw()), 2 * batch_, int64_t{-1});
-    greedy_graph_->run();
+    choosing_graph_->run();
   }
   const bool room = at + 1 < std::min(caches.front().capacity(), model_.context());
-  if (room) greedy_graph_->run();
+  if (room) choosing_graph_->run();
   for (size_t i = 0; i < chosen.size(); ++i) chosen[i] = told(at, static_cast<int64_t>(i));
   ahead_ = room ? at + 1 : -1;
   std::copy(chosen.begin(), chosen.end(), ahead_tokens_.begin());
   for (nn::KVCache& cache : caches) cache.advance(1);
   ahead_changes_ = caches.front().changes();
+}
+
+// Tokens that top-k keeps of V.
+int64_t kept_tokens(const SamplerOptions& s, int64_t V) {
+  return s.temperature == 0 ? 1 : s.top_k == 0 ? V : std::min(s.top_k, V);
+}
+
+bool DevicePlan::can_choose(const SamplerOptions& sampling) const {
+  return !sampling.penalises() && kept_tokens(sampling, logits_.dim(1)) <= kDecodeMostTopK;
+}
+
+void DevicePlan::choose_by(const SamplerOptions& sampling, int64_t at,
+                           std::span<const double> numbers) {
+  ahead_ = -1;
+  device_api(device_).sync(device_.index);  // nothing that is on its way reads what is written here
+  SamplerOptions wanted = sampling;
+  wanted.seed = 0;  // it is in the numbers
+  if (sampling_ != wanted) {
+    choosing_graph_.reset();
+    sampling_ = wanted;
+    choice_ = {.top_k = kept_tokens(wanted, logits_.dim(1)), .numbers = numbers_};
+    if (wanted.temperature > 0) {
+      choice_.top_p = wanted.top_p, choice_.min_p = wanted.min_p;
+      choice_.temperature = wanted.temperature;
+    }
+    std::map<int32_t, double> bias;
+    for (const auto& [id, by] : wanted.logit_bias) bias[id] += by;
+    std::vector<int32_t> ids;
+    std::vector<float> values;
+    for (const auto& [id, by] : bias) ids.push_back(id), values.push_back(static_cast<float>(by));
+    const auto n = static_cast<int64_t>(ids.size());
+    if (n > 0) {
+      choice_.bias_ids = to(Tensor::from<int32_t>(ids, {n}), device_);
+      choice_.bias = to(Tensor::from<float>(values, {n}), device_);
+    }
+  }
+  const int64_t capacity = numbers_.dim(1), given = static_cast<int64_t>(numbers.size()) / batch_,
+                n = std::clamp<int64_t>(capacity - at, 0, given);
+  if (choice_.takes_largest() || n == 0) return;
+  for (int64_t b = 0; b < batch_; ++b)
+    device_api(device_).copy(numbers_.data<double>() + b * capacity + at, device_,
+                             numbers.data() + b * given, Device{},
+                             static_cast<size_t>(n) * sizeof(double));
 }
 
 std::span<const float> DevicePlan::logits() {

@@ -17,9 +17,13 @@ struct DecodePlan::Impl {
   virtual void step(std::span<const int32_t> tokens, int64_t at,
                     std::vector<nn::KVCache>& caches) = 0;
   virtual std::span<const float> logits() = 0;  // [B, V]
-  // step(), then the ids of the largest logits; −1 where one is NaN. chosen: not the tokens.
-  virtual void greedy(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
+  // step(), then the ids of the tokens that follow, or what is told instead (kChosenNaN,
+  // kChosenNothing). chosen: not the tokens.
+  virtual void choose(std::span<const int32_t> tokens, int64_t at, std::vector<nn::KVCache>& caches,
                       std::span<int32_t> chosen) = 0;
+  virtual bool can_choose(const SamplerOptions& sampling) const = 0;
+  virtual void choose_by(const SamplerOptions& sampling, int64_t at,
+                         std::span<const double> numbers) = 0;
 };
 
 std::unique_ptr<DecodePlan::Impl> cpu_decode_plan(const Model& model, int64_t capacity,

@@ -140,9 +140,9 @@ std::span<const float> Generator::push(std::span<const int32_t> ids, bool wanted
   }
 }
 
-int32_t Generator::push_greedy(int32_t id) {
+int32_t Generator::push_choosing(int32_t id) {
   try {
-    const int32_t next = plan_->greedy(id, caches_);
+    const int32_t next = plan_->choose(id, caches_);
     cached_.push_back(id);
     return next;
   } catch (...) {
@@ -203,15 +203,21 @@ FinishReason Generator::decode(std::span<const float> logits, const GenerateOpti
                                Clock::time_point start, Continuation& text,
                                GenerateResult& result) {
   GenerateStats& stats = result.stats;
-  const bool greedy = plan_ && text.takes_largest();
+  const bool chosen = plan_ && plan_->can_choose(text.sampling());
+  if (chosen) {
+    const auto at = static_cast<int64_t>(cached_.size());
+    std::vector<double> numbers;
+    text.take_numbers(context_ - at, numbers);
+    plan_->choose_by(text.sampling(), at, numbers);
+  }
   while (text.wants_more()) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     std::optional<int32_t> next;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
       const auto begin = Clock::now();
-      if (greedy)
-        next = push_greedy(result.tokens.back());
+      if (chosen)
+        next = push_choosing(result.tokens.back());
       else
         logits = push({&result.tokens.back(), 1});
       stats.decode_seconds += seconds_since(begin);

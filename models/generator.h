@@ -100,8 +100,8 @@ class Generator {
  private:
   // Puts ids behind the cached tokens; with `wanted` gives the logits of the token after the last.
   std::span<const float> push(std::span<const int32_t> ids, bool wanted = true);
-  // The same of one token with a plan; gives the id of the largest of those logits.
-  int32_t push_greedy(int32_t id);
+  // The same of one token with a plan, which chooses the next one.
+  int32_t push_choosing(int32_t id);
   struct Prefill {
     std::span<const float> logits;  // empty when cancelled
     int64_t reused = 0;             // tokens found in the cache

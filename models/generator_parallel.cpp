@@ -30,47 +30,6 @@ void copy_tokens(const nn::KVCache::Store& one, const nn::KVCache::Store& all, i
   copy_tokens(one.codes.grid, all.codes.grid, count);
 }
 
-// The model and a cache for each of some sequences.
-class Sequences {
- public:
-  // prompt: the caches of one sequence, whose first `length` tokens all of these begin with.
-  Sequences(const Model& model, const std::vector<nn::KVCache>& prompt, int64_t length,
-            int64_t count, int64_t capacity, bool planned)
-      : model_(model), count_(count), length_(length), caches_(model.new_caches(count, capacity)) {
-    for (size_t i = 0; i < caches_.size(); ++i) {
-      copy_tokens(prompt[i].keys(), caches_[i].keys(), length);
-      copy_tokens(prompt[i].values(), caches_[i].values(), length);
-      caches_[i].advance(length);
-    }
-    if (planned) plan_.emplace(model, capacity, count);
-  }
-  int64_t length() const { return length_; }
-
-  // A token behind each sequence. Logits [count, V] of the next ones, valid until the next call.
-  std::span<const float> push(std::span<const int32_t> tokens) {
-    const int64_t at = length_++;
-    if (plan_) {
-      plan_->step(tokens, caches_);
-      return plan_->logits();
-    }
-    const Tensor ids = Tensor::from<int32_t>(tokens, {count_, 1});
-    logits_ = model_.logits(model_.forward(ids, at, &caches_)).to_vector<float>();
-    return logits_;
-  }
-  // The same with a plan; gives the ids of the largest of those logits.
-  std::span<const int32_t> push_greedy(std::span<const int32_t> tokens) {
-    ++length_;
-    return plan_->greedy(tokens, caches_);
-  }
-
- private:
-  const Model& model_;
-  int64_t count_, length_;
-  std::vector<nn::KVCache> caches_;
-  std::optional<DecodePlan> plan_;
-  std::vector<float> logits_;  // of the blocks
-};
-
 // The texts, each with its own end.
 class Texts {
  public:
@@ -109,6 +68,57 @@ class Texts {
   std::vector<Continuation> texts_;
   std::vector<bool> open_;
   size_t left_;
+};
+
+// The model and a cache for each of some sequences.
+class Sequences {
+ public:
+  // prompt: the caches of one sequence, whose first `length` tokens all of these begin with.
+  Sequences(const Model& model, const std::vector<nn::KVCache>& prompt, int64_t length,
+            int64_t count, int64_t capacity, bool planned)
+      : model_(model), count_(count), length_(length), caches_(model.new_caches(count, capacity)) {
+    for (size_t i = 0; i < caches_.size(); ++i) {
+      copy_tokens(prompt[i].keys(), caches_[i].keys(), length);
+      copy_tokens(prompt[i].values(), caches_[i].values(), length);
+      caches_[i].advance(length);
+    }
+    if (planned) plan_.emplace(model, capacity, count);
+  }
+  int64_t length() const { return length_; }
+
+  // A token behind each sequence. Logits [count, V] of the next ones, valid until the next call.
+  std::span<const float> push(std::span<const int32_t> tokens) {
+    const int64_t at = length_++;
+    if (plan_) {
+      plan_->step(tokens, caches_);
+      return plan_->logits();
+    }
+    const Tensor ids = Tensor::from<int32_t>(tokens, {count_, 1});
+    logits_ = model_.logits(model_.forward(ids, at, &caches_)).to_vector<float>();
+    return logits_;
+  }
+  // The same with a plan, which chooses the next ones.
+  std::span<const int32_t> push_choosing(std::span<const int32_t> tokens) {
+    ++length_;
+    return plan_->choose(tokens, caches_);
+  }
+  // Whether a plan can choose as the texts are sampled; has it do so.
+  bool choose_by(Texts& texts) {
+    const SamplerOptions& sampling = texts[0].sampling();
+    if (!plan_ || !plan_->can_choose(sampling)) return false;
+    std::vector<double> numbers;
+    for (int64_t i = 0; i < count_; ++i)
+      texts[static_cast<size_t>(i)].take_numbers(model_.context() - length_, numbers);
+    plan_->choose_by(sampling, length_, numbers);
+    return true;
+  }
+
+ private:
+  const Model& model_;
+  int64_t count_, length_;
+  std::vector<nn::KVCache> caches_;
+  std::optional<DecodePlan> plan_;
+  std::vector<float> logits_;  // of the blocks
 };
 
 }  // namespace
@@ -158,7 +168,7 @@ std::vector<GenerateResult> Generator::generate_parallel(std::span<const int32_t
   const int64_t wanted = options.max_tokens < 0 ? room : std::min(room, options.max_tokens);
   Sequences sequences(model_, caches_, length, count, std::min(context_, length + wanted),
                       plan_.has_value());
-  const bool greedy = plan_ && texts[0].takes_largest();
+  const bool chosen = sequences.choose_by(texts);
   const auto V = static_cast<size_t>(model_.config().vocab_size);
   double seconds = 0;
   while (texts.any_open()) {
@@ -169,21 +179,21 @@ std::vector<GenerateResult> Generator::generate_parallel(std::span<const int32_t
     if (!texts.any_open()) break;
     const auto begin = Clock::now();
     std::span<const float> logits;
-    std::span<const int32_t> largest;
-    if (greedy)
-      largest = sequences.push_greedy(tokens);
+    std::span<const int32_t> choice;
+    if (chosen)
+      choice = sequences.push_choosing(tokens);
     else
       logits = sequences.push(tokens);
     seconds += seconds_since(begin);
     // Sampling looks at all of a row, which on the host takes longer than a step on a GPU.
-    if (!greedy)
+    if (!chosen)
       parallel_for(count, 1, [&](int64_t first, int64_t last) {
         for (auto i = static_cast<size_t>(first); i < static_cast<size_t>(last); ++i)
           if (texts.open(i)) next[i] = texts[i].sample(logits.subspan(i * V, V));
       });
     for (size_t i = 0; i < results.size(); ++i) {
       // What has ended goes on with what was chosen: so a step that was begun ahead stays right.
-      if (greedy) tokens[i] = next[i] = largest[i];
+      if (chosen) tokens[i] = next[i] = choice[i];
       if (!texts.open(i)) continue;
       results[i].stats.decode_seconds = seconds;
       ++results[i].stats.decode_steps;

@@ -58,9 +58,13 @@ void keep_min_p(std::vector<Candidate>& list, double p) {
 
 }  // namespace
 
+bool SamplerOptions::penalises() const {
+  return repeat_last_n != 0 &&
+         (repeat_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0);
+}
+
 bool SamplerOptions::takes_largest() const {
-  const bool penalties = repeat_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
-  return temperature == 0 && logit_bias.empty() && (!penalties || repeat_last_n == 0);
+  return temperature == 0 && logit_bias.empty() && !penalises();
 }
 
 void SamplerOptions::validate(int64_t vocab_size) const {
@@ -119,11 +123,9 @@ void Sampler::adjust(std::span<const float> logits, std::span<const int32_t> his
           "sampling: the logit of token {} is NaN; the model's weights are broken", i);
   for (const auto& [id, bias] : options_.logit_bias)
     if (id >= 0 && static_cast<size_t>(id) < x.size()) x[static_cast<size_t>(id)] += bias;
+  if (!options_.penalises()) return;
   const auto n = static_cast<int64_t>(history.size());
   const int64_t seen = options_.repeat_last_n < 0 ? n : std::min(n, options_.repeat_last_n);
-  const bool penalised = options_.repeat_penalty != 1.0 || options_.presence_penalty != 0.0 ||
-                         options_.frequency_penalty != 0.0;
-  if (!penalised) return;
   std::vector<int32_t>& recent = work.recent;
   if (options_.repeat_last_n > 0)
     recent.reserve(static_cast<size_t>(std::min<int64_t>(options_.repeat_last_n, 4096)));
@@ -173,13 +175,17 @@ std::vector<Candidate> Sampler::candidates(std::span<const float> logits,
 int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> history) {
   choose(logits, history, work_);
   const std::vector<Candidate>& list = work_.list;
-  if (list.size() == 1) return list.front().id;
+  if (options_.temperature == 0) return list.front().id;
   double left = random_.uniform();
   for (const Candidate& c : list) {
     left -= c.probability;
     if (left < 0) return c.id;
   }
   return list.back().id;  // rounding may leave the sum just below 1
+}
+
+void Sampler::take_numbers(std::span<double> numbers) {
+  for (double& number : numbers) number = random_.uniform();
 }
 
 }  // namespace omq

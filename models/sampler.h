@@ -30,8 +30,11 @@ struct SamplerOptions {
 
   // Whether the largest logit is taken as it is.
   bool takes_largest() const;
+  // Whether tokens so far matter.
+  bool penalises() const;
   // Throws Error naming the option that is out of range; ids are checked against `vocab_size`.
   void validate(int64_t vocab_size) const;
+  bool operator==(const SamplerOptions&) const = default;
 };
 
 // 64 random bits a call.
@@ -56,8 +59,11 @@ class Sampler {
   explicit Sampler(SamplerOptions options);
 
   // logits [V] of the next token; history: all tokens so far, the prompt's too. Its memory is kept
-  // from call to call. Throws Error on NaN, and when every token is forbidden.
+  // from call to call. Every token is drawn by one random number, at temperature 0 by none. Throws
+  // Error on NaN, and when every token is forbidden.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> history);
+  // The numbers in [0, 1) that the next tokens would be drawn by, for who draws them elsewhere.
+  void take_numbers(std::span<double> numbers);
   // What sample() draws from, most probable first; one candidate at temperature 0.
   std::vector<Candidate> candidates(std::span<const float> logits,
                                     std::span<const int32_t> history) const;

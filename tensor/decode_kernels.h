@@ -49,16 +49,30 @@ struct DecodeAttentionStage {
 inline constexpr int64_t kDecodeSplitTokens = 32;  // at least so many in each
 inline constexpr int64_t kDecodeMostSplits = 8;    // a cluster of every device that has them
 
+// How the next token is chosen from its logits, as models/sampler.h defines it: bias, top-k, top-p,
+// min-p, temperature, draw.
+struct TokenChoice {
+  int64_t top_k = 1;  // 1 … kDecodeMostTopK; 1: the largest, the lowest id among equals
+  double top_p = 1, min_p = 0, temperature = 1;
+  Tensor numbers = {};  // F64 [rows, positions], in [0, 1): what the token behind a position is
+                        // drawn by; undefined where the largest is taken without bias
+  Tensor bias_ids = {}, bias = {};  // I32, F32 [n], or undefined: added to the logits of these ids,
+                                    // no id twice; −∞ forbids it
+  bool takes_largest() const { return top_k == 1 && !bias.defined(); }
+};
+inline constexpr int64_t kDecodeMostTopK = 128;
+// Told instead of an id: a logit is NaN; every token is forbidden.
+inline constexpr int32_t kChosenNaN = -1, kChosenNothing = -2;
+
 struct DecodeKernels {
   // y: F32; Store: [rows, Σ N]; Add, SiluMul: [rows, N]. Matrices of one form share a launch.
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
                    RowOutput output);
   void (*attention)(const DecodeAttentionStage& s);
-  // For each row of logits [rows, V] the token of the largest, the lowest id among equals: state
+  // For each row of logits [rows, V], to which the bias is added in place, the id of a token: state
   // (I32 [2, rows]: tokens, positions) becomes it and the next position; word (position % 2, row)
-  // of told (U8 [16 · rows], page-locked, 64-bit words [2, rows]) becomes position · 2³² + id, or
-  // + (2³² − 1) when a logit is NaN.
-  void (*choose)(Tensor& state, Tensor& told, const Tensor& logits);
+  // of told (U8 [16 · rows], page-locked, 64-bit words [2, rows]) becomes position · 2³² + id.
+  void (*choose)(Tensor& state, Tensor& told, Tensor& logits, const TokenChoice& by);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
 };

@@ -290,14 +290,14 @@ TEST_CASE("decode plan: greedy tokens of several sequences are those of each") {
     std::vector<std::vector<int32_t>> got(first.size());
     std::span<const int32_t> ids = first;
     for (int64_t t = 0; t < kTokens; ++t) {
-      ids = together.greedy(ids, caches);
+      ids = together.choose(ids, caches);
       for (size_t n = 0; n < ids.size(); ++n) got[n].push_back(ids[n]);
     }
     for (size_t n = 0; n < first.size(); ++n) {
       auto own = model.new_caches(1, kTokens);
       std::vector<int32_t> want;
       for (int32_t id = first[n]; static_cast<int64_t>(want.size()) < kTokens;)
-        want.push_back(id = alone.greedy(id, own));
+        want.push_back(id = alone.choose(id, own));
       CHECK(got[n] == want);
     }
   }
@@ -355,7 +355,7 @@ TEST_CASE("decode plan: unhappy paths") {
         }) == "decode: token 300 is outside the model's vocabulary of 257");
   two.back().advance(1);
   CHECK(message_of([&] {
-          pair.greedy(std::vector<int32_t>{5, 5}, two);
+          pair.choose(std::vector<int32_t>{5, 5}, two);
         }) == "decode: caches of 0 and of 1 tokens");
   for (const int64_t batch : {0, 17})
     CHECK(message_of([&] { DecodePlan(model, 3, batch); }) ==
@@ -393,7 +393,7 @@ TEST_CASE("decode plan: no memory is taken for a token, nor for its sampling and
           ids.front() = some_id(t, 257);
           plan.step(ids, caches);
           plan.logits();
-          plan.greedy(ids, caches);
+          plan.choose(ids, caches);
           for (nn::KVCache& cache : caches) cache.truncate(t + 2);
         }
         CHECK(allocation_count() == before);

@@ -71,7 +71,7 @@ TEST_CASE("devices: greedy steps of several sequences choose as their logits do"
         by_steps.step(ids, others);
         const auto logits = by_steps.logits();
         const auto V = static_cast<int64_t>(logits.size()) / batch;
-        const auto chosen = plan.greedy(ids, caches);
+        const auto chosen = plan.choose(ids, caches);
         for (size_t n = 0; n < ids.size(); ++n) {
           const auto row = logits.begin() + static_cast<int64_t>(n) * V;
           REQUIRE(chosen[n] == std::max_element(row, row + V) - row);
@@ -84,7 +84,7 @@ TEST_CASE("devices: greedy steps of several sequences choose as their logits do"
       for (auto* of : {&caches, &others})
         for (nn::KVCache& cache : *of) cache.truncate(4);
       while (caches.front().length() < kCapacity) check_step();
-      CHECK_THROWS_WITH_AS(plan.greedy(ids, caches),
+      CHECK_THROWS_WITH_AS(plan.choose(ids, caches),
                            "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
     }
   });
@@ -97,7 +97,7 @@ TEST_CASE("devices: a logit that is no number stops all sequences") {
     model.move_to(d);
     auto caches = model.new_caches(3, 8);
     DecodePlan plan(model, 8, 3);
-    CHECK_THROWS_WITH_AS(plan.greedy(std::vector<int32_t>{1, 2, 3}, caches),
+    CHECK_THROWS_WITH_AS(plan.choose(std::vector<int32_t>{1, 2, 3}, caches),
                          "decode: a logit behind token 1 at position 0 is NaN", Error);
     CHECK(caches.front().length() == 0);
   });

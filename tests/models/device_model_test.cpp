@@ -157,34 +157,34 @@ TEST_CASE("devices: greedy steps choose as their logits do") {
     };
     int32_t token = 3;
     for (int i = 0; i < 10; ++i) {  // each step was begun before it was asked for
-      const int32_t next = plan.greedy(token, caches);
+      const int32_t next = plan.choose(token, caches);
       REQUIRE(next == largest_after(token));
       token = next;
     }
     // Another token than the one that was chosen, then an earlier place, then steps without choice.
-    CHECK(plan.greedy(7, caches) == largest_after(7));
+    CHECK(plan.choose(7, caches) == largest_after(7));
     for (nn::KVCache& cache : caches) cache.truncate(4);
     for (nn::KVCache& cache : others) cache.truncate(4);
-    CHECK(plan.greedy(9, caches) == largest_after(9));
+    CHECK(plan.choose(9, caches) == largest_after(9));
     // The place and the token of the step ahead, behind another text.
-    const int32_t chosen = plan.greedy(11, caches);
+    const int32_t chosen = plan.choose(11, caches);
     CHECK(chosen == largest_after(11));
     const std::vector<int32_t> other = some_ids(6, model.config().vocab_size);
     for (auto* of : {&caches, &others}) {
       for (nn::KVCache& cache : *of) cache.truncate(0);
       model.forward(Tensor::from<int32_t>(other, {1, 6}), 0, of);
     }
-    CHECK(plan.greedy(chosen, caches) == largest_after(chosen));
+    CHECK(plan.choose(chosen, caches) == largest_after(chosen));
     plan.step(2, caches);
     by_steps.step(2, others);
     const auto a = plan.logits(), b = by_steps.logits();
     CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()));
     while (caches.front().length() < kCapacity) {  // to the last place of the caches
-      const int32_t next = plan.greedy(token, caches);
+      const int32_t next = plan.choose(token, caches);
       REQUIRE(next == largest_after(token));
       token = next;
     }
-    CHECK_THROWS_WITH_AS(plan.greedy(token, caches),
+    CHECK_THROWS_WITH_AS(plan.choose(token, caches),
                          "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
   });
 }
@@ -197,7 +197,7 @@ TEST_CASE("devices: a logit that is no number is an error, not a token") {
     model.move_to(d);
     auto caches = model.new_caches(1, 8);
     DecodePlan plan(model, 8);
-    CHECK_THROWS_WITH_AS(plan.greedy(1, caches),
+    CHECK_THROWS_WITH_AS(plan.choose(1, caches),
                          "decode: a logit behind token 1 at position 0 is NaN", Error);
     CHECK(caches.front().length() == 0);
   });

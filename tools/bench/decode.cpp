@@ -1,13 +1,13 @@
 // Benchmark of running a model: tokens a second of decoding one sequence, or several at once (the
-// recorded plan, head, logits to the host and greedy choice included), of a prompt, and GB/s of
-// single products with one row, each as a share of what a copy on the same device reaches. Random
-// weights of well-known shapes with realistic scales; nothing is read from a file. A table, then
-// one line of JSON.
+// recorded plan, head and choice of the token included), of a prompt, and GB/s of single products
+// with one row, each as a share of what a copy on the same device reaches. Random weights of
+// well-known shapes with realistic scales; nothing is read from a file. A table, then one line of
+// JSON.
 //
 //   omq-bench-decode --device cuda --shape 7b --weights w4g128,w3g128,w2g128,f16 --batch 1,4,16
 //
 // The floor of a step is its bytes: the blocks' weights with their grids, and the head, once for
-// all sequences.
+// all sequences. The host samples where --temp and --top-k ask for what a plan does not (--top-k 0).
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -179,6 +179,7 @@ struct Bench {
   Device device;
   int64_t prompt = 128, gen = 128, long_prompt = 2048;
   int repetitions = 5;
+  SamplerOptions sampling;
   double copy_rate = 0;  // bytes/s, read and written
 
   void sync() const { device_api(device).sync(device.index); }
@@ -203,6 +204,21 @@ struct Bench {
   }
 };
 
+// The next token of each sequence where the plan leaves it to the host: its logits, and a sampler.
+std::vector<int32_t> sampled_step(DecodePlan& plan, std::vector<Sampler>& samplers,
+                                  std::span<const int32_t> tokens,
+                                  std::vector<nn::KVCache>& caches) {
+  plan.step(tokens, caches);
+  const auto logits = plan.logits();
+  const size_t V = logits.size() / samplers.size();
+  std::vector<int32_t> next(samplers.size());
+  parallel_for(static_cast<int64_t>(next.size()), 1, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i)
+      next[i] = samplers[i].sample(logits.subspan(i * V, V), {});
+  });
+  return next;
+}
+
 // Seconds of a step behind a prompt, a token of each of `batch` sequences; median of whole runs.
 double decode_seconds(const Bench& b, const Model& m, int64_t batch) {
   const NoGrad off;
@@ -212,14 +228,22 @@ double decode_seconds(const Bench& b, const Model& m, int64_t batch) {
   std::vector<int32_t> ids(static_cast<size_t>(batch * b.prompt));
   for (size_t i = 0; i < ids.size(); ++i)
     ids[i] = static_cast<int32_t>((i * i * 31 + 7) % static_cast<size_t>(m.config().vocab_size));
-  std::vector<double> times;
+  std::vector<double> times, numbers(static_cast<size_t>(batch * b.gen));
+  const bool chosen = plan.can_choose(b.sampling);
+  std::vector<Sampler> samplers(static_cast<size_t>(batch), Sampler(b.sampling));
+  if (chosen) {
+    Sampler(b.sampling).take_numbers(numbers);
+    plan.choose_by(b.sampling, b.prompt, numbers);
+  }
   for (int r = 0; r <= b.repetitions; ++r) {
     for (nn::KVCache& cache : caches) cache.truncate(0);
     m.forward(Tensor::from<int32_t>(ids, {batch, b.prompt}), 0, &caches);
-    const std::vector<int32_t> first(static_cast<size_t>(batch), 1);
-    std::span<const int32_t> tokens = first;
+    std::vector<int32_t> sampled(static_cast<size_t>(batch), 1);
+    std::span<const int32_t> tokens = sampled;
     const double s = b.seconds([&] {
-      for (int64_t i = 0; i < b.gen; ++i) tokens = plan.greedy(tokens, caches);
+      for (int64_t i = 0; i < b.gen; ++i)
+        tokens = chosen ? plan.choose(tokens, caches)
+                        : sampled = sampled_step(plan, samplers, tokens, caches);
     });
     if (r > 0) times.push_back(s / static_cast<double>(b.gen));
   }
@@ -297,6 +321,9 @@ int run(int argc, char** argv) {
   app.add_option("--long-prompt", b.long_prompt, "tokens of the prompt that is timed; 0: none");
   app.add_option("-r,--repetitions", b.repetitions, "of each measurement");
   app.add_option("-t,--threads", threads, "on the CPU");
+  b.sampling.temperature = 0;
+  app.add_option("--temp", b.sampling.temperature, "of sampling; 0: the largest logit");
+  app.add_option("--top-k", b.sampling.top_k, "tokens sampled from; 0: all, by the host");
   CLI11_PARSE(app, argc, argv);
   b.device = cli::device_from(device);
   cli::choose_cuda_path(path, b.device);
