@@ -7,7 +7,8 @@
 //   omq-bench-decode --device cuda --shape 7b --weights w4g128,w3g128,w2g128,f16 --batch 1,4,16
 //
 // The floor of a step is its bytes: the blocks' weights with their grids, and the head, once for
-// all sequences. The host samples where --temp and --top-k ask for what a plan does not (--top-k 0).
+// all sequences. The host samples where --temp and --top-k ask for what a plan does not (--top-k
+// 0).
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
