@@ -57,17 +57,37 @@ __global__ void __launch_bounds__(kThreads)
   join_by_arrival(a, memory, mine, head, split, active, row);
 }
 
+const Tensor& stored(const DecodeCache& c) { return c.floats.defined() ? c.floats : c.codes.codes; }
+
+// Throws Error unless the cache is [rows, capacity, K, d] in a form that the kernel reads.
+// on_grid: how new tokens are rounded.
+CacheArgs cache_args(const DecodeAttentionStage& s, const DecodeCache& c,
+                     const std::optional<RowQuant>& on_grid) {
+  const Tensor& all = stored(c);
+  const bool codes = !c.floats.defined();
+  const int64_t width = codes ? c.codes.code_bytes() : s.head_dim;
+  const Shape shape{s.qkv.dim(0), all.dim(1), s.kv_heads, width};
+  check(all.shape() == shape && all.is_contiguous() &&
+            all.dtype() == (codes ? DType::U8 : DType::F16),
+        "decode attention: a cache {} of {}, {} wanted", all.shape(), dtype_name(all.dtype()),
+        shape);
+  if (!codes) return {all.raw(), nullptr};
+  check(on_grid == c.codes.spec && c.codes.cols == s.head_dim && c.codes.grid.is_contiguous() &&
+            c.codes.grid.numel() == all.numel() / width * 2,
+        "decode attention: codes of {} bits on another grid than new ones", c.codes.spec.bits);
+  return {all.raw(), reinterpret_cast<float2*>(c.codes.grid.data<float>())};
+}
+
 // Throws Error when the stage's tensors do not fit.
 AttentionArgs attention_args(const DecodeAttentionStage& s) {
   const int64_t rows = s.qkv.dim(0);
-  check(s.keys.dtype() == s.values.dtype() &&
-            (s.keys.dtype() == DType::F16 || s.keys.dtype() == DType::F32),
-        "decode attention: a cache of {}", dtype_name(s.keys.dtype()));
-  check(s.heads % s.kv_heads == 0 && s.head_dim <= 256 && s.keys.dim(0) == rows &&
-            s.keys.is_contiguous() && s.values.is_contiguous() &&
+  check(s.heads % s.kv_heads == 0 && s.head_dim <= 256 &&
             s.head_dim % decode_elements(s.head_dim) == 0,
-        "decode attention: {} heads of {}, {} of keys, cache {}", s.heads, s.head_dim, s.kv_heads,
-        s.keys.shape());
+        "decode attention: {} heads of {}, {} of keys", s.heads, s.head_dim, s.kv_heads);
+  check(s.keys.floats.defined() == s.values.floats.defined() &&
+            s.keys.codes.paired == s.values.codes.paired &&
+            stored(s.keys).dim(1) == stored(s.values).dim(1),
+        "decode attention: keys and values are stored differently");
   check(s.position.numel() == rows, "decode attention: positions {} for {} sequences",
         s.position.shape(), rows);
   AttentionArgs a{};
@@ -78,15 +98,15 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
   a.q = head_form(s.q_gain, s.q_eps, true, s.q);
   a.k = head_form(s.k_gain, s.k_eps, true, s.k);
   a.v = head_form({}, 0, false, s.v);
-  a.keys = operand("decode_attention", s.keys);
-  a.values = operand("decode_attention", s.values);
+  a.keys = cache_args(s, s.keys, s.k);
+  a.values = cache_args(s, s.values, s.v);
   a.parts = s.parts.data<float>();
   a.arrived = s.arrived.data<int32_t>();
   a.y = s.y.data<float>();
   a.heads = static_cast<int>(s.heads);
   a.kv_heads = static_cast<int>(s.kv_heads);
   a.dim = static_cast<int>(s.head_dim);
-  a.capacity = static_cast<int>(s.keys.dim(1));
+  a.capacity = static_cast<int>(stored(s.keys).dim(1));
   a.splits = static_cast<int>(s.parts.dim(2));
   a.positions = static_cast<int>(s.cos.dim(0));
   a.group = a.heads / a.kv_heads;
@@ -120,12 +140,13 @@ void decode_attention(const DecodeAttentionStage& s) {
   };
   const auto of_each = [&](auto each) {
     constexpr int kEach = decltype(each)::value;
-    const bool halves = s.keys.dtype() == DType::F16;
-    if (cluster)
-      return halves ? run(decode_attention_kernel<__half, kEach, true>)
-                    : run(decode_attention_kernel<float, kEach, true>);
-    halves ? run(decode_attention_kernel<__half, kEach, false>)
-           : run(decode_attention_kernel<float, kEach, false>);
+    const auto of_type = [&](auto type) {
+      using T = decltype(type);
+      cluster ? run(decode_attention_kernel<T, kEach, true>)
+              : run(decode_attention_kernel<T, kEach, false>);
+    };
+    if (s.keys.floats.defined()) return of_type(__half{});
+    s.keys.codes.paired ? of_type(Codes<2>{}) : of_type(Codes<1>{});
   };
   const int64_t each = decode_elements(a.dim);
   if (each == 2) return of_each(Int<2>{});

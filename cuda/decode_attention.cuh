@@ -18,11 +18,17 @@ struct HeadForm {  // what happens to a head of q, k or v on its way
   RowQuant s;
 };
 
+// A cache's floats or codes [rows, capacity, K, …]; of codes, scale and zero of each token's head.
+struct CacheArgs {
+  void* data;
+  float2* grid;
+};
+
 struct AttentionArgs {
   const float *qkv, *cos, *sin;
   const int32_t* position;  // [rows]
   HeadForm q, k, v;
-  Operand keys, values;
+  CacheArgs keys, values;
   float *parts, *y;
   int32_t* arrived;
   int heads, kv_heads, dim, capacity, splits, positions;
@@ -46,10 +52,12 @@ template <int kPairs> struct Rotation {
   }
 };
 
-// One head by one warp: out[d] in shared memory.
+// One head by one warp: out[d] in shared memory. Gives the grid that it was rounded to, if it was.
 template <int kPairs>
-__device__ __forceinline__ void prepare_head(float* out, const float* x, const HeadForm& f,
-                                             const Rotation<kPairs>& turn, int d, int lane) {
+__device__ __forceinline__ RowGrid<float> prepare_head(float* out, const float* x,
+                                                       const HeadForm& f,
+                                                       const Rotation<kPairs>& turn, int d,
+                                                       int lane) {
   const int half = d / 2;
   float v[2][kPairs];
 #pragma unroll
@@ -79,8 +87,9 @@ __device__ __forceinline__ void prepare_head(float* out, const float* x, const H
     hi = fmaxf(hi, fmaxf(v[0][j], v[1][j]));
     lo = fmaxf(lo, -fminf(v[0][j], v[1][j]));
   }
+  RowGrid<float> g{};
   if (f.quantise) {
-    const RowGrid<float> g = row_grid(team_max<32>(hi), -team_max<32>(lo), f.s);
+    g = row_grid(team_max<32>(hi), -team_max<32>(lo), f.s);
     const float top = static_cast<float>((1 << f.s.bits) - 1);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
@@ -92,6 +101,7 @@ __device__ __forceinline__ void prepare_head(float* out, const float* x, const H
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (lane + 32 * j < half) out[lane + 32 * j + h * half] = v[h][j];
+  return g;
 }
 
 // Scores are exponents of two, and what they are measured from is the largest; of none, 0.
@@ -127,8 +137,100 @@ __device__ __forceinline__ Sums<1> join(int count, Top&& top, Weight&& weight, V
   return all;
 }
 
-// A lane's kEach neighbouring elements of a head, in one load.
+// Neighbouring elements of a head, in one load.
 template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
+
+template <int kBytes> struct WordOf;
+template <> struct WordOf<1> { using type = uint8_t; };
+template <> struct WordOf<2> { using type = uint16_t; };
+template <> struct WordOf<4> { using type = uint32_t; };
+template <> struct WordOf<8> { using type = uint64_t; };
+
+// How a cache stores elements: T is __half, or codes, kPerByte to a byte.
+template <int kPerByte> struct Codes {};
+
+// A lane's kEach neighbouring elements of the tokens of one head: of `cache_row`, the head of the
+// sequence's first token, and every K-th behind it.
+template <class T, int kEach> class CachedHead {
+ public:
+  using Raw = Elements<T, kEach>;
+  __device__ __forceinline__ CachedHead(const CacheArgs& c, int64_t cache_row, int K, int d,
+                                        int element)
+      : at_(static_cast<const T*>(c.data) + cache_row * d + element), step_(K * d) {}
+  __device__ __forceinline__ Raw fetch(int token) const {
+    return *reinterpret_cast<const Raw*>(at_ + static_cast<int64_t>(token) * step_);
+  }
+  __device__ static __forceinline__ float value(const Raw& r, int j) {
+    return static_cast<float>(r.v[j]);
+  }
+  // By one warp: a token's head as it came from prepare_head().
+  __device__ static __forceinline__ void write(const CacheArgs& c, int64_t cache_row, int d,
+                                               const float* x, RowGrid<float>, RowQuant, int lane) {
+#pragma unroll 1
+    for (int i = lane; i < d; i += 32)
+      static_cast<T*>(c.data)[cache_row * d + i] = static_cast<T>(x[i]);
+  }
+
+ private:
+  const T* at_;
+  int step_;
+};
+
+template <int kPerByte, int kEach> class CachedHead<Codes<kPerByte>, kEach> {
+ public:
+  using Bytes = typename WordOf<kEach / kPerByte>::type;
+  struct Raw {
+    Bytes codes;
+    float2 grid;
+  };
+  __device__ __forceinline__ CachedHead(const CacheArgs& c, int64_t cache_row, int K, int d,
+                                        int element)
+      : at_(static_cast<const uint8_t*>(c.data) + (cache_row * d + element) / kPerByte),
+        grid_(c.grid + cache_row),
+        K_(K),
+        step_(K * d / kPerByte) {}
+  __device__ __forceinline__ Raw fetch(int token) const {
+    Raw r;
+    r.codes = *reinterpret_cast<const Bytes*>(at_ + static_cast<int64_t>(token) * step_);
+    r.grid = grid_[static_cast<int64_t>(token) * K_];
+    return r;
+  }
+  // A code in the low bits of 2²³ is a float that needs no conversion; zero points are whole.
+  __device__ static __forceinline__ float value(const Raw& r, int j) {
+    constexpr uint32_t kWhole = 0x4b000000u;
+    const int byte = j / kPerByte;
+    auto word = static_cast<uint32_t>(r.codes >> (byte / 4 * 32));
+    if constexpr (kPerByte == 2) word = word >> (j % 2 * 4) & 0x0f0f0f0fu;
+    const uint32_t code = __byte_perm(word, kWhole, 0x7540u | static_cast<uint32_t>(byte % 4));
+    return (__int_as_float(static_cast<int>(code)) - (__int_as_float(kWhole) + r.grid.y)) *
+           r.grid.x;
+  }
+  __device__ static __forceinline__ void write(const CacheArgs& c, int64_t cache_row, int d,
+                                               const float* x, RowGrid<float> g, RowQuant s,
+                                               int lane) {
+    const float top = static_cast<float>((1 << s.bits) - 1);
+    bool finite = true;
+#pragma unroll 1
+    for (int i = lane; i < d; i += 32) finite &= isfinite(x[i]);
+    finite = __all_sync(0xffffffffu, finite);
+    // x is (code − zero) · scale by now, and is on the grid at that code.
+    const auto code = [&](int i) {
+      return finite ? static_cast<uint32_t>(row_code(x[i], g, top)) : 0u;
+    };
+    auto* to = static_cast<uint8_t*>(c.data) + cache_row * d / kPerByte;
+#pragma unroll 1
+    for (int i = lane; i < d / kPerByte; i += 32)
+      to[i] = static_cast<uint8_t>(kPerByte == 1 ? code(i) : code(2 * i) | code(2 * i + 1) << 4);
+    if (lane == 0)
+      c.grid[cache_row] =
+          finite ? make_float2(g.scale, g.zero) : make_float2(__int_as_float(0x7fc00000), 0.0f);
+  }
+
+ private:
+  const uint8_t* at_;
+  const float2* grid_;
+  int K_, step_;
+};
 
 // Tokens of a split, of so many in a cache.
 __device__ __forceinline__ int split_tokens(const AttentionArgs& a, int tokens) {
@@ -146,26 +248,26 @@ template <int kEach, int kWarps> struct AttentionMemory {  // shared
 };
 
 // What the split's tokens give, of element min(thread, d − 1). All of the block's kWarps warps call
-// it. T: of the cache; a head has kEach elements a lane, a multiple of kEach in all.
+// it. T: of the cache, see CachedHead; a head has kEach elements a lane, a multiple of kEach in
+// all.
 template <class T, int kEach, int kWarps>
 __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemory<kEach, kWarps>& m,
                                           int position, int head, int begin, int end, int row) {
   constexpr int kTokens = kAttentionTokens;
-  using Part = Elements<T, kEach>;
+  using Cached = CachedHead<T, kEach>;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int kv = quotient(head, a.inverse_group), d = a.dim;
-  const int step = a.kv_heads * d;  // from token to token
-  const int64_t first = static_cast<int64_t>(row) * a.capacity * step + kv * d;
+  const int64_t first = static_cast<int64_t>(row) * a.capacity * a.kv_heads + kv;
   const bool mine = lane * kEach < d;
-  const T *keys = static_cast<const T*>(a.keys.data) + first + (mine ? lane * kEach : 0),
-          *values = static_cast<const T*>(a.values.data) + first + (mine ? lane * kEach : 0);
-  Part k_raw[kTokens], v_raw[kTokens];
+  const int own = mine ? lane * kEach : 0;
+  const Cached keys(a.keys, first, a.kv_heads, d, own), values(a.values, first, a.kv_heads, d, own);
+  typename Cached::Raw k_raw[kTokens], v_raw[kTokens];
   const auto fetch = [&](int t0) {  // all loads first, none behind a condition
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      const int64_t at = static_cast<int64_t>(min(t0 + u * kWarps, end - 1)) * step;
-      k_raw[u] = *reinterpret_cast<const Part*>(keys + at);
-      v_raw[u] = *reinterpret_cast<const Part*>(values + at);
+      const int token = min(t0 + u * kWarps, end - 1);
+      k_raw[u] = keys.fetch(token);
+      v_raw[u] = values.fetch(token);
     }
   };
   // Older tokens' keys and values were there before this step began; the newest one's are not
@@ -178,13 +280,12 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
     const HeadForm& form = warp == 0 ? a.q : warp == 1 ? a.k : a.v;
     float* out = warp == 0 ? m.q : warp == 1 ? m.k_new : m.v_new;
     const int at = warp == 0 ? head : warp == 1 ? a.heads + kv : a.heads + a.kv_heads + kv;
-    prepare_head(out, qkv + at * d, form, turn, d, lane);
+    const RowGrid<float> grid = prepare_head(out, qkv + at * d, form, turn, d, lane);
     if (warp > 0 && head == kv * a.group) {
       __syncwarp();
-#pragma unroll 1
-      for (int i = lane; i < d; i += 32)
-        store(warp == 1 ? a.keys : a.values, first + static_cast<int64_t>(position) * step + i,
-              out[i]);
+      Cached::write(warp == 1 ? a.keys : a.values,
+                    first + static_cast<int64_t>(position) * a.kv_heads, d, out, grid, form.s,
+                    lane);
     }
   }
   __syncthreads();
@@ -202,8 +303,8 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const int i = lane * kEach + j;  // inside the arrays for every lane
-        s += q[j] * (fresh ? m.k_new[i] : static_cast<float>(k_raw[u].v[j]));
-        v[u][j] = fresh ? m.v_new[i] : static_cast<float>(v_raw[u].v[j]);
+        s += q[j] * (fresh ? m.k_new[i] : Cached::value(k_raw[u], j));
+        v[u][j] = fresh ? m.v_new[i] : Cached::value(v_raw[u], j);
       }
       score[u] = mine ? s : 0.0f;
     }

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void dequantize_rows_kernel(float* y, Rows y_rows, CodeBytes codes, Rows code_rows,
+__global__ void dequantize_rows_kernel(Operand y, Rows y_rows, CodeBytes codes, Rows code_rows,
                                        const float* grid, Rows grid_rows, int64_t rows, int n,
                                        bool paired) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -169,10 +169,10 @@ __global__ void dequantize_rows_kernel(float* y, Rows y_rows, CodeBytes codes, R
     const int64_t from = code_rows.at(row);
     const float* g = grid + grid_rows.at(row);
     const float scale = g[0], zero = g[1];
-    float* to = y + y_rows.at(row);
+    const int64_t to = y_rows.at(row);
     for (int i = lane; i < n; i += 32) {
       const int code = paired ? codes[from + i / 2] >> (i % 2 * 4) & 15 : codes[from + i];
-      to[i] = (static_cast<float>(code) - zero) * scale;
+      store(y, to + i, (static_cast<float>(code) - zero) * scale);
     }
   }
 }
@@ -235,7 +235,7 @@ void quantize_silu_mul(QuantizedRows& q, const Tensor& gate, const Tensor& up) {
 void dequantize_rows(Tensor& y, const QuantizedRows& q) {
   const int64_t rows = rows_of(y);
   launch("dequantize_rows", y, dequantize_rows_kernel, blocks_for(rows, kThreads / 32), kThreads, 0,
-         y.data<float>(), rows_view("dequantize_rows", y), CodeBytes(q),
+         operand("dequantize_rows", y), rows_view("dequantize_rows", y), CodeBytes(q),
          rows_view("dequantize_rows", q.codes), q.grid.data<float>(),
          rows_view("dequantize_rows", q.grid), rows, q.cols, q.paired);
 }

@@ -116,7 +116,7 @@ DevicePlan::DevicePlan(const Model& m, int64_t capacity, int64_t B)
   arrived_ = Tensor::zeros({B, H}, DType::I32, device_);
   host_ = empty_pinned(logits_.shape(), DType::F32, device_);
   told_ = empty_pinned({16 * B}, DType::U8, device_);
-  numbers_ = Tensor::zeros({B, capacity}, DType::F64, device_);
+  numbers_ = to(Tensor::zeros({B, capacity}, DType::F64), device_);
 }
 
 DevicePlan::~DevicePlan() {
@@ -134,9 +134,11 @@ DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVC
   s.cos = model_.rope().cos;
   s.sin = model_.rope().sin;
   s.position = position_;
-  s.q = a.taps.q, s.k = a.taps.k, s.v = a.taps.v;
-  s.keys = cache.keys().floats;
-  s.values = cache.values().floats;
+  // A cache of codes rounds to them; else attention's own grid does.
+  const nn::CacheQuant& kept = cache.quant();
+  s.q = a.taps.q, s.k = kept.k ? kept.k : a.taps.k, s.v = kept.v ? kept.v : a.taps.v;
+  s.keys = {cache.keys().floats, cache.keys().codes};
+  s.values = {cache.values().floats, cache.values().codes};
   s.parts = parts_;
   s.arrived = arrived_;
   s.y = attended_;
@@ -145,9 +147,9 @@ DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVC
 }
 
 void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
-  const Tensor& keys = caches.front().keys().floats;
-  check(keys.defined() && keys.device() == device_, "decode: the caches do not hold floats on {}",
-        to_string(device_));
+  const nn::KVCache::Store& store = caches.front().keys();
+  const Tensor& keys = store.floats.defined() ? store.floats : store.codes.codes;
+  check(keys.device() == device_, "decode: the caches are not on {}", to_string(device_));
   if (bound_ == &caches && bound_memory_ == keys.raw()) return;
   bound_ = &caches;
   bound_memory_ = keys.raw();

@@ -84,13 +84,14 @@ Tensor Model::forward(const Tensor& ids, int64_t first, std::vector<nn::KVCache>
 
 std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) const {
   std::vector<nn::KVCache> caches;
-  const bool cpu = device().type == DeviceType::CPU;
   for (const auto& block : blocks) {
     const nn::Attention::Taps& taps = block->self_attn.taps;
-    caches.emplace_back(
-        batch, capacity, config_.num_kv_heads, config_.head_dim, device(),
-        cpu ? nn::CacheQuant{taps.k ? taps.k : kept.k, taps.v ? taps.v : kept.v, kept.floats}
-            : nn::CacheQuant{{}, {}, DType::F16});
+    nn::CacheQuant quant{taps.k ? taps.k : kept.k, taps.v ? taps.v : kept.v, kept.floats};
+    if (device().type != DeviceType::CPU) {
+      if (!quant.alike()) quant.k = quant.v = std::nullopt;
+      quant.floats = DType::F16;
+    }
+    caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim, device(), quant);
   }
   return caches;
 }

@@ -44,8 +44,9 @@ class Model {
   Tensor forward(const Tensor& ids, int64_t first = 0,
                  std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
-  // Keys and values are kept as their attention quantises them, else as `kept` says; on a GPU as
-  // floats, in F16.
+  // Keys and values are kept as their attention quantises them, else as `kept` says. On a GPU
+  // floats are F16, and so are both where one would be codes and the other not, or where one alone
+  // has two codes a byte.
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
   // Onto a device. Packed weights whose groups have no form there become F32.
   void move_to(Device device);
@@ -53,7 +54,7 @@ class Model {
 
   ModelEnds ends;
   std::vector<std::unique_ptr<LlamaBlock>> blocks;
-  nn::CacheQuant kept;  // of what attention does not quantise itself; CPU
+  nn::CacheQuant kept;  // of what attention does not quantise itself
 
  private:
   ModelConfig config_;

@@ -25,7 +25,7 @@ QuantizedRows described(RowQuant s, int64_t cols) {
   QuantizedRows q;
   q.spec = s;
   q.cols = cols;
-  q.paired = s.bits <= 4;
+  q.paired = CacheQuant::paired(s);
   return q;
 }
 
@@ -65,9 +65,11 @@ void KVCache::Store::write(int64_t at, const Tensor& x) {
 }
 
 Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
-  if (!floats.defined()) return dequantized(tokens(codes, begin, end));
-  const bool device = floats.device().type != DeviceType::CPU;
-  return to(tokens(floats, begin, end), device ? operand_dtype(DType::F32) : DType::F32);
+  const Tensor& stored = floats.defined() ? floats : codes.codes;
+  const bool device = stored.device().type != DeviceType::CPU;
+  const DType wanted = device ? operand_dtype(DType::F32) : DType::F32;
+  return floats.defined() ? to(tokens(floats, begin, end), wanted)
+                          : dequantized(tokens(codes, begin, end), wanted);
 }
 
 KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,
@@ -79,7 +81,7 @@ KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head
 
 bool KVCache::is_compact() const {
   const Tensor& one = k_.floats.defined() ? k_.floats : k_.codes.codes;
-  return quant_.any() || (quant_.floats != DType::F32 && one.device().type == DeviceType::CPU);
+  return one.device().type == DeviceType::CPU && (quant_.any() || quant_.floats != DType::F32);
 }
 
 void KVCache::append(const Tensor& k, const Tensor& v) {

@@ -14,6 +14,9 @@ struct CacheQuant {
   std::optional<RowQuant> k, v;
   DType floats = DType::F32;  // or F16
   bool any() const { return k || v; }
+  // Whether keys and values are both floats, or codes of which equally many share a byte.
+  bool alike() const { return k && v ? paired(*k) == paired(*v) : !any(); }
+  static bool paired(const RowQuant& s) { return s.bits <= 4; }
   // Of one token of one sequence, grids (8 bytes a head) included.
   int64_t token_bytes(int64_t kv_heads, int64_t head_dim) const;
 };
@@ -27,7 +30,7 @@ class KVCache {
   // Writes k, v [B,T,K,d] behind what is stored. Throws Error when the cache is full.
   void append(const Tensor& k, const Tensor& v);
   struct View {
-    Tensor k, v;  // [B, end − begin, K, d], F32; floats on a GPU of the ComputeScope's type
+    Tensor k, v;  // [B, end − begin, K, d], F32; on a GPU of the ComputeScope's type
   };
   // Counts tokens that somebody has written into keys() and values() himself.
   void advance(int64_t tokens);

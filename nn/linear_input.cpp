@@ -31,10 +31,10 @@ QuantizedRows quantized(const Tensor& any, RowQuant s) {
   return q;
 }
 
-Tensor dequantized(const QuantizedRows& q) {
+Tensor dequantized(const QuantizedRows& q, DType dtype) {
   Shape shape = q.grid.shape();
   shape[shape.n - 1] = q.cols;
-  Tensor y = Tensor::empty(shape, DType::F32, q.grid.device());
+  Tensor y = Tensor::empty(shape, dtype, q.grid.device());
   packed_on(y).dequantize_rows(y, q);
   return y;
 }

@@ -14,7 +14,7 @@ namespace omq::nn {
 
 // The rows of x [..., N] as codes, one a byte, and back. No history.
 QuantizedRows quantized(const Tensor& x, RowQuant s);
-Tensor dequantized(const QuantizedRows& q);
+Tensor dequantized(const QuantizedRows& q, DType dtype = DType::F32);
 
 // Lives as long as one call; not shared between threads.
 class LinearInput {

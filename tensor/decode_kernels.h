@@ -30,19 +30,27 @@ inline constexpr int64_t decode_elements(int64_t head_dim) {
   return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8;
 }
 
+// Keys or values of all sequences, as they are stored: F16 [rows, capacity, K, d], or, where that
+// is undefined, codes of that shape.
+struct DecodeCache {
+  Tensor floats = {};
+  QuantizedRows codes = {};
+};
+
 // One token of every sequence against its cache. H query heads share K key and value heads.
 struct DecodeAttentionStage {
   Tensor qkv;                       // F32 [rows, (H + 2K)·d]: q, then k, then v
   Tensor q_gain = {}, k_gain = {};  // F32 [d], norms on each head of q and k; or undefined
   double q_eps = 0, k_eps = 0;
-  Tensor cos, sin;                  // F32 [positions, d/2]
-  Tensor position;                  // I32 [rows]: where a token stands, and how many are cached
-  std::optional<RowQuant> q, k, v;  // each head on its own grid, behind the rotation
-  Tensor keys, values;  // F32 or F16 [rows, capacity, K, d]; a row's `position` is written
-  Tensor parts;         // F32 [rows, H, splits, d + 2], scratch
-  Tensor arrived;       // I32 [rows, H], zeros before and after
-  Tensor y;             // F32 [rows, H·d]
-  Tensor next = {};     // weights that the stage behind reads: asked for early, as memory is idle
+  Tensor cos, sin;  // F32 [positions, d/2]
+  Tensor position;  // I32 [rows]: where a token stands, and how many are cached
+  std::optional<RowQuant> q, k,
+      v;                     // each head on its own grid, behind the rotation; of codes theirs
+  DecodeCache keys, values;  // stored alike; a row's `position` is written
+  Tensor parts;              // F32 [rows, H, splits, d + 2], scratch
+  Tensor arrived;            // I32 [rows, H], zeros before and after
+  Tensor y;                  // F32 [rows, H·d]
+  Tensor next = {};  // weights that the stage behind reads: asked for early, as memory is idle
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
 // How many parts a cache of `capacity` tokens is read in.

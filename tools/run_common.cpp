@@ -42,8 +42,8 @@ void add_device_options(CLI::App& app, ModelOptions& o) {
 
 void add_cache_options(CLI::App& app, ModelOptions& o) {
   app.add_option("--cache-type-k", o.cache_k,
-                 "-ctk: type of the key cache: f32 (default, where the model has none of its own), "
-                 "f16, int8, int4; CPU")
+                 "-ctk: type of the key cache: f32 (default, where the model has none of its own; "
+                 "on a GPU f16), f16, int8, int4")
       ->type_name("TYPE");
   app.add_option("--cache-type-v", o.cache_v, "-ctv: type of the value cache: likewise")
       ->type_name("TYPE");
@@ -94,11 +94,11 @@ Device device_of(const ModelOptions& o) {
 void apply(const ModelOptions& o) {
   using cli::UsageError;
   cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
+  const bool on_gpu = device_of(o).type != DeviceType::CPU;
   for (const std::string& name : {o.cache_k, o.cache_v}) {
     parse_cache_type(name);
-    if (!name.empty() && name != "f16" && device_of(o).type != DeviceType::CPU)
-      throw UsageError(
-          fmt::format("cache type {}: a GPU keeps f16; --device cpu has others", name));
+    if (on_gpu && name == "f32")
+      throw UsageError("cache type f32: a GPU keeps f16, int8 or int4; --device cpu has it");
   }
   if (o.threads < 0 || o.threads > 1024)
     throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
@@ -189,6 +189,15 @@ nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o) {
     throw cli::UsageError(
         fmt::format("-ctk {} -ctv {}: floats of one type only", o.cache_k, o.cache_v));
   kept.floats = k_floats ? k : v_floats ? v : DType::F32;
+  if (device_of(o).type == DeviceType::CPU) return kept;
+  if (!kept.alike()) {
+    const bool named = !o.cache_k.empty() || !o.cache_v.empty();
+    if (named)
+      throw cli::UsageError(fmt::format(
+          "-ctk {} -ctv {}: a GPU keeps keys and values alike; give both", o.cache_k, o.cache_v));
+    kept.k = kept.v = std::nullopt;  // as Model::new_caches() does
+  }
+  kept.floats = DType::F16;
   return kept;
 }
 

@@ -123,6 +123,56 @@ TEST_CASE("devices: a plan gives the CPU's logits at every width") {
   }
 }
 
+TEST_CASE("devices: a plan over caches of codes gives the CPU's logits") {
+  const NoGrad off;
+  constexpr int64_t kTokens = 100, kVocab = 131;
+  const std::vector<int32_t> ids = some_ids(kTokens, kVocab);
+  for (const Device d : test_devices()) {
+    if (d.type == DeviceType::CPU) continue;
+    CAPTURE(d);
+    for (const int bits : {4, 8}) {
+      const std::string name = fmt::format("{}: caches of {} bits", to_string(d), bits);
+      SUBCASE(name.c_str()) {
+        Model cpu = assembled(8, 64, {}, false), gpu = assembled(8, 64, {}, false);
+        cpu.kept.k = cpu.kept.v = gpu.kept.k = gpu.kept.v = RowQuant{.bits = bits};
+        gpu.move_to(d);
+        CHECK(gpu.new_caches(1, 4).front().quant().k == cpu.kept.k);
+        DecodePlan plan(gpu, kTokens), on_cpu(cpu, kTokens);
+        std::vector<float> want;
+        auto caches = cpu.new_caches(1, kTokens);
+        for (const int32_t id : ids) {
+          on_cpu.step(id, caches);
+          const auto logits = on_cpu.logits();
+          want.insert(want.end(), logits.begin(), logits.end());
+        }
+        std::vector<double> all;
+        for (const size_t first : {0, 40, 90})
+          for (const double each :
+               step_differences(gpu, plan, kTokens, ids, want, first, first + 10))
+            all.push_back(each);
+        std::sort(all.begin(), all.end());
+        CHECK(all[all.size() / 2] < 5e-3);  // a code may fall the other way
+        CHECK(all.back() < (bits == 4 ? 0.1 : 1e-2));
+      }
+    }
+  }
+}
+
+TEST_CASE("devices: caches that a GPU's plan could not read are floats there") {
+  const NoGrad off;
+  Model model = assembled(8, 64, {}, false);
+  model.kept = {.k = RowQuant{.bits = 8}, .v = RowQuant{.bits = 4}};
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    model.move_to(d);
+    auto caches = model.new_caches(1, 8);
+    CHECK(caches.front().quant().any() == (d.type == DeviceType::CPU));
+    DecodePlan plan(model, 8);
+    plan.step(5, caches);
+    CHECK(std::isfinite(plan.logits()[0]));
+  }
+}
+
 TEST_CASE("devices: a plan goes on behind a prompt, and after a truncated cache") {
   for_random_model([](const CheckpointReader& reader, Device d) {
     Model model = loaded(reader, {.bits = 4, .group = 32});
