@@ -310,7 +310,7 @@ int run(int argc, char** argv) {
   Bench b;
   std::string device = "auto", path = "auto", shape = "7b", weights = "w4g128,w3g128,w2g128,f16",
               batch = "1";
-  int threads = 0;
+  int threads = 0, cache_bits = 0;
   CLI::App app("Tokens a second of running models of well-known shapes with random weights");
   app.add_option("--device", device, "cpu, cuda, cuda:N or auto");
   app.add_option("--cuda-path", path, "auto or sm80");
@@ -321,6 +321,7 @@ int run(int argc, char** argv) {
   app.add_option("--batch", batch, "sequences at once, such as 1,4,16; tokens/s are those of all");
   app.add_option("--long-prompt", b.long_prompt, "tokens of the prompt that is timed; 0: none");
   app.add_option("-r,--repetitions", b.repetitions, "of each measurement");
+  app.add_option("--cache-bits", cache_bits, "of codes of keys and values, 2 to 8; 0: floats");
   app.add_option("-t,--threads", threads, "on the CPU");
   b.sampling.temperature = 0;
   app.add_option("--temp", b.sampling.temperature, "of sampling; 0: the largest logit");
@@ -336,6 +337,8 @@ int run(int argc, char** argv) {
   for (const int64_t n : batches)
     if (n > DecodePlan::kMaxBatch)
       throw cli::UsageError(fmt::format("--batch {}: 1 to {}", n, DecodePlan::kMaxBatch));
+  if (cache_bits != 0 && (cache_bits < 2 || cache_bits > 8))
+    throw cli::UsageError(fmt::format("--cache-bits {}: 2 to 8, or 0", cache_bits));
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
   // down: a product with 4096 × 11008 weights by itself; up: with 11008 × 4096.
@@ -352,7 +355,8 @@ int run(int argc, char** argv) {
       return static_cast<double>(bytes) / seconds;
     };
     const double down = product_rate(4096, 11008), up = product_rate(11008, 4096);
-    const Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
+    Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
+    if (cache_bits > 0) m.kept.k = m.kept.v = RowQuant{.bits = cache_bits};
     const ModelSize size = model_size(m);
     const double prompt = b.long_prompt > 0 ? prompt_seconds(b, m) : NAN;
     const double prompt_rate = static_cast<double>(b.long_prompt) / prompt;
