@@ -140,6 +140,8 @@ __device__ __forceinline__ int split_tokens(const AttentionArgs& a, int tokens) 
 template <int kEach, int kWarps> struct AttentionMemory {  // shared
   static constexpr int kMostDim = 32 * kEach;
   float q[kMostDim], k_new[kMostDim], v_new[kMostDim];
+  alignas(16) uint16_t k_stored[kMostDim], v_stored[kMostDim];  // the same as the cache has them
+  float2 k_grid, v_grid;
   float tops[kWarps], weights[kWarps], values[kWarps][kMostDim];
   // Of a head's splits, in the first block of a cluster.
   float split_tops[kMostSplits], split_weights[kMostSplits], split_values[kMostSplits][kMostDim];
@@ -169,47 +171,63 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
       v_raw[u] = values.fetch(token);
     }
   };
-  // Older tokens' keys and values were there before this step began; the newest one's are not
-  // taken from the cache.
-  fetch(begin + warp);
+  // The newest token's are not in the cache yet.
+  const CacheArgs new_key{m.k_stored, &m.k_grid}, new_value{m.v_stored, &m.v_grid};
+  const auto fetch_newest = [&](int t0) {
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      if (t0 + u * kWarps != position) continue;
+      k_raw[u] = Cached(new_key, 0, 1, d, own).fetch(0);
+      v_raw[u] = Cached(new_value, 0, 1, d, own).fetch(0);
+    }
+  };
+  fetch(begin + warp);  // older tokens' were there before this step began
   const Rotation<kEach / 2> turn(a, position, lane);
   wait_for_previous();
   const float* qkv = a.qkv + static_cast<int64_t>(row) * (a.heads + 2 * a.kv_heads) * d;
-  if (warp == 0 || (warp <= 2 && end == position + 1)) {  // q; and the new k and v, by a warp each
+  const bool is_new = (warp == 1 || warp == 2) && end == position + 1;
+  if (warp == 0 || is_new) {  // q; and the new k and v, by a warp each
     const HeadForm& form = warp == 0 ? a.q : warp == 1 ? a.k : a.v;
     float* out = warp == 0 ? m.q : warp == 1 ? m.k_new : m.v_new;
     const int at = warp == 0 ? head : warp == 1 ? a.heads + kv : a.heads + a.kv_heads + kv;
     const RowGrid<float> grid = prepare_head(out, qkv + at * d, form, turn, d, lane);
-    if (warp > 0 && head == kv * a.group) {
+    if (is_new) {
       __syncwarp();
-      Cached::write(warp == 1 ? a.keys : a.values,
-                    first + static_cast<int64_t>(position) * a.kv_heads, d, out, grid, form.s,
-                    lane);
+      const auto write = [&](const CacheArgs& to, int64_t cache_row) {
+        Cached::write(to, cache_row, d, out, grid, form.s, lane);
+      };
+      write(select(warp == 1, new_key, new_value), 0);
+      if (head == kv * a.group)
+        write(select(warp == 1, a.keys, a.values),
+              first + static_cast<int64_t>(position) * a.kv_heads);
     }
   }
   __syncthreads();
+  fetch_newest(begin + warp);
   float q[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) q[j] = mine ? m.q[lane * kEach + j] * a.scale : 0.0f;
   Sums<kEach> sums;
 #pragma unroll 1
   for (int t0 = begin + warp; t0 < end;) {
-    float score[kTokens], v[kTokens][kEach];
+    float score[kTokens], v[kTokens][kEach], v_scale[kTokens];
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      const bool fresh = t0 + u * kWarps == position;
       float s = 0;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        const int i = lane * kEach + j;  // inside the arrays for every lane
-        s += q[j] * (fresh ? m.k_new[i] : Cached::value(k_raw[u], j));
-        v[u][j] = fresh ? m.v_new[i] : Cached::value(v_raw[u], j);
+        s += q[j] * Cached::value(k_raw[u], j);
+        v[u][j] = Cached::value(v_raw[u], j);
       }
-      score[u] = mine ? s : 0.0f;
+      score[u] = mine ? s * Cached::scale(k_raw[u]) : 0.0f;
+      v_scale[u] = Cached::scale(v_raw[u]);
     }
     const int left = (end - t0 + kWarps - 1) / kWarps;  // of these tokens
     t0 += kWarps * kTokens;
-    if (t0 < end) fetch(t0);
+    if (t0 < end) {
+      fetch(t0);
+      fetch_newest(t0);
+    }
     float top = sums.top;
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
@@ -228,7 +246,7 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
       const float by = exp2_fast(score[u] - base);
       sums.weight += by;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) sums.value[j] += v[u][j] * by;
+      for (int j = 0; j < kEach; ++j) sums.value[j] += v[u][j] * (by * v_scale[u]);
     }
   }
   if (lane == 0) m.tops[warp] = sums.top, m.weights[warp] = sums.weight;

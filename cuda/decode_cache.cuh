@@ -12,6 +12,9 @@ struct CacheArgs {
   void* data;
   float2* grid;
 };
+__device__ __forceinline__ CacheArgs select(bool first, const CacheArgs& a, const CacheArgs& b) {
+  return {first ? a.data : b.data, first ? a.grid : b.grid};  // in registers
+}
 
 // Neighbouring elements of a head, in one load.
 template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
@@ -36,9 +39,11 @@ template <class T, int kEach> class CachedHead {
   __device__ __forceinline__ Raw fetch(int token) const {
     return *reinterpret_cast<const Raw*>(at_ + static_cast<int64_t>(token) * step_);
   }
+  // Element j is value(r, j) · scale(r).
   __device__ static __forceinline__ float value(const Raw& r, int j) {
     return static_cast<float>(r.v[j]);
   }
+  __device__ static __forceinline__ float scale(const Raw&) { return 1; }
   // By one warp: a token's head as it came from prepare_head().
   __device__ static __forceinline__ void write(const CacheArgs& c, int64_t cache_row, int d,
                                                const float* x, RowGrid<float>, RowQuant, int lane) {
@@ -78,9 +83,9 @@ template <int kPerByte, int kEach> class CachedHead<Codes<kPerByte>, kEach> {
     auto word = static_cast<uint32_t>(r.codes >> (byte / 4 * 32));
     if constexpr (kPerByte == 2) word = word >> (j % 2 * 4) & 0x0f0f0f0fu;
     const uint32_t code = __byte_perm(word, kWhole, 0x7540u | static_cast<uint32_t>(byte % 4));
-    return (__int_as_float(static_cast<int>(code)) - (__int_as_float(kWhole) + r.grid.y)) *
-           r.grid.x;
+    return __int_as_float(static_cast<int>(code)) - (__int_as_float(kWhole) + r.grid.y);
   }
+  __device__ static __forceinline__ float scale(const Raw& r) { return r.grid.x; }
   __device__ static __forceinline__ void write(const CacheArgs& c, int64_t cache_row, int d,
                                                const float* x, RowGrid<float> g, RowQuant s,
                                                int lane) {

@@ -30,6 +30,14 @@ struct Layer {
   Product qkv, o, gate_up, down;
 };
 
+template <class F> void for_each_memory(const std::vector<nn::KVCache>& caches, F&& body) {
+  for (const nn::KVCache& cache : caches)
+    for (const auto* store : {&cache.keys(), &cache.values()}) {
+      body(store->memory().raw());
+      body(store->codes.grid.defined() ? store->codes.grid.raw() : nullptr);
+    }
+}
+
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256;  // about two on each processor of a large card; fewer where
@@ -69,12 +77,12 @@ class DevicePlan final : public DecodePlan::Impl {
   Tensor state_;           // I32 [2, B]: the tokens and their positions
   Tensor ids_, position_;  // its parts, [B]
   Tensor x_, qkv_, attended_, gated_, logits_;
-  Tensor parts_, arrived_;                     // of attention
-  Tensor host_;                                // logits, page-locked
-  Tensor told_;                                // page-locked, see DecodeKernels::choose
-  Tensor numbers_;                             // [B, capacity], see TokenChoice
-  std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording
-  const void* bound_memory_ = nullptr;
+  Tensor parts_, arrived_;                           // of attention
+  Tensor host_;                                      // logits, page-locked
+  Tensor told_;                                      // page-locked, see DecodeKernels::choose
+  Tensor numbers_;                                   // [B, capacity], see TokenChoice
+  const std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording,
+  std::vector<const void*> bound_memory_;            // and all the memory of theirs
   std::optional<StepGraph> graph_, choosing_graph_;
   TokenChoice choice_;                      // as it is recorded,
   std::optional<SamplerOptions> sampling_;  // and what it stands for; none: the largest
@@ -147,12 +155,18 @@ DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVC
 }
 
 void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
-  const nn::KVCache::Store& store = caches.front().keys();
-  const Tensor& keys = store.floats.defined() ? store.floats : store.codes.codes;
-  check(keys.device() == device_, "decode: the caches are not on {}", to_string(device_));
-  if (bound_ == &caches && bound_memory_ == keys.raw()) return;
+  // Caches that were freed may have left their place to new ones in part.
+  bool same = bound_ == &caches;
+  size_t i = 0;
+  for_each_memory(caches, [&](const void* at) { same = same && bound_memory_[i++] == at; });
+  if (same) return;
   bound_ = &caches;
-  bound_memory_ = keys.raw();
+  bound_memory_.clear();
+  for_each_memory(caches, [&](const void* at) { bound_memory_.push_back(at); });
+  for (const nn::KVCache& cache : caches)
+    for (const auto* store : {&cache.keys(), &cache.values()})
+      check(store->memory().device() == device_, "decode: the caches are not on {}",
+            to_string(device_));
   ahead_ = -1;
   graph_.emplace(device_, [this] { run(); });
   choosing_graph_.reset();

@@ -199,21 +199,25 @@ SamplerOptions Generator::sampling_of(const GenerateOptions& options) const {
   return sampling;
 }
 
+bool Generator::choose_by(Continuation& text) {
+  if (!plan_ || !plan_->can_choose(text.sampling())) return false;
+  const auto at = static_cast<int64_t>(cached_.size());
+  std::vector<double> numbers;
+  text.take_numbers(context_ - at, numbers);
+  plan_->choose_by(text.sampling(), at, numbers);
+  return true;
+}
+
 FinishReason Generator::decode(std::span<const float> logits, const GenerateOptions& options,
                                Clock::time_point start, Continuation& text,
                                GenerateResult& result) {
   GenerateStats& stats = result.stats;
-  const bool chosen = plan_ && plan_->can_choose(text.sampling());
-  if (chosen) {
-    const auto at = static_cast<int64_t>(cached_.size());
-    std::vector<double> numbers;
-    text.take_numbers(context_ - at, numbers);
-    plan_->choose_by(text.sampling(), at, numbers);
-  }
+  bool chosen = false;
   while (text.wants_more()) {
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     std::optional<int32_t> next;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
+      if (result.tokens.size() == 1) chosen = choose_by(text);
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
       const auto begin = Clock::now();
       if (chosen)

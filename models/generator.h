@@ -102,6 +102,8 @@ class Generator {
   std::span<const float> push(std::span<const int32_t> ids, bool wanted = true);
   // The same of one token with a plan, which chooses the next one.
   int32_t push_choosing(int32_t id);
+  // Whether the plan can choose the tokens from here on as the text is sampled; has it do so.
+  bool choose_by(Continuation& text);
   struct Prefill {
     std::span<const float> logits;  // empty when cancelled
     int64_t reused = 0;             // tokens found in the cache

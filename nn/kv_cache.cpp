@@ -65,8 +65,7 @@ void KVCache::Store::write(int64_t at, const Tensor& x) {
 }
 
 Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
-  const Tensor& stored = floats.defined() ? floats : codes.codes;
-  const bool device = stored.device().type != DeviceType::CPU;
+  const bool device = memory().device().type != DeviceType::CPU;
   const DType wanted = device ? operand_dtype(DType::F32) : DType::F32;
   return floats.defined() ? to(tokens(floats, begin, end), wanted)
                           : dequantized(tokens(codes, begin, end), wanted);
@@ -80,8 +79,8 @@ KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head
       v_(shape_, device, quant.v, quant.floats) {}
 
 bool KVCache::is_compact() const {
-  const Tensor& one = k_.floats.defined() ? k_.floats : k_.codes.codes;
-  return one.device().type == DeviceType::CPU && (quant_.any() || quant_.floats != DType::F32);
+  return k_.memory().device().type == DeviceType::CPU &&
+         (quant_.any() || quant_.floats != DType::F32);
 }
 
 void KVCache::append(const Tensor& k, const Tensor& v) {

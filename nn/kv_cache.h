@@ -54,6 +54,7 @@ class KVCache {
     Store(const Shape& shape, Device device, const std::optional<RowQuant>& s, DType dtype);
     void write(int64_t at, const Tensor& x);
     Tensor read(int64_t begin, int64_t end) const;
+    const Tensor& memory() const { return floats.defined() ? floats : codes.codes; }
   };
   // As stored, for readers that take tokens one by one.
   const Store& keys() const { return k_; }

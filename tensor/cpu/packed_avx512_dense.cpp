@@ -40,20 +40,6 @@ OMQ_INLINE void dense_rows(const DenseView& w, const float* x, float* y, int64_t
       y[m * w.rows + row + r] = _mm512_reduce_add_ps(sum[r][m]);
 }
 
-template <Stored T, int M>
-OMQ_INLINE void dense_range(const DenseView& w, const float* x, float* y, int64_t row,
-                            int64_t end) {
-  for (; row + 4 <= end; row += 4) dense_rows<T, 4, M>(w, x, y, row);
-  for (; row < end; ++row) dense_rows<T, 1, M>(w, x, y, row);
-}
-
-template <Stored T>
-void dense_type(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
-                int64_t row1) {
-  for (; m >= 4; m -= 4, x += 4 * w.cols, y += 4 * w.rows) dense_range<T, 4>(w, x, y, row0, row1);
-  for (; m >= 1; m -= 1, x += w.cols, y += w.rows) dense_range<T, 1>(w, x, y, row0, row1);
-}
-
 template <Stored T> void widen_type(const void* values, float* out, int64_t n) {
   const uint8_t* at = static_cast<const uint8_t*>(values);
   for (int64_t i = 0; i < n; i += 16)
@@ -65,7 +51,12 @@ template <Stored T> void widen_type(const void* values, float* out, int64_t n) {
 
 void avx512::dense_gemv(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
                         int64_t row1) {
-  with_stored(w.type, [&]<Stored T>() { dense_type<T>(w, x, m, y, row0, row1); });
+  with_stored(w.type, [&]<Stored T>() {
+    multiply_dense<4, 4>(w, x, m, y, row0, row1,
+                         [&]<int R, int M>(const float* xs, float* ys, int64_t row) {
+                           dense_rows<T, R, M>(w, xs, ys, row);
+                         });
+  });
 }
 
 void avx512::widen(const void* values, Stored type, float* out, int64_t n) {

@@ -117,24 +117,15 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
 
 int64_t neon::gemm_codes_scratch_bytes(const PanelView& w) { return unpacked_panel_bytes(w, 1); }
 
-// A panel stays in the first-level cache while all rows of x pass by, 4 at once: 16 sums of the 32
-// registers, and 4 registers of x.
+// 4 rows of x at once: 16 sums of the 32 registers, and 4 registers of x.
 void neon::gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                       int64_t panel1, std::byte* scratch) {
   auto* unpacked = reinterpret_cast<uint8_t*>(scratch);
-  const int64_t row_bytes = prepared_codes_bytes(w);
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    unpack_panel(w, panel, unpacked);
-    for (int64_t i = 0; i < m;) {
-      const int64_t take = m - i >= 4 ? 4 : m - i;
-      const auto multiply = take == 4   ? gemm_panel<4>
-                            : take == 3 ? gemm_panel<3>
-                            : take == 2 ? gemm_panel<2>
-                                        : gemm_panel<1>;
-      multiply(w, unpacked, panel, x + i * row_bytes, y + i * w.rows);
-      i += take;
-    }
-  }
+  multiply_unpacked<4, 3, 2, 1>(
+      w, x, m, y, panel0, panel1, [&](int64_t panel) { unpack_panel(w, panel, unpacked); },
+      [&]<int M>(int64_t panel, const std::byte* rows, float* ys) {
+        gemm_panel<M>(w, unpacked, panel, rows, ys);
+      });
 }
 
 }  // namespace omq::cpu

@@ -72,21 +72,6 @@ OMQ_INLINE void dense_rows(const DenseView& w, const float* x, float* y, int64_t
   }
 }
 
-template <Stored T, int M>
-OMQ_INLINE void dense_range(const DenseView& w, const float* x, float* y, int64_t row,
-                            int64_t end) {
-  constexpr int R = M == 1 ? 4 : 2;
-  for (; row + R <= end; row += R) dense_rows<T, R, M>(w, x, y, row);
-  for (; row < end; ++row) dense_rows<T, 1, M>(w, x, y, row);
-}
-
-template <Stored T>
-void dense_type(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
-                int64_t row1) {
-  for (; m >= 4; m -= 4, x += 4 * w.cols, y += 4 * w.rows) dense_range<T, 4>(w, x, y, row0, row1);
-  for (; m >= 1; m -= 1, x += w.cols, y += w.rows) dense_range<T, 1>(w, x, y, row0, row1);
-}
-
 template <Stored T> void widen_type(const void* values, float* out, int64_t n) {
   constexpr int64_t kBytes = kStoredBytes<T>;
   const uint8_t* at = static_cast<const uint8_t*>(values);
@@ -107,7 +92,12 @@ template <Stored T> void widen_type(const void* values, float* out, int64_t n) {
 
 void neon::dense_gemv(const DenseView& w, const float* x, int64_t m, float* y, int64_t row0,
                       int64_t row1) {
-  with_stored(w.type, [&]<Stored T>() { dense_type<T>(w, x, m, y, row0, row1); });
+  with_stored(w.type, [&]<Stored T>() {
+    multiply_dense<4, 2>(w, x, m, y, row0, row1,
+                         [&]<int R, int M>(const float* xs, float* ys, int64_t row) {
+                           dense_rows<T, R, M>(w, xs, ys, row);
+                         });
+  });
 }
 
 void neon::widen(const void* values, Stored type, float* out, int64_t n) {

@@ -115,6 +115,44 @@ template <class Body> OMQ_INLINE void with_stored(Stored type, const Body& body)
 
 template <Stored T> inline constexpr int64_t kStoredBytes = T == Stored::F32 ? 4 : 2;
 
+// Calls body.operator()<M>(first) for pieces of M of `count`: as many of the first of Sizes as fit,
+// then of the next; the last is 1.
+template <int... Sizes, class Body> OMQ_INLINE void for_pieces(int64_t count, const Body& body) {
+  int64_t first = 0;
+  const auto of_size = [&]<int M>() __attribute__((always_inline)) {
+    for (; first + M <= count; first += M) body.template operator()<M>(first);
+  };
+  (of_size.template operator()<Sizes>(), ...);
+}
+
+// The walk of gemm_codes: a panel is unpacked once, unpack(panel), and stays in the first-level
+// cache while all rows of x pass by, as many at once as Sizes say:
+// multiply.operator()<M>(panel, x of the first, y of the first).
+template <int... Sizes, class Unpack, class Multiply>
+OMQ_INLINE void multiply_unpacked(const PanelView& w, const std::byte* x, int64_t m, float* y,
+                                  int64_t panel0, int64_t panel1, const Unpack& unpack,
+                                  const Multiply& multiply) {
+  const int64_t row_bytes = prepared_codes_bytes(w);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    unpack(panel);
+    for_pieces<Sizes...>(m, [&]<int M>(int64_t first) {
+      multiply.template operator()<M>(panel, x + first * row_bytes, y + first * w.rows);
+    });
+  }
+}
+
+// The walk of dense_gemv: rows row0 … row1 − 1 of w against four rows of x at once, then against
+// one: multiply.operator()<R, M>(x of the first, y of the first, row), where Single is R for one.
+template <int Single, int Four, class Multiply>
+OMQ_INLINE void multiply_dense(const DenseView& w, const float* x, int64_t m, float* y,
+                               int64_t row0, int64_t row1, const Multiply& multiply) {
+  for_pieces<4, 1>(m, [&]<int M>(int64_t first) {
+    for_pieces<M == 1 ? Single : Four, 1>(row1 - row0, [&]<int R>(int64_t row) {
+      multiply.template operator()<R, M>(x + first * w.cols, y + first * w.rows, row0 + row);
+    });
+  });
+}
+
 }  // namespace
 
 }  // namespace omq::cpu

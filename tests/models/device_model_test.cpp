@@ -151,8 +151,9 @@ TEST_CASE("devices: a plan over caches of codes gives the CPU's logits") {
                step_differences(gpu, plan, kTokens, ids, want, first, first + 10))
             all.push_back(each);
         std::sort(all.begin(), all.end());
-        CHECK(all[all.size() / 2] < 5e-3);  // a code may fall the other way
-        CHECK(all.back() < (bits == 4 ? 0.1 : 1e-2));
+        // A code may fall the other way, and one of four bits is a fifteenth of the range.
+        CHECK(all[all.size() / 2] < (bits == 4 ? 0.06 : 5e-3));
+        CHECK(all.back() < (bits == 4 ? 0.2 : 2e-2));
       }
     }
   }
