@@ -18,6 +18,8 @@ Plan rounding_plan(const Options& o);   // SignRound: offsets and shares of the 
 Plan norms_plan(const Options& o);      // Norm Tweaking: gains of norms, after rounding
 Plan kronecker_plan(const Options& o);  // FlatQuant: learned Kronecker transforms and clip factors
 LetOptions let_options(const Options& o);
+// The error of the block's output, as these options want it.
+Objective block_objective(const Options& o, bool augmented, TokenWeight usual);
 
 // The recipe of `usual` with the pieces that the options name instead. Throws Error when a piece is
 // unknown, or one has no use for another.

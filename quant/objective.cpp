@@ -5,16 +5,32 @@
 
 namespace omq::quant {
 
-Objective block_mse() {
-  return {[](const Tensor& y, const Targets& t) { return mse(y, t.of_fp); }, false};
+namespace {
+
+// y, target: [B,T,D].
+Tensor block_error(const Tensor& y, const Tensor& target, TokenWeight w) {
+  if (w == TokenWeight::Equal) return mse(y, target);
+  constexpr double kSmallest = 1e-12;  // a mean square; keeps a token of zeros from weighing all
+  Shape one_a_token = target.shape();
+  one_a_token[one_a_token.n - 1] = 1;
+  const Tensor squares =
+      sum_to(square(target), one_a_token) / static_cast<double>(target.dim(-1)) + kSmallest;
+  const Tensor root = exp(log(squares) * -0.25);  // of the weight 1 / √squares
+  return mse(y * root, target * root);
 }
 
-Objective augmented_mse(double weight) {
-  return {[weight](const Tensor& y, const Targets& t) {
-            const Tensor added = mse(y, t.of_quant);
-            return mse(y, t.of_fp) + (weight == 1 ? added : added * weight);
+}  // namespace
+
+Objective block_mse(TokenWeight w) {
+  return {[w](const Tensor& y, const Targets& t) { return block_error(y, t.of_fp, w); }, false, w};
+}
+
+Objective augmented_mse(double weight, TokenWeight w) {
+  return {[weight, w](const Tensor& y, const Targets& t) {
+            const Tensor added = block_error(y, t.of_quant, w);
+            return block_error(y, t.of_fp, w) + (weight == 1 ? added : added * weight);
           },
-          true};
+          true, w};
 }
 
 namespace {

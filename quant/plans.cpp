@@ -4,6 +4,13 @@
 
 namespace omq::quant {
 
+Objective block_objective(const Options& o, bool augmented, TokenWeight usual) {
+  const TokenWeight w = o.token_loss < 0    ? usual
+                        : o.token_loss == 0 ? TokenWeight::Equal
+                                            : TokenWeight::InverseSize;
+  return augmented ? augmented_mse(o.aug_weight, w) : block_mse(w);
+}
+
 // EfficientQAT's block phase (arXiv 2407.11062, spec weight-methods §1). There 4096 sequences are
 // seen twice, at rates of 2e-5 (2 bits) and 1e-5 for weights and 1e-4 for grids, two a step; here
 // few windows have to be seen often, one a step, and the steps are larger by as much as there are
@@ -22,7 +29,7 @@ Plan weights_plan(const Options& o) {
   t.rate_shape = RateShape::Cosine;
   t.last_rate = 1.0 / 20;
   t.keep_best = true;
-  if (o.aug_loss <= 0) p.objective = block_mse();
+  p.objective = block_objective(o, o.aug_loss > 0, TokenWeight::Equal);
   return p;
 }
 
@@ -57,7 +64,7 @@ Plan rounding_plan(const Options& o) {
   t.lr["grid"] = 0.01;
   t.rate_shape = RateShape::Linear;
   t.keep_best = true;
-  if (o.aug_loss <= 0) p.objective = block_mse();
+  p.objective = block_objective(o, o.aug_loss > 0, TokenWeight::Equal);
   return p;
 }
 
@@ -75,7 +82,7 @@ Plan kronecker_plan(const Options& o) {
   t.last_rate = 1e-3;
   t.act_clips = o.spec.activations().linear < 16;
   t.unit_loss = true;
-  if (o.aug_loss <= 0) p.objective = block_mse();
+  p.objective = block_objective(o, o.aug_loss > 0, TokenWeight::Equal);
   return p;
 }
 

@@ -49,6 +49,7 @@ struct Options {
   double lwc_lr = 1e-2, weight_decay = 0;
   int aug_loss = -1;         // -1: the method's; 0 or 1
   double aug_weight = 1;     // of the augmented loss (official: 1)
+  int token_loss = -1;       // TokenWeight::InverseSize (1) or Equal (0); -1: the method's
   bool clip_search = false;  // clipping starts where a search finds it best, not at σ(4)
   int let = -1;              // the equivalent transformation; -1: when activations are quantised
   double let_lr = -1, alpha = -1;  // below 0: the method's for these bits

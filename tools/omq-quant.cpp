@@ -220,6 +220,8 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"seed", o.seed}};
   // Only where they were asked for, so that runs without them go on in folders of earlier versions.
   if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
+  if (r.train.epochs > 0 && r.objective.weight == quant::TokenWeight::InverseSize)
+    j["token_loss"] = true;
   if (r.clip_search) j["clip_search"] = true;
   if (r.train.epochs > 0 && r.train.full_inputs) j["inputs"] = "full precision";
   if (r.spec.act_clip != 1) j["act_clip"] = r.spec.act_clip;

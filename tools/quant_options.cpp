@@ -31,7 +31,8 @@ KeepSpec parse_keep(std::string_view text) {
 
 struct Raw {
   SettingFlags setting;
-  bool aug = false, no_aug = false, list = false, version = false;
+  bool aug = false, no_aug = false, token_loss = false, no_token_loss = false, list = false,
+       version = false;
   std::filesystem::path output_dir;
   bool unused = false;
   std::optional<double> aug_weight;
@@ -118,6 +119,11 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
   app.add_option("--aug-weight", raw.aug_weight, "weight of that added loss (default 1)")
       ->type_name("X")
       ->group(group);
+  app.add_flag("--token-loss", raw.token_loss,
+               "tokens count in the loss by their size, not by the square of it, so that a few "
+               "massive ones do not decide alone (default with omniquant)")
+      ->group(group);
+  app.add_flag("--no-token-loss", raw.no_token_loss, "the paper's loss")->group(group);
   app.add_flag("--clip-search", o.recipe.clip_search,
                "start each group's clipping at the best of ten shares of its range, from 0.98 down "
                "to 0.55 (default: all at 0.98)")
@@ -213,6 +219,12 @@ void check_numbers(const QuantOptions& o) {
 void settle_learning(const Raw& raw, QuantOptions& o) {
   if (raw.aug && raw.no_aug) throw UsageError("--aug-loss and --no-aug-loss exclude each other");
   if (raw.aug || raw.no_aug) o.recipe.aug_loss = raw.aug ? 1 : 0;
+  if (raw.token_loss && raw.no_token_loss)
+    throw UsageError("--token-loss and --no-token-loss exclude each other");
+  if (raw.token_loss || raw.no_token_loss) o.recipe.token_loss = raw.token_loss ? 1 : 0;
+  if (raw.token_loss &&
+      quant::make_recipe(o.method, o.recipe).objective.weight != quant::TokenWeight::InverseSize)
+    throw UsageError(fmt::format("--token-loss: method {} learns from no block's error", o.method));
   if (o.recipe.clip_search && o.method == "rtn")
     throw UsageError("--clip-search: method rtn learns nothing");
   if (!raw.aug_weight) return;

@@ -154,6 +154,14 @@ std::string weight_text(const json& r) {
   return weight.empty() ? "" : " times " + weight;
 }
 
+std::string objective_text(const json& r) {
+  std::string s = "block error";
+  if (text_at(r, "augmented_loss") == "yes")
+    s += ", augmented by that on quantised inputs" + weight_text(r);
+  if (text_at(r, "token_loss") == "yes") s += "; tokens count by their size, not by its square";
+  return s;
+}
+
 }  // namespace
 
 const json* value_at(const json& j, std::string_view path) {
@@ -234,10 +242,7 @@ std::string settings_table(const json& report) {
       setting("Transformation", transformation_text(r)) + setting("Rotation", rotation_text(r)) +
       setting("Online", online_text(report)) + setting("Learning", learning_text(r));
   if (number_at(r, "epochs").value_or(1) > 0)
-    rows += setting("Objective",
-                    text_at(r, "augmented_loss") == "yes"
-                        ? "block error, augmented by that on quantised inputs" + weight_text(r)
-                        : "block error") +
+    rows += setting("Objective", objective_text(r)) +
             setting("Clipping",
                     text_at(r, "clip_search") == "yes" ? "starts where a search put it" : "") +
             setting("Learning rates", rates_text(r)) + setting("Schedule", schedule_text(r)) +
@@ -255,7 +260,7 @@ std::string settings_table(const json& report) {
       "seed",           "calibration",  "official_symmetric",
       "transformation", "clip_search",  "augmented_loss_weight",
       "rotation",       "schedule",     "act_clip",
-      "qkv_clip"};
+      "qkv_clip",       "token_loss"};
   for (const auto& [key, value] : r.items())
     if (!kTold.contains(key)) rows += setting(key, shown(value));
   return fmt::format("<dl>\n{}</dl>\n", rows);

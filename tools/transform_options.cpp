@@ -69,7 +69,8 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
 
   const char* parity = "Choices of the official code, for comparisons";
   app.add_flag("--parity", f.parity,
-               "all of its present ones: --no-let-shift and the five below but --signed-max")
+               "all of its present ones: --no-let-shift, --no-token-loss and the five below but "
+               "--signed-max")
       ->group(parity);
   app.add_flag("--untied-qk", f.untied,
                "a q-k scale for each channel; inexact under rotary positions")
@@ -109,6 +110,7 @@ void settle_transform(const TransformFlags& f, quant::Options& o) {
   o.let = yes_or_no(f.let, f.no_let, "let");
   o.let_shift = yes_or_no(f.shift, f.no_shift, "let-shift");
   if (o.let_shift < 0 && f.parity) o.let_shift = 0;
+  if (o.token_loss < 0 && f.parity) o.token_loss = 0;
   o.let_up_to_down = f.up_down;
   o.untied_pairs = f.untied || f.parity;
   o.one_consumer = f.one_consumer || f.parity;

@@ -6,8 +6,9 @@ namespace omq::quant {
 namespace {
 
 // The official scripts' settings by bits (spec omniquant §12), but at 4-bit activations: there the
-// rate that those scripts use for Llama 2, and no shifts, gave lower perplexities on one model and
-// one text, on which they were also chosen (docs/performance.md).
+// rate that those scripts use for Llama 2, no shifts and no augmented loss gave lower perplexities
+// on one model. So did tokens that count by their size (TokenWeight), at most bits
+// (docs/performance.md).
 struct Preset {
   int epochs = 20;
   double let_lr = 5e-3, alpha = 0.5;
@@ -15,7 +16,7 @@ struct Preset {
 };
 Preset preset_of(const QuantSpec& s) {
   if (s.wbits == 2) return {.epochs = 40, .augmented = true};
-  if (s.wbits <= 4 && s.abits <= 4) return {.let_lr = 1e-3, .augmented = true, .shift = false};
+  if (s.wbits <= 4 && s.abits <= 4) return {.let_lr = 1e-3, .shift = false};
   return {};
 }
 
@@ -34,7 +35,7 @@ Plan clip_plan(const Options& o) {
                   {"range", 5e-3}},
            .weight_decay = o.weight_decay,
            .compute = o.compute},
-          augmented ? augmented_mse(o.aug_weight) : block_mse()};
+          block_objective(o, augmented, TokenWeight::InverseSize)};
 }
 
 LetOptions let_options(const Options& o) {

@@ -143,6 +143,7 @@ TEST_CASE("calibration: the augmented loss adds the block on its quantised input
     const bool augmented = weight > 0;
     Options o = options(3, 1);
     o.aug_loss = augmented;
+    o.token_loss = 0;
     if (augmented) o.aug_weight = weight;
     const Recipe recipe = make_recipe("omniquant", o);
     Run r(recipe, ids);

@@ -69,7 +69,7 @@ Recipe official_recipe(const SafetensorsFile& f) {
   o.let = flag(f, "let");
   o.let_lr = std::stod(setting(f, "let_lr"));
   o.alpha = std::stod(setting(f, "alpha"));
-  o.let_shift = 0;
+  o.let_shift = o.token_loss = 0;
   o.untied_pairs = o.one_consumer = true;
   return make_recipe("omniquant", o);
 }

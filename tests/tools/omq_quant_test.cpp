@@ -99,21 +99,24 @@ TEST_CASE("omq-quant: the report") {
 }
 
 TEST_CASE(
-    "omq-quant: the weight of the augmented loss and the clip search change what is learned") {
+    "omq-quant: the loss, the weight of its second part and the clip search change what is "
+    "learned") {
   const Workshop w;
   std::vector<std::string> models;
   for (const std::string more :
        {"--aug-loss", "--aug-loss --aug-weight 1 --force", "--aug-loss --aug-weight 0.5 --force",
-        "--aug-loss --clip-search --force"}) {
+        "--aug-loss --clip-search --force", "--aug-loss --no-token-loss --force"}) {
     REQUIRE(w.quant(w.quick(more)).code == 0);
     models.push_back(read_file(w.dir / "out/model.safetensors"));
     const json r = w.report()["recipe"];
     CHECK(r.value("augmented_loss_weight", 1.0) == (contains(more, "0.5") ? 0.5 : 1.0));
     CHECK(r.contains("clip_search") == contains(more, "--clip-search"));
+    CHECK(r.contains("token_loss") == !contains(more, "--no-token-loss"));
   }
   CHECK(models[0] == models[1]);
   CHECK(models[0] != models[2]);
   CHECK(models[0] != models[3]);
+  CHECK(models[0] != models[4]);
   w.check_refused(fmt::format("-m {} -o {} --epochs 0 --clip-search", w.path("model"), w.path("n")),
                   1, "looks at text");
 }
@@ -236,6 +239,10 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --eval acc:file", "--eval acc:file: ppl:FILE or sim:FILE wanted"},
       {"-m x -o y --aug-loss --no-aug-loss", "exclude each other"},
       {"-m x -o y --aug-weight 2", "--aug-weight: there is no augmented loss to weigh"},
+      {"-m x -o y --method rtn --token-loss",
+       "--token-loss: method rtn learns from no block's error"},
+      {"-m x -o y --token-loss --no-token-loss",
+       "--token-loss and --no-token-loss exclude each other"},
       {"-m x -o y --aug-loss --aug-weight 0", "--aug-weight: above 0"},
       {"-m x -o y --aug-loss --aug-weight nan", "--aug-weight: above 0"},
       {"-m x -o y --method rtn --clip-search", "--clip-search: method rtn learns nothing"},

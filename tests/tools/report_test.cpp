@@ -198,10 +198,11 @@ TEST_CASE("report: a weighed loss and a searched start are told where there are 
   CHECK_FALSE(contains(report_page(r, "r"), "search"));
   r["recipe"]["augmented_loss"] = true;
   r["recipe"]["augmented_loss_weight"] = 0.5;
-  r["recipe"]["clip_search"] = true;
+  r["recipe"]["clip_search"] = r["recipe"]["token_loss"] = true;
   const std::string page = report_page(r, "r");
   check_page(page);
-  CHECK(contains(page, "augmented by that on quantised inputs times 0.5<"));
+  CHECK(contains(page,
+                 "augmented by that on quantised inputs times 0.5; tokens count by their size"));
   CHECK(contains(page, "starts where a search put it"));
   CHECK_FALSE(contains(page, "clip_search"));
 }
