@@ -42,7 +42,7 @@ struct Bench {
   Device device;
   Compute compute = Compute::F32;
   int64_t samples = 16, tokens = 2048;
-  int aug_loss = -1;
+  int aug_loss = -1, token_loss = -1;
   bool samples_on_host = false;
 
   void sync() const { device_api(device).sync(device.index); }
@@ -135,6 +135,7 @@ nlohmann::json measure(const Bench& b, const BlockShape& shape, const std::strin
   options.spec = quant::QuantSpec::parse(setting);
   options.compute = b.compute;
   options.aug_loss = b.aug_loss;
+  options.token_loss = b.token_loss;
   const quant::Recipe recipe = quant::make_recipe("omniquant", options);
   LlamaBlock block = make_block(b, shape);
   if (b.device.type != DeviceType::CPU) narrow_exact(block);
@@ -239,6 +240,7 @@ int run(const cli::Args& args) {
   app.add_option("--tokens", b.tokens, "of a window (default 2048)");
   app.add_flag("--samples-on-host", b.samples_on_host, "samples come to the device step by step");
   app.add_option("--aug-loss", b.aug_loss, "1 with, 0 without, -1 as the preset (default)");
+  app.add_option("--token-loss", b.token_loss, "the same; 0: the loss of the official loop");
   if (!cli::parse(app, args)) return 0;
   b.device = cli::device_from(device);
   b.compute = compute == "bf16" ? Compute::BF16 : compute == "f16" ? Compute::F16 : Compute::F32;
