@@ -7,7 +7,7 @@ namespace {
 
 // The official scripts' settings by bits (spec omniquant §12), but at 4-bit activations: there the
 // rate that those scripts use for Llama 2, no shifts and no augmented loss gave lower perplexities
-// on one model. So did tokens that count by their size (TokenWeight), at most bits
+// on one model. So did tokens that count by their size (TokenWeight), at most settings
 // (docs/performance.md).
 struct Preset {
   int epochs = 20;
