@@ -121,7 +121,7 @@ struct DrawMemory {  // shared
 };
 
 // Tokens of a row whose key is at least `bound`, counted by the block.
-__device__ int count_from(DrawMemory& m, const float* logits, int count, uint64_t bound) {
+__device__ int count_reaching(DrawMemory& m, const float* logits, int count, uint64_t bound) {
   __syncthreads();
   if (threadIdx.x == 0) m.found = 0;
   __syncthreads();
@@ -172,11 +172,12 @@ __device__ int collect(DrawMemory& m, const float* logits, int count, uint64_t b
 
 // A bound that at least k keys reach and at most kCandidates, found by halves: for rows whose
 // largest logits crowd into few groups, or are all equal.
-__device__ uint64_t raised(DrawMemory& m, const float* logits, int count, int k, uint64_t bound) {
+__device__ uint64_t raised_bound(DrawMemory& m, const float* logits, int count, int k,
+                                 uint64_t bound) {
   uint64_t low = bound, high = ~uint64_t{0};  // k keys reach low, fewer than k reach high
   for (int reached = kCandidates + 1; reached > kCandidates;) {
     const uint64_t middle = low + (high - low) / 2;
-    const int n = count_from(m, logits, count, middle);
+    const int n = count_reaching(m, logits, count, middle);
     if (n >= k)
       low = middle, reached = n;
     else
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   const uint64_t bound = bound_of(m, k, max);
   int found = collect(m, logits, a.count, bound);
   if (found > kCandidates)
-    found = collect(m, logits, a.count, raised(m, logits, a.count, k, bound));
+    found = collect(m, logits, a.count, raised_bound(m, logits, a.count, k, bound));
   if (t < found) {
     const uint64_t key = m.candidates[t];
     int above = 0;

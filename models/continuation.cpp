@@ -25,7 +25,7 @@ Continuation::Continuation(const Tokenizer& tokenizer, std::span<const int32_t> 
   history_.assign(prompt.begin(), prompt.end());
 }
 
-void Continuation::take_numbers(int64_t room, std::vector<double>& numbers) {
+void Continuation::append_numbers(int64_t room, std::vector<double>& numbers) {
   if (sampling().temperature == 0) return;
   const size_t before = numbers.size();
   numbers.resize(before + static_cast<size_t>(std::min(room, limit_)));

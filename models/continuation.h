@@ -25,7 +25,7 @@ class Continuation {
   const SamplerOptions& sampling() const { return sampler_.options(); }
   // Appends the numbers that its next tokens are to be drawn by, if any are: for as many as `room`
   // and its limit allow.
-  void take_numbers(int64_t room, std::vector<double>& numbers);
+  void append_numbers(int64_t room, std::vector<double>& numbers);
   // Whether a token more is wanted; else the limit is reached.
   bool wants_more() const { return static_cast<int64_t>(result_.tokens.size()) < limit_; }
   int32_t sample(std::span<const float> logits) { return sampler_.sample(logits, history_); }

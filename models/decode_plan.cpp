@@ -60,6 +60,7 @@ DecodePlan::DecodePlan(const Model& model, int64_t capacity, int64_t batch)
     : vocabulary_(model.config().vocab_size),
       blocks_(model.blocks.size()),
       context_(model.context()),
+      capacity_(capacity),
       batch_(batch) {
   check(batch >= 1 && batch <= kMaxBatch, "decode plan: {} sequences at once, 1 to {} are possible",
         batch, kMaxBatch);
@@ -83,6 +84,9 @@ int64_t DecodePlan::check_step(std::span<const int32_t> tokens,
           cache.batch(), batch_);
     check(cache.length() == at, "decode: caches of {} and of {} tokens", at, cache.length());
   }
+  check(caches.front().capacity() <= capacity_,
+        "decode: caches of {} tokens, the plan was made for {}", caches.front().capacity(),
+        capacity_);
   check(at < caches.front().capacity() && at < context_,
         "context is full: {} tokens cached, 1 more wanted, room for {}", at,
         std::min(caches.front().capacity(), context_));
@@ -119,6 +123,7 @@ bool DecodePlan::can_choose(const SamplerOptions& sampling) const {
 void DecodePlan::choose_by(const SamplerOptions& sampling, int64_t at,
                            std::span<const double> numbers) {
   check(can_choose(sampling), "decode: the plan cannot choose tokens in this way");
+  sampling.validate(vocabulary_);
   check(at >= 0 && static_cast<int64_t>(numbers.size()) % batch_ == 0,
         "decode: {} numbers for {} sequences from position {}", numbers.size(), batch_, at);
   impl_->choose_by(sampling, at, numbers);

@@ -6,8 +6,9 @@
 // gate, up, SiLU ⊙] → [down + residual]; then norm and head. On the CPU a stage is one dispatch of
 // the pool (tensor/row_products.h), on a GPU one kernel (products one for every few sequences), and
 // all of them are one recording that is replayed (tensor/decode_kernels.h). All memory is taken
-// when the plan is made: a step records nothing and allocates nothing. The blocks (models/llama.h)
-// are its definition; the tests hold the two equal.
+// when the plan is made: a step allocates nothing, and records only when it is the first one of its
+// kind or for new caches. The blocks (models/llama.h) are its definition; the tests hold the two
+// equal.
 #pragma once
 
 #include <memory>
@@ -49,8 +50,8 @@ class DecodePlan {
   // id among equals, or as choose_by() says. Valid until the call after the next, so that they may
   // be its tokens. A GPU chooses by itself and has begun the step of these ids when this returns,
   // so that it does not wait for the host; what it writes into the caches counts only when that
-  // step is asked for. Throws Error when a logit is NaN, or all are −∞; the caches are as before
-  // then.
+  // step is asked for. Throws Error when a logit is NaN, or when every token is forbidden; the
+  // caches are as before then.
   std::span<const int32_t> choose(std::span<const int32_t> tokens,
                                   std::vector<nn::KVCache>& caches);
   // Whether choose() can choose so: on a CPU where the largest logit is taken as it is; on a GPU
@@ -58,8 +59,9 @@ class DecodePlan {
   bool can_choose(const SamplerOptions& sampling) const;
   // It does from now on; can_choose() holds. numbers [B, n]: sequence b draws the token behind
   // position at + i by numbers[b][i], and none are asked for beyond. The ids are those of a Sampler
-  // with these numbers, unless one falls between two tokens by less than rounding (bias and the
-  // biased logits are F32 here).
+  // with these numbers, unless one falls between two tokens by less than rounding: biased logits
+  // are F32 here, and logits() behind choose() gives them so. Throws Error when an option is out of
+  // range.
   void choose_by(const SamplerOptions& sampling, int64_t at, std::span<const double> numbers);
 
   // The same of one sequence.
@@ -75,7 +77,7 @@ class DecodePlan {
 
   int64_t vocabulary_;
   size_t blocks_;
-  int64_t context_, batch_;
+  int64_t context_, capacity_, batch_;
   std::vector<int32_t> chosen_, next_;  // [B]: by the last choose(), and by the one under way
   std::unique_ptr<Impl> impl_;
 };

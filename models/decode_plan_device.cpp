@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <utility>
@@ -30,14 +31,6 @@ struct Layer {
   Product qkv, o, gate_up, down;
 };
 
-template <class F> void for_each_memory(const std::vector<nn::KVCache>& caches, F&& body) {
-  for (const nn::KVCache& cache : caches)
-    for (const auto* store : {&cache.keys(), &cache.values()}) {
-      body(store->memory().raw());
-      body(store->codes.grid.defined() ? store->codes.grid.raw() : nullptr);
-    }
-}
-
 // Splits of a cache: enough blocks for the device, none of them of a few tokens.
 int64_t splits_of(int64_t heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256;  // about two on each processor of a large card; fewer where
@@ -45,6 +38,15 @@ int64_t splits_of(int64_t heads, int64_t capacity) {
   return std::clamp<int64_t>(std::min(kBlocks / heads, capacity / kDecodeSplitTokens), 1,
                              kDecodeMostSplits);
 }
+
+// What a SamplerOptions comes to here: TokenChoice in the host's memory. At first the largest
+// logit.
+struct DrawnBy {
+  int64_t top_k = 1;
+  double top_p = 1, min_p = 0, temperature = 1;
+  std::map<int32_t, double> bias = {};
+  bool operator==(const DrawnBy&) const = default;
+};
 
 class DevicePlan final : public DecodePlan::Impl {
  public:
@@ -82,10 +84,10 @@ class DevicePlan final : public DecodePlan::Impl {
   Tensor told_;                                      // page-locked, see DecodeKernels::choose
   Tensor numbers_;                                   // [B, capacity], see TokenChoice
   const std::vector<nn::KVCache>* bound_ = nullptr;  // the caches of the recording,
-  std::vector<const void*> bound_memory_;            // and all the memory of theirs
+  std::vector<uint64_t> bound_ids_;                  // whose id()s these are
   std::optional<StepGraph> graph_, choosing_graph_;
-  TokenChoice choice_;                      // as it is recorded,
-  std::optional<SamplerOptions> sampling_;  // and what it stands for; none: the largest
+  TokenChoice choice_;  // as it is recorded,
+  DrawnBy drawn_by_;    // and what it was made from
   // The choosing step that was begun before it was asked for: at this position, of the tokens that
   // the step before it chose. −1: none.
   int64_t ahead_ = -1;
@@ -155,18 +157,13 @@ DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVC
 }
 
 void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
-  // Caches that were freed may have left their place to new ones in part.
-  bool same = bound_ == &caches;
-  size_t i = 0;
-  for_each_memory(caches, [&](const void* at) { same = same && bound_memory_[i++] == at; });
-  if (same) return;
+  const auto same = [](const nn::KVCache& cache, uint64_t id) { return cache.id() == id; };
+  if (std::equal(caches.begin(), caches.end(), bound_ids_.begin(), bound_ids_.end(), same)) return;
+  check(caches.front().keys().memory().device() == device_, "decode: the caches are not on {}",
+        to_string(device_));
   bound_ = &caches;
-  bound_memory_.clear();
-  for_each_memory(caches, [&](const void* at) { bound_memory_.push_back(at); });
-  for (const nn::KVCache& cache : caches)
-    for (const auto* store : {&cache.keys(), &cache.values()})
-      check(store->memory().device() == device_, "decode: the caches are not on {}",
-            to_string(device_));
+  bound_ids_.clear();
+  for (const nn::KVCache& cache : caches) bound_ids_.push_back(cache.id());
   ahead_ = -1;
   graph_.emplace(device_, [this] { run(); });
   choosing_graph_.reset();
@@ -253,6 +250,16 @@ int64_t kept_tokens(const SamplerOptions& s, int64_t V) {
   return s.temperature == 0 ? 1 : s.top_k == 0 ? V : std::min(s.top_k, V);
 }
 
+DrawnBy drawn_by(const SamplerOptions& s, int64_t V) {
+  DrawnBy by{.top_k = kept_tokens(s, V)};
+  if (by.top_k > 1) by.top_p = s.top_p, by.min_p = s.min_p, by.temperature = s.temperature;
+  constexpr double kLargest = 1e30;  // a float, and far beyond every logit
+  for (const auto& [id, bias] : s.logit_bias) by.bias[id] += bias;
+  for (auto& [id, bias] : by.bias)
+    if (std::isfinite(bias)) bias = std::clamp(bias, -kLargest, kLargest);
+  return by;
+}
+
 bool DevicePlan::can_choose(const SamplerOptions& sampling) const {
   return !sampling.penalises() && kept_tokens(sampling, logits_.dim(1)) <= kDecodeMostTopK;
 }
@@ -261,26 +268,24 @@ void DevicePlan::choose_by(const SamplerOptions& sampling, int64_t at,
                            std::span<const double> numbers) {
   ahead_ = -1;
   device_api(device_).sync(device_.index);  // nothing that is on its way reads what is written here
-  SamplerOptions wanted = sampling;
-  wanted.seed = 0;  // it is in the numbers
-  if (sampling_ != wanted) {
+  if (DrawnBy by = drawn_by(sampling, logits_.dim(1)); by != drawn_by_) {
+    TokenChoice choice{.top_k = by.top_k,
+                       .top_p = by.top_p,
+                       .min_p = by.min_p,
+                       .temperature = by.temperature,
+                       .numbers = numbers_};
+    if (!by.bias.empty()) {
+      std::vector<int32_t> ids;
+      std::vector<float> bias;
+      for (const auto& [id, value] : by.bias)
+        ids.push_back(id), bias.push_back(static_cast<float>(value));
+      const auto n = static_cast<int64_t>(ids.size());
+      choice.bias_ids = to(Tensor::from<int32_t>(ids, {n}), device_);
+      choice.bias = to(Tensor::from<float>(bias, {n}), device_);
+    }
     choosing_graph_.reset();
-    sampling_ = wanted;
-    choice_ = {.top_k = kept_tokens(wanted, logits_.dim(1)), .numbers = numbers_};
-    if (wanted.temperature > 0) {
-      choice_.top_p = wanted.top_p, choice_.min_p = wanted.min_p;
-      choice_.temperature = wanted.temperature;
-    }
-    std::map<int32_t, double> bias;
-    for (const auto& [id, by] : wanted.logit_bias) bias[id] += by;
-    std::vector<int32_t> ids;
-    std::vector<float> values;
-    for (const auto& [id, by] : bias) ids.push_back(id), values.push_back(static_cast<float>(by));
-    const auto n = static_cast<int64_t>(ids.size());
-    if (n > 0) {
-      choice_.bias_ids = to(Tensor::from<int32_t>(ids, {n}), device_);
-      choice_.bias = to(Tensor::from<float>(values, {n}), device_);
-    }
+    choice_ = std::move(choice);
+    drawn_by_ = std::move(by);
   }
   const int64_t capacity = numbers_.dim(1), given = static_cast<int64_t>(numbers.size()) / batch_,
                 n = std::clamp<int64_t>(capacity - at, 0, given);

@@ -203,7 +203,7 @@ bool Generator::choose_by(Continuation& text) {
   if (!plan_ || !plan_->can_choose(text.sampling())) return false;
   const auto at = static_cast<int64_t>(cached_.size());
   std::vector<double> numbers;
-  text.take_numbers(context_ - at, numbers);
+  text.append_numbers(context_ - at, numbers);
   plan_->choose_by(text.sampling(), at, numbers);
   return true;
 }
@@ -217,6 +217,7 @@ FinishReason Generator::decode(std::span<const float> logits, const GenerateOpti
     if (cancelled(options.cancel)) return FinishReason::Cancelled;
     std::optional<int32_t> next;
     if (!result.tokens.empty()) {  // the prompt's logits give the first token
+      // Behind the first token, which took the first of the text's numbers.
       if (result.tokens.size() == 1) chosen = choose_by(text);
       if (static_cast<int64_t>(cached_.size()) >= context_) return FinishReason::ContextFull;
       const auto begin = Clock::now();

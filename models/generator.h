@@ -46,7 +46,7 @@ struct GenerateStats {
   int64_t prompt_tokens = 0, reused_tokens = 0;  // of the prompt, and found in the cache
   int64_t generated_tokens = 0;                  // the one that ended the text counts
   int64_t decode_steps = 0;                      // passes of one token
-  // decode_seconds: in the model, without sampling.
+  // decode_seconds: in the model; without sampling, but by a GPU.
   double prompt_seconds = 0, first_token_seconds = 0, decode_seconds = 0;
   double prompt_rate() const {
     return rate(prompt_tokens - reused_tokens, prompt_seconds);

@@ -108,7 +108,7 @@ class Sequences {
     if (!plan_ || !plan_->can_choose(sampling)) return false;
     std::vector<double> numbers;
     for (int64_t i = 0; i < count_; ++i)
-      texts[static_cast<size_t>(i)].take_numbers(model_.context() - length_, numbers);
+      texts[static_cast<size_t>(i)].append_numbers(caches_.front().capacity() - length_, numbers);
     plan_->choose_by(sampling, length_, numbers);
     return true;
   }

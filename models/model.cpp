@@ -88,7 +88,7 @@ std::vector<nn::KVCache> Model::new_caches(int64_t batch, int64_t capacity) cons
     const nn::Attention::Taps& taps = block->self_attn.taps;
     nn::CacheQuant quant{taps.k ? taps.k : kept.k, taps.v ? taps.v : kept.v, kept.floats};
     if (device().type != DeviceType::CPU) {
-      if (!quant.alike()) quant.k = quant.v = std::nullopt;
+      if (!kept.k || !kept.v || !quant.alike()) quant.k = quant.v = std::nullopt;
       quant.floats = DType::F16;
     }
     caches.emplace_back(batch, capacity, config_.num_kv_heads, config_.head_dim, device(), quant);

@@ -44,9 +44,9 @@ class Model {
   Tensor forward(const Tensor& ids, int64_t first = 0,
                  std::vector<nn::KVCache>* caches = nullptr) const;
   Tensor logits(const Tensor& hidden) const { return ends.lm_head(hidden); }  // [...,D] → [...,V]
-  // Keys and values are kept as their attention quantises them, else as `kept` says. On a GPU
-  // floats are F16, and so are both where one would be codes and the other not, or where one alone
-  // has two codes a byte.
+  // Keys and values are kept as their attention quantises them, else as `kept` says. On a GPU they
+  // are codes only where `kept` wants that for both and two codes share a byte in both or in
+  // neither, else F16: faster, and read by every kernel.
   std::vector<nn::KVCache> new_caches(int64_t batch, int64_t capacity) const;
   // Onto a device. Packed weights whose groups have no form there become F32.
   void move_to(Device device);

@@ -34,7 +34,6 @@ struct SamplerOptions {
   bool penalises() const;
   // Throws Error naming the option that is out of range; ids are checked against `vocab_size`.
   void validate(int64_t vocab_size) const;
-  bool operator==(const SamplerOptions&) const = default;
 };
 
 // 64 random bits a call.

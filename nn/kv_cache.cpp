@@ -1,6 +1,8 @@
 // KVCache: append is one of the three in-place writers of the library.
 #include "nn/kv_cache.h"
 
+#include <atomic>
+
 #include "autograd/compute.h"
 #include "autograd/ops.h"
 #include "nn/linear_input.h"
@@ -71,12 +73,22 @@ Tensor KVCache::Store::read(int64_t begin, int64_t end) const {
                           : dequantized(tokens(codes, begin, end), wanted);
 }
 
+namespace {
+
+uint64_t next_id() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
+}  // namespace
+
 KVCache::KVCache(int64_t batch, int64_t capacity, int64_t kv_heads, int64_t head_dim, Device device,
                  const CacheQuant& quant)
     : shape_{batch, capacity, kv_heads, head_dim},
       quant_(quant),
       k_(shape_, device, quant.k, quant.floats),
-      v_(shape_, device, quant.v, quant.floats) {}
+      v_(shape_, device, quant.v, quant.floats),
+      id_(next_id()) {}
 
 bool KVCache::is_compact() const {
   return k_.memory().device().type == DeviceType::CPU &&

@@ -41,6 +41,8 @@ class KVCache {
   bool is_compact() const;
   int64_t length() const { return length_; }
   int64_t capacity() const { return shape_[1]; }
+  // A number that no other cache has, or had; of its copies, which share its memory, the same.
+  uint64_t id() const { return id_; }
   // Grows with every change of what is stored: two readings are equal only if nothing happened
   // between them.
   uint64_t changes() const { return changes_; }
@@ -66,7 +68,7 @@ class KVCache {
   CacheQuant quant_;
   Store k_, v_;
   int64_t length_ = 0;
-  uint64_t changes_ = 0;
+  uint64_t id_, changes_ = 0;
 };
 
 }  // namespace omq::nn

@@ -10,7 +10,7 @@ namespace {
 // y, target: [B,T,D].
 Tensor block_error(const Tensor& y, const Tensor& target, TokenWeight w) {
   if (w == TokenWeight::Equal) return mse(y, target);
-  constexpr double kSmallest = 1e-12;  // a mean square; keeps a token of zeros from weighing all
+  constexpr double kSmallest = 1e-12;  // a mean square, against a division by zero
   Shape one_a_token = target.shape();
   one_a_token[one_a_token.n - 1] = 1;
   const Tensor squares =

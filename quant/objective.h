@@ -25,7 +25,7 @@ enum class TokenWeight : uint8_t {
 struct Objective {
   std::function<Tensor(const Tensor& y_quant, const Targets& t)> loss;  // → [1]
   bool wants_of_quant = false;
-  TokenWeight weight = TokenWeight::Equal;  // for reports
+  TokenWeight weight = TokenWeight::Equal;  // which of them `loss` takes
 };
 
 Objective block_mse(TokenWeight w = TokenWeight::Equal);  // ‖y − F(W, X)‖² / elements

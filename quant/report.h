@@ -53,11 +53,11 @@ struct SiteReport {
 struct BlockReport {
   int index = 0;
   std::string name;
-  std::vector<double> epoch_loss;  // mean objective of each epoch
+  std::vector<double> epoch_loss;  // mean objective of each epoch: see Objective
   int kept_epoch = 0;              // whose end was kept, for plans that keep the best; else 0
   std::vector<Recovery> recoveries;
   double committed_loss = 0;  // mean squared error of the committed block on the quantised stream
-  double target_mean_square = 0;  // of the full-precision output, to read the loss against
+  double target_mean_square = 0;  // of the full-precision output, to read that against
   double packed_error = 0;  // worst linear's ‖packed(x) − dense(x)‖ / ‖dense(x)‖, first sample
   double seconds = 0;
   size_t peak_bytes = 0;       // tensors alive at most during this block

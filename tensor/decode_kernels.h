@@ -31,7 +31,7 @@ inline constexpr int64_t decode_elements(int64_t head_dim) {
 }
 
 // Keys or values of all sequences, as they are stored: F16 [rows, capacity, K, d], or, where that
-// is undefined, codes of that shape.
+// is undefined, codes of that shape (of half the last size, where two share a byte).
 struct DecodeCache {
   Tensor floats = {};
   QuantizedRows codes = {};
@@ -44,8 +44,8 @@ struct DecodeAttentionStage {
   double q_eps = 0, k_eps = 0;
   Tensor cos, sin;  // F32 [positions, d/2]
   Tensor position;  // I32 [rows]: where a token stands, and how many are cached
-  std::optional<RowQuant> q, k,
-      v;                     // each head on its own grid, behind the rotation; of codes theirs
+  // Each head on its own grid, behind the rotation; where the cache keeps codes, k and v on theirs.
+  std::optional<RowQuant> q, k, v;
   DecodeCache keys, values;  // stored alike; a row's `position` is written
   Tensor parts;              // F32 [rows, H, splits, d + 2], scratch
   Tensor arrived;            // I32 [rows, H], zeros before and after

@@ -218,7 +218,7 @@ json recipe_json(const QuantOptions& o, const quant::Recipe& r, const Calibratio
             {"weight_decay", r.train.weight_decay},
             {"compute", compute_name(r.train.compute)},
             {"seed", o.seed}};
-  // Only where they were asked for, so that runs without them go on in folders of earlier versions.
+  // Only where there are any, so that runs without them go on in folders of earlier versions.
   if (r.augmented && r.aug_weight != 1) j["augmented_loss_weight"] = r.aug_weight;
   if (r.train.epochs > 0 && r.objective.weight == quant::TokenWeight::InverseSize)
     j["token_loss"] = true;

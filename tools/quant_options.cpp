@@ -121,7 +121,7 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
       ->group(group);
   app.add_flag("--token-loss", raw.token_loss,
                "tokens count in the loss by their size, not by the square of it, so that a few "
-               "massive ones do not decide alone (default with omniquant)")
+               "massive ones do not decide alone (default where clip factors learn)")
       ->group(group);
   app.add_flag("--no-token-loss", raw.no_token_loss, "the paper's loss")->group(group);
   app.add_flag("--clip-search", o.recipe.clip_search,
@@ -224,7 +224,8 @@ void settle_learning(const Raw& raw, QuantOptions& o) {
   if (raw.token_loss || raw.no_token_loss) o.recipe.token_loss = raw.token_loss ? 1 : 0;
   if (raw.token_loss &&
       quant::make_recipe(o.method, o.recipe).objective.weight != quant::TokenWeight::InverseSize)
-    throw UsageError(fmt::format("--token-loss: method {} learns from no block's error", o.method));
+    throw UsageError(
+        fmt::format("--token-loss: method {} learns from no block's error here", o.method));
   if (o.recipe.clip_search && o.method == "rtn")
     throw UsageError("--clip-search: method rtn learns nothing");
   if (!raw.aug_weight) return;

@@ -94,12 +94,7 @@ Device device_of(const ModelOptions& o) {
 void apply(const ModelOptions& o) {
   using cli::UsageError;
   cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
-  const bool on_gpu = device_of(o).type != DeviceType::CPU;
-  for (const std::string& name : {o.cache_k, o.cache_v}) {
-    parse_cache_type(name);
-    if (on_gpu && name == "f32")
-      throw UsageError("cache type f32: a GPU keeps f16, int8 or int4; --device cpu has it");
-  }
+  for (const std::string& name : {o.cache_k, o.cache_v}) parse_cache_type(name);
   if (o.threads < 0 || o.threads > 1024)
     throw UsageError(fmt::format("--threads {}: 1 to 1024", o.threads));
   if (o.context < 0) throw UsageError(fmt::format("--ctx-size {} is negative", o.context));
@@ -136,13 +131,13 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   m.reader = open_checkpoint(options.model);
   m.tokenizer = std::make_unique<Tokenizer>(m.reader->tokenizer());
   const ModelConfig& c = m.reader->config();
-  const nn::CacheQuant kept = kept_caches(c, options);
+  const Device device = device_of(options);
+  const nn::CacheQuant kept = kept_caches(c, options, device);
   if (context == 0)
     context = default_context(c, options.caches * cache_token_bytes(c, kept), options.quiet);
   check(context <= c.usable_context(),
         "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
         context, c.usable_context());
-  const Device device = device_of(options);
   m.model = std::make_unique<Model>(Model::load(*m.reader, context));
   m.model->kept = kept;
   m.size = model_size(*m.model);
@@ -176,9 +171,7 @@ void settle(std::optional<RowQuant>& own, const std::string& name, const char* o
   if (!own && wanted.bits > 0) own = RowQuant{.bits = wanted.bits};
 }
 
-}  // namespace
-
-nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o) {
+nn::CacheQuant kept_on_cpu(const ModelConfig& config, const ModelOptions& o) {
   nn::CacheQuant kept = cache_quant(config);
   settle(kept.k, o.cache_k, "--cache-type-k");
   settle(kept.v, o.cache_v, "--cache-type-v");
@@ -189,16 +182,36 @@ nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o) {
     throw cli::UsageError(
         fmt::format("-ctk {} -ctv {}: floats of one type only", o.cache_k, o.cache_v));
   kept.floats = k_floats ? k : v_floats ? v : DType::F32;
-  if (device_of(o).type == DeviceType::CPU) return kept;
-  if (!kept.alike()) {
-    const bool named = !o.cache_k.empty() || !o.cache_v.empty();
-    if (named)
-      throw cli::UsageError(fmt::format(
-          "-ctk {} -ctv {}: a GPU keeps keys and values alike; give both", o.cache_k, o.cache_v));
-    kept.k = kept.v = std::nullopt;  // as Model::new_caches() does
+  return kept;
+}
+
+// Both alike: F16, or codes where they are asked for.
+nn::CacheQuant kept_on_gpu(const ModelConfig& config, const ModelOptions& o) {
+  const std::string &k = o.cache_k.empty() ? o.cache_v : o.cache_k,
+                    &v = o.cache_v.empty() ? o.cache_k : o.cache_v;
+  for (const std::string& name : {k, v})
+    if (name == "f32")
+      throw cli::UsageError("cache type f32: a GPU keeps f16, int8 or int4; --device cpu has it");
+  const int bits = parse_cache_type(k).bits;
+  if (bits != parse_cache_type(v).bits)
+    throw cli::UsageError(
+        fmt::format("-ctk {} -ctv {}: a GPU keeps keys and values alike, both f16, both int8 or "
+                    "both int4",
+                    k, v));
+  nn::CacheQuant kept;
+  if (bits > 0) {
+    kept = cache_quant(config);
+    settle(kept.k, k, "--cache-type-k");
+    settle(kept.v, v, "--cache-type-v");
   }
   kept.floats = DType::F16;
   return kept;
+}
+
+}  // namespace
+
+nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& o, Device device) {
+  return device.type == DeviceType::CPU ? kept_on_cpu(config, o) : kept_on_gpu(config, o);
 }
 
 std::string cache_type(const std::optional<RowQuant>& quant, DType floats) {
@@ -243,7 +256,10 @@ void add_sampling_options(CLI::App& app, SamplingOptions& o) {
   app.add_option("-b,--batch-size", o.batch, "prompt tokens at a time (default 512)")
       ->type_name("N");
   app.add_option("--temp,--temperature", s.temperature, "0: greedy, exactly (default 0.8)");
-  app.add_option("--top-k", s.top_k, "keep the k most probable; 0: all (default 40)");
+  app.add_option("--top-k", s.top_k,
+                 "keep the k most probable; 0: all (default 40). A GPU draws from up to 128 by "
+                 "itself; what is "
+                 "more, or penalised, the host does, which is slower");
   app.add_option("--top-p", s.top_p, "keep this share of the probability; 1: all (default 0.95)");
   app.add_option("--min-p", s.min_p,
                  "keep tokens at least this share as probable as the first (default 0.05)");

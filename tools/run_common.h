@@ -60,9 +60,10 @@ struct OpenModel {
 // fit into free memory.
 OpenModel open_model(const ModelOptions& options, int64_t context);
 
-// How keys and values are kept: as the model quantises them itself, else as -ctk and -ctv say.
-// Throws UsageError for types that are not there, or not for this model.
-nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& options);
+// How keys and values are kept on a device: as the model quantises them itself, else as -ctk and
+// -ctv say; on a GPU as these say, else in F16. Throws UsageError for types that are not there, or
+// not for this model.
+nn::CacheQuant kept_caches(const ModelConfig& config, const ModelOptions& options, Device device);
 // "f32", "f16", or the bits of codes: "u4".
 std::string cache_type(const std::optional<RowQuant>& quant, DType floats);
 // Bytes of keys and values of one token, all layers.

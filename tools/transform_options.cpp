@@ -70,7 +70,7 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   const char* parity = "Choices of the official code, for comparisons";
   app.add_flag("--parity", f.parity,
                "all of its present ones: --no-let-shift, --no-token-loss and the five below but "
-               "--signed-max")
+               "--signed-max; its scripts add --aug-loss at 2 bits and at w4a4")
       ->group(parity);
   app.add_flag("--untied-qk", f.untied,
                "a q-k scale for each channel; inexact under rotary positions")

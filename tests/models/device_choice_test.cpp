@@ -227,6 +227,14 @@ TEST_CASE("devices: a text of which every token is forbidden is an error") {
     CHECK_THROWS_WITH_AS(plan.choose(1, caches),
                          "sampling: every token is forbidden; see --logit-bias", Error);
     CHECK(caches.front().length() == 0);
+    // A bias beyond every float decides.
+    plan.choose_by({.temperature = 1, .top_k = 40, .min_p = 0, .logit_bias = {{5, 1e39}}}, 0,
+                   std::vector<double>(8, 0.999));
+    CHECK(plan.choose(1, caches) == 5);
+    for (nn::KVCache& cache : caches) cache.truncate(0);
+    CHECK_THROWS_WITH_AS(
+        plan.choose_by({.temperature = 1, .logit_bias = {{static_cast<int32_t>(V), 1}}}, 0, {}),
+        doctest::Contains("is outside the vocabulary"), Error);
     plan.choose_by({.temperature = 0, .logit_bias = {}}, 0, {});
     CHECK(plan.choose(1, caches) >= 0);
     none.top_k = 0;

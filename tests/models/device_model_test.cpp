@@ -159,6 +159,27 @@ TEST_CASE("devices: a plan over caches of codes gives the CPU's logits") {
   }
 }
 
+TEST_CASE("devices: a plan sees that caches are others, and refuses larger ones") {
+  const NoGrad off;
+  Model model = assembled(8, 64, {}, false);
+  for (const Device d : test_devices()) {
+    CAPTURE(d);
+    model.move_to(d);
+    DecodePlan plan(model, 64), other(model, 64);
+    for (const int64_t capacity : {8, 64, 16}) {  // in one place, one after the other
+      auto caches = model.new_caches(1, capacity), again = model.new_caches(1, capacity);
+      for (int32_t i = 0; i < 8; ++i) {
+        plan.step(i + 3, caches);
+        other.step(i + 3, again);
+      }
+      CHECK(std::ranges::equal(plan.logits(), other.logits()));
+    }
+    auto large = model.new_caches(1, 65);
+    CHECK_THROWS_WITH_AS(plan.step(3, large),
+                         "decode: caches of 65 tokens, the plan was made for 64", Error);
+  }
+}
+
 TEST_CASE("devices: caches that a GPU's plan could not read are floats there") {
   const NoGrad off;
   Model model = assembled(8, 64, {}, false);

@@ -58,7 +58,7 @@ TEST_CASE("objective: tokens count by the inverse of their size") {
   CHECK(share(1000) / share(1e-3) < 1e7);
 }
 
-TEST_CASE("objective: gradients of a weighted error, and none for targets") {
+TEST_CASE("objective: gradients of a weighted error") {
   Rng rng(2);
   const Targets t{some_tokens(rng), {}};
   const Tensor y = t.of_fp + normal_tensor(rng, t.of_fp.shape(), DType::F64, 0.1);

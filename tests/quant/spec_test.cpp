@@ -152,6 +152,7 @@ TEST_CASE("recipes: methods by name, settings of the papers as defaults") {
   CHECK(omni(2, 3, 0).train.epochs == 3);
   CHECK_FALSE(omni(2, 3, 0).objective.wants_of_quant);
   CHECK(omni(4, 0, 1).augmented);
+  CHECK_FALSE(make_recipe("omniquant", {.spec = {.wbits = 4, .abits = 4}}).augmented);
   CHECK(omni(4).objective.weight == TokenWeight::InverseSize);
   CHECK(make_recipe("omniquant", {.spec = {}, .token_loss = 0}).objective.weight ==
         TokenWeight::Equal);

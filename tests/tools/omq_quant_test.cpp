@@ -240,7 +240,7 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --aug-loss --no-aug-loss", "exclude each other"},
       {"-m x -o y --aug-weight 2", "--aug-weight: there is no augmented loss to weigh"},
       {"-m x -o y --method rtn --token-loss",
-       "--token-loss: method rtn learns from no block's error"},
+       "--token-loss: method rtn learns from no block's error here"},
       {"-m x -o y --token-loss --no-token-loss",
        "--token-loss and --no-token-loss exclude each other"},
       {"-m x -o y --aug-loss --aug-weight 0", "--aug-weight: above 0"},

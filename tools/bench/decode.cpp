@@ -339,6 +339,7 @@ int run(int argc, char** argv) {
       throw cli::UsageError(fmt::format("--batch {}: 1 to {}", n, DecodePlan::kMaxBatch));
   if (cache_bits != 0 && (cache_bits < 2 || cache_bits > 8))
     throw cli::UsageError(fmt::format("--cache-bits {}: 2 to 8, or 0", cache_bits));
+  b.sampling.validate(s->vocab);
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
   // down: a product with 4096 × 11008 weights by itself; up: with 11008 × 4096.
@@ -372,6 +373,9 @@ int run(int argc, char** argv) {
       rows.push_back({{"shape", s->name},
                       {"weights", f.name},
                       {"batch", n},
+                      {"cache_bits", cache_bits},
+                      {"temperature", b.sampling.temperature},
+                      {"top_k", b.sampling.top_k},
                       {"decode_ts", tokens},
                       {"bytes_per_step", size.token_bytes},
                       {"decode_share", rate / b.copy_rate},
