@@ -157,11 +157,11 @@ DecodeAttentionStage DevicePlan::attention(const nn::Attention& a, const nn::KVC
 }
 
 void DevicePlan::bind(std::vector<nn::KVCache>& caches) {
+  bound_ = &caches;  // they may have moved, and a graph may still be to record
   const auto same = [](const nn::KVCache& cache, uint64_t id) { return cache.id() == id; };
   if (std::equal(caches.begin(), caches.end(), bound_ids_.begin(), bound_ids_.end(), same)) return;
   check(caches.front().keys().memory().device() == device_, "decode: the caches are not on {}",
         to_string(device_));
-  bound_ = &caches;
   bound_ids_.clear();
   for (const nn::KVCache& cache : caches) bound_ids_.push_back(cache.id());
   ahead_ = -1;
