@@ -104,15 +104,9 @@ TEST_CASE("devices: a logit that is no number stops all sequences") {
 }
 
 TEST_CASE("devices: continuations made together are those of one") {
-  for_random_model([](const CheckpointReader& reader, Device d) {
-    Model model = loaded(reader, {.bits = 8, .group = 32});
-    model.move_to(d);
-    Generator generator(model, reader.tokenizer());
-    const std::vector<int32_t> prompt = some_ids(9, model.config().vocab_size);
-    GenerateOptions o;
-    o.sampling.temperature = 0;
-    o.max_tokens = 20;
-    o.ignore_eos = true;
+  const auto form = Form{.bits = 8, .group = 32};
+  for_random_writer(form, [](Generator& generator, const Model&, const auto& prompt) {
+    const GenerateOptions o = text_of(20, {.temperature = 0, .logit_bias = {}});
     const auto all = generator.generate_parallel(prompt, 3, o);
     for (const GenerateResult& r : all) {
       CHECK(r.tokens.size() == 20);

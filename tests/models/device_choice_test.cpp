@@ -147,14 +147,9 @@ TEST_CASE("devices: tokens are drawn from rows of equal, crowded and forbidden l
 }
 
 TEST_CASE("devices: a sampled text is the one that its logits and the sampler give") {
-  for_random_model([](const CheckpointReader& reader, Device d) {
-    Model model = loaded(reader, {.bits = 4, .group = 32});
-    model.move_to(d);
-    Generator generator(model, reader.tokenizer());
-    const std::vector<int32_t> prompt = some_ids(9, model.config().vocab_size);
-    GenerateOptions o;
-    o.max_tokens = 30;
-    o.ignore_eos = true;
+  const auto form = Form{.bits = 4, .group = 32};
+  for_random_writer(form, [](Generator& generator, const Model& model, const auto& prompt) {
+    GenerateOptions o = text_of(30, {});
     const auto text_by_logits = [&] {
       auto caches = model.new_caches(1, 64);
       DecodePlan plan(model, 64);
@@ -192,15 +187,9 @@ TEST_CASE("devices: a sampled text is the one that its logits and the sampler gi
 }
 
 TEST_CASE("devices: sampled continuations made together have their own numbers") {
-  for_random_model([](const CheckpointReader& reader, Device d) {
-    Model model = loaded(reader, {.bits = 8, .group = 32});
-    model.move_to(d);
-    Generator generator(model, reader.tokenizer());
-    const std::vector<int32_t> prompt = some_ids(9, model.config().vocab_size);
-    GenerateOptions o;
-    o.sampling = {.temperature = 1.2, .logit_bias = {}, .seed = 11};
-    o.max_tokens = 20;
-    o.ignore_eos = true;
+  const auto form = Form{.bits = 8, .group = 32};
+  for_random_writer(form, [](Generator& generator, const Model&, const auto& prompt) {
+    GenerateOptions o = text_of(20, {.temperature = 1.2, .logit_bias = {}, .seed = 11});
     const auto all = generator.generate_parallel(prompt, 3, o);
     for (const GenerateResult& r : all) {
       CHECK(r.tokens.size() == 20);

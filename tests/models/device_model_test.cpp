@@ -174,6 +174,14 @@ TEST_CASE("devices: a plan sees that caches are others, and refuses larger ones"
       }
       CHECK(std::ranges::equal(plan.logits(), other.logits()));
     }
+    // Caches that move: the step that chooses is recorded only afterwards.
+    auto gone = std::make_unique<std::vector<nn::KVCache>>(model.new_caches(1, 16));
+    auto again = model.new_caches(1, 16);
+    plan.step(3, *gone);
+    other.step(3, again);
+    std::vector<nn::KVCache> moved = std::move(*gone);
+    gone.reset();
+    CHECK(plan.choose(4, moved) == other.choose(4, again));
     auto large = model.new_caches(1, 65);
     CHECK_THROWS_WITH_AS(plan.step(3, large),
                          "decode: caches of 65 tokens, the plan was made for 64", Error);

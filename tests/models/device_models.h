@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "autograd/ops.h"
+#include "models/generator.h"
 #include "models/packed_model.h"
 #include "quant/calibrate.h"
 #include "tests/models/files.h"
@@ -81,6 +82,25 @@ inline std::vector<int32_t> some_ids(int64_t n, int64_t vocab) {
   for (int64_t i = 0; i < n; ++i)
     ids.push_back(static_cast<int32_t>((i * i * 31 + i * 7 + 3) % vocab));
   return ids;
+}
+
+// body(generator, model, prompt) for a model of random weights in such a form, on every device.
+template <class F> void for_random_writer(const Form& f, F&& body) {
+  for_random_model([&](const CheckpointReader& reader, Device d) {
+    Model model = loaded(reader, f);
+    model.move_to(d);
+    Generator generator(model, reader.tokenizer());
+    body(generator, model, some_ids(9, model.config().vocab_size));
+  });
+}
+
+// A text of so many tokens, whatever they are.
+inline GenerateOptions text_of(int64_t tokens, SamplerOptions sampling) {
+  GenerateOptions o;
+  o.sampling = std::move(sampling);
+  o.max_tokens = tokens;
+  o.ignore_eos = true;
+  return o;
 }
 
 // A model in memory, of units of 64 and 128 columns and last panels that are not full.
