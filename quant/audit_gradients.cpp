@@ -256,8 +256,9 @@ Narrowed narrowed(const Losses& l) {
 
 // F32 as calibration runs it, and F64 of plain ops with the codes that F32 chose: the kernels'
 // rounding, and nothing else, lies between them. Ten times what one rounding of the inputs does is
-// the least that an error is measured by: a gradient that is a difference of large terms cannot be
-// had more exactly.
+// the least that an error is measured by, and a thousandth of the group's largest gradient: the
+// bound is then 17 roundings of that one in F32. A gradient that is a difference of large terms
+// cannot be had more exactly.
 void against_f64(const Losses& l, const Found& found) {
   std::optional<Narrowed> n;
   for (const Family& f : families(l.in_f64, true))
@@ -266,7 +267,7 @@ void against_f64(const Losses& l, const Found& found) {
               if (!n) n = narrowed(l);
               for (const size_t i : f.members) {
                 const double scale =
-                    std::max(scale_of(n->wide, l.in_f64, i, 1e-4), 10 / c.bound * n->moved[i]);
+                    std::max(scale_of(n->wide, l.in_f64, i, 1e-3), 10 / c.bound * n->moved[i]);
                 worse(c, norm(difference(n->narrow[i], n->wide[i])) / scale, l.in_f64[i].name);
               }
             });

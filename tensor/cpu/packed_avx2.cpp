@@ -2,17 +2,21 @@
 // layout: tensor/packed.h.
 //
 // gemv: a row of x becomes, chunk by chunk (≤ 128 columns of one group), whole numbers of 15 bits
-// in int16 and one scale. Codes widen to 16 bits by mask and shift alone, because the two bytes of
-// a 16-bit lane are neighbouring columns of one row: the low bytes are columns 0 and 2 of a quad,
-// the high bytes 1 and 3. vpmaddwd then multiplies pairs and adds them in int32, which nothing here
-// can overflow, whatever the width. A panel is two halves of 8 rows. A row of x that comes as codes
-// takes the same loops, its codes less their zero point being the whole numbers. Many rows of
-// codes: packed_avx2_codes.cpp; dense weights: packed_avx2_dense.cpp.
+// and one scale, stored as two planes of signed bytes (packed_planes.h). vpmaddubsw multiplies a
+// quad (8 rows × 4 columns, a byte a code) with 4 bytes of x and adds pairs in 16 bits, where it
+// saturates; codes of at most 4 bits leave room for several quads, whose sums then widen to 32
+// bits. A panel is two halves of 8 rows; several panels are walked at once, chunk by chunk, because
+// one memory stream alone does not fill the bus. A row of x that comes as codes takes the same
+// loops, its codes less their zero point being the whole numbers. Codes of 8 bits and many rows of
+// x: packed_avx2_pairs.cpp; many rows of codes: packed_avx2_codes.cpp; dense weights:
+// packed_avx2_dense.cpp.
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_avx2.h"
 
 #include <cpuid.h>
+
+#include "tensor/cpu/packed_planes.h"
 
 namespace omq::cpu {
 
@@ -25,194 +29,199 @@ bool runs_here() {
          __get_cpuid(1, &a, &b, &c, &d) && (c & kF16c) != 0;
 }
 
-// ---- prepared activations: one row = scales, sums, whole numbers, each padded to 64 bytes ----
-
-struct Acts {
-  const float* scale;  // [chunks]
-  const int32_t* sum;  // [chunks] Σ of the whole numbers
-  const int16_t* x;    // [chunks, chunk_stride], each quad in the order 0 2 1 3
-};
-
-int64_t prepared_bytes(const PanelView& w) {
-  return 2 * list_bytes(w) + round_up(2 * w.chunks * w.chunk_stride, 64);
-}
-
-OMQ_INLINE Acts acts_at(const PanelView& w, const std::byte* row) {
-  return {reinterpret_cast<const float*>(row),
-          reinterpret_cast<const int32_t*>(row + list_bytes(w)),
-          reinterpret_cast<const int16_t*>(row + 2 * list_bytes(w))};
-}
-
-// One chunk of n columns, zeros up to the end of its slot. A value that is not finite makes the
-// scale NaN, so that it shows in every output that it touches. Rounds half to even, as the vector
-// conversion does.
-void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum,
-                   int16_t* out) {
-  float peak = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const float a = __builtin_fabsf(x[i]);
-    finite = finite && a <= __FLT_MAX__;
-    peak = a > peak ? a : peak;
-  }
-  const bool flat = !finite || peak < 1e-30f;  // below: 1 / scale would overflow
-  *scale = !finite ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
-  const float inverse = flat ? 0.0f : kActMax / peak;
-  int32_t total = 0;
-  for (int64_t i = 0; i < slot; ++i) {
-    const float v = flat || i >= n ? 0.0f : x[i] * inverse;
-    const int32_t whole = _mm_cvtss_si32(_mm_set_ss(v));
-    const int64_t j = i & 3;
-    out[(i & ~int64_t{3}) + (j == 1 ? 2 : j == 2 ? 1 : j)] = static_cast<int16_t>(whole);
-    total += whole;
-  }
-  *sum = total;
-}
-
 void prepare(const PanelView& w, const float* x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    prepare_chunk(x + col, n, w.chunk_stride, const_cast<float*>(a.scale) + chunk,
-                  const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int16_t*>(a.x) + chunk * w.chunk_stride);
+  if (w.bits == 8) return avx2::prepare_pairs(w, x, out);
+  for_each_chunk_out(w, out, [&](int64_t col, int64_t n, const ChunkOut& to) {
+    prepare_chunk(
+        x + col, n, to.slot, to.scale,
+        to.sum, [&](int64_t i, __m256i v) __attribute__((always_inline)) {
+          const __m256i hi = _mm256_srai_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(128)), 8);
+          const __m256i lo = _mm256_sub_epi16(v, _mm256_slli_epi16(hi, 8));
+          const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(hi, lo), 0xd8);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to.hi + i), _mm256_castsi256_si128(both));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to.lo + i),
+                           _mm256_extracti128_si256(both, 1));
+        });
   });
 }
 
-// One chunk of whole numbers from codes, as prepare_chunk.
-void prepare_chunk(const uint8_t* codes, int32_t zero, int64_t n, int64_t slot, int32_t* sum,
-                   int16_t* out) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < slot; ++i) {
-    const int32_t whole = i < n ? codes[i] - zero : 0;
-    const int64_t j = i & 3;
-    out[(i & ~int64_t{3}) + (j == 1 ? 2 : j == 2 ? 1 : j)] = static_cast<int16_t>(whole);
-    total += whole;
-  }
-  *sum = total;
-}
-
-void prepare_codes_for_gemv(const PanelView& w, const RowCodes& x, std::byte* out) {
-  const Acts a = acts_at(w, out);
-  for_each_chunk(w, [&](int64_t chunk, int64_t col, int64_t n) {
-    const_cast<float*>(a.scale)[chunk] = x.scale;
-    prepare_chunk(x.codes + col, x.zero, n, w.chunk_stride, const_cast<int32_t*>(a.sum) + chunk,
-                  const_cast<int16_t*>(a.x) + chunk * w.chunk_stride);
-  });
+void prepare_few_codes(const PanelView& w, const RowCodes& x, std::byte* out) {
+  if (w.bits == 8) return avx2::prepare_codes_pairs(w, x, out);
+  prepare_codes_for_gemv(w, x, out);
 }
 
 // ---- y for P panels (streams) and M rows of x at once ----
 
-OMQ_INLINE __m256i broadcast(const int16_t* x) {
-  int32_t two_columns;
-  __builtin_memcpy(&two_columns, x, 4);
-  return _mm256_set1_epi32(two_columns);
+OMQ_INLINE __m256i broadcast(const int8_t* x) {
+  int32_t four_columns;
+  __builtin_memcpy(&four_columns, x, 4);
+  return _mm256_set1_epi32(four_columns);
 }
 
-template <int Bits, int P, int M>
-OMQ_INLINE void chunk_dots(const uint8_t* low, const uint8_t* high, int64_t panel_bytes,
-                           int64_t vectors, const Acts (&x)[M], int64_t at,
-                           __m256i (&dot)[P][2][M]) {
-  constexpr int Q = kQuads<Bits>;
-  OMQ_UNROLL for (int p = 0; p < P; ++p) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[p][0][m] =
-      dot[p][1][m] = _mm256_setzero_si256();
-  for (int64_t v = 0; v < vectors; ++v) OMQ_UNROLL for (int p = 0; p < P; ++p) {
-      const uint8_t* lp = low + p * panel_bytes + v * 64;
-      const uint8_t* hp = high + p * panel_bytes + v * 32;
-      _mm_prefetch(reinterpret_cast<const char*>(lp + kPrefetchBytes), _MM_HINT_T0);
-      if constexpr (Bits == 3)
-        _mm_prefetch(reinterpret_cast<const char*>(hp + kPrefetchBytes), _MM_HINT_T0);
-      OMQ_UNROLL for (int half = 0; half < 2; ++half) {
-        const __m256i codes = load(lp + 32 * half);
-        OMQ_UNROLL for (int s = 0; s < Q; ++s) {
-          const Pairs q = unpack<Bits>(codes, hp + 4 * half, s);
-          OMQ_UNROLL for (int m = 0; m < M; ++m) {
-            const int16_t* xs = x[m].x + at + 4 * (Q * v + s);
-            const __m256i pair = _mm256_add_epi32(_mm256_madd_epi16(q.even, broadcast(xs)),
-                                                  _mm256_madd_epi16(q.odd, broadcast(xs + 2)));
-            dot[p][half][m] = _mm256_add_epi32(dot[p][half][m], pair);
-          }
-        }
-      }
-    }
-}
+// Vectors whose sums fit 16 bits: a quad adds at most 2 · (2ᵇ − 1) · 128.
+template <int Bits>
+inline constexpr int64_t kVectorsInShort = (Bits == 2   ? 32
+                                            : Bits == 3 ? 16
+                                                        : 8) /
+                                           kQuads<Bits>;
 
-template <int Bits, int P, int M>
-void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t panel) {
-  constexpr int Q = kQuads<Bits>;
-  const int64_t row_bytes = prepared_bytes(w);
-  Acts x[M];
-  __m256 total[P][2][M];
-  OMQ_UNROLL for (int m = 0; m < M; ++m) {
-    x[m] = acts_at(w, rows + m * row_bytes);
-    OMQ_UNROLL for (int p = 0; p < P; ++p) total[p][0][m] = total[p][1][m] = _mm256_setzero_ps();
+// Halves of neighbouring streams: number h is half h % 2 of stream h / 2.
+constexpr int half_of(int h) { return h % 2; }
+
+// Σ code · byte of x in 16 bits, for H halves and M rows of x, of their two planes.
+template <int H, int M> struct ShortSums {
+  __m256i hi[H][M], lo[H][M];
+
+  OMQ_INLINE void clear() {
+    OMQ_UNROLL for (int h = 0; h < H; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) hi[h][m] =
+        lo[h][m] = _mm256_setzero_si256();
   }
+  OMQ_INLINE void add(int h, int m, __m256i codes, __m256i x_hi, __m256i x_lo) {
+    hi[h][m] = _mm256_add_epi16(hi[h][m], _mm256_maddubs_epi16(codes, x_hi));
+    lo[h][m] = _mm256_add_epi16(lo[h][m], _mm256_maddubs_epi16(codes, x_lo));
+    settle(hi[h][m]);
+    settle(lo[h][m]);
+  }
+  OMQ_INLINE void widen_into(__m256i (&dot)[H][M]) const {
+    OMQ_UNROLL for (int h = 0; h < H; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) {
+      const __m256i high = _mm256_madd_epi16(hi[h][m], _mm256_set1_epi16(256));
+      const __m256i low = _mm256_madd_epi16(lo[h][m], _mm256_set1_epi16(1));
+      dot[h][m] = _mm256_add_epi32(dot[h][m], _mm256_add_epi32(high, low));
+    }
+  }
+};
+
+// Quad s of one vector of each stream, H halves from First on.
+template <int Bits, int First, int H, int M>
+OMQ_INLINE void add_quad(const __m256i (&v)[H], const uint8_t* high, int64_t stream_bytes,
+                         const Acts (&x)[M], int64_t byte, int s, ShortSums<H, M>& sums) {
+  __m256i codes[H];
+  OMQ_UNROLL for (int h = 0; h < H; ++h) {
+    const __m256i third = third_of<Bits>(high + (First + h) / 2 * stream_bytes, s);
+    codes[h] = half_of(First + h) == 0 ? unpack_bytes<Bits, 0>(v[h], third, s)
+                                       : unpack_bytes<Bits, 1>(v[h], third, s);
+  }
+  OMQ_UNROLL for (int m = 0; m < M; ++m) {
+    const __m256i x_hi = broadcast(x[m].hi + byte), x_lo = broadcast(x[m].lo + byte);
+    OMQ_UNROLL for (int h = 0; h < H; ++h) sums.add(h, m, codes[h], x_hi, x_lo);
+  }
+}
+
+// Σ code · x of one chunk, for H halves from First on.
+template <int Bits, int First, int H, int M>
+OMQ_INLINE void chunk_dots(const uint8_t* low, const uint8_t* high, int64_t stream_bytes,
+                           int64_t vectors, const Acts (&x)[M], int64_t at, __m256i (&dot)[H][M]) {
+  constexpr int Q = kQuads<Bits>;
+  OMQ_UNROLL for (int h = 0; h < H; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
+      _mm256_setzero_si256();
+  for (int64_t i = 0; i < vectors;) {
+    const int64_t end = min64(vectors, i + kVectorsInShort<Bits>);
+    ShortSums<H, M> sums;
+    sums.clear();
+    for (; i < end; ++i, low += 64, high += 32, at += 4 * Q) {
+      __m256i v[H];
+      OMQ_UNROLL for (int h = 0; h < H; ++h) {
+        const uint8_t* stream = low + (First + h) / 2 * stream_bytes;
+        if (First + h == 0 || half_of(First + h) == 0) {
+          prefetch(stream);
+          if constexpr (Bits == 3) prefetch(high + (First + h) / 2 * stream_bytes);
+        }
+        v[h] = load(stream + 32 * half_of(First + h));
+      }
+      OMQ_UNROLL for (int s = 0; s < Q; ++s)
+          add_quad<Bits, First, H, M>(v, high, stream_bytes, x, at + 4 * s, s, sums);
+    }
+    sums.widen_into(dot);
+  }
+}
+
+// Both halves of P streams: together while their sums fit the 16 registers, else one after the
+// other.
+template <int Bits, int P, int M>
+OMQ_INLINE void streams_dots(const uint8_t* low, const uint8_t* high, int64_t stream_bytes,
+                             int64_t vectors, const Acts (&x)[M], int64_t at,
+                             __m256i (&dot)[2 * P][M]) {
+  if constexpr (P * M <= 2) {
+    chunk_dots<Bits, 0, 2 * P, M>(low, high, stream_bytes, vectors, x, at, dot);
+  } else {
+    static_assert(P == 1);
+    __m256i half[1][M];
+    chunk_dots<Bits, 0, 1, M>(low, high, 0, vectors, x, at, half);
+    OMQ_UNROLL for (int m = 0; m < M; ++m) dot[0][m] = half[0][m];
+    chunk_dots<Bits, 1, 1, M>(low, high, 0, vectors, x, at, half);
+    OMQ_UNROLL for (int m = 0; m < M; ++m) dot[1][m] = half[0][m];
+  }
+}
+
+// Panels panel, panel + stride, … : P streams, Together of them at a time.
+template <int Bits, int P, int M>
+void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t panel,
+                 int64_t stride) {
+  constexpr int Q = kQuads<Bits>, Together = P % 2 == 0 && M == 1 ? 2 : 1;
+  const int64_t row_bytes = prepared_bytes(w), stream_bytes = stride * w.panel_bytes;
+  Acts x[M];
+  OMQ_UNROLL for (int m = 0; m < M; ++m) x[m] = acts_at(w, rows + m * row_bytes);
+  __m256 total[2 * P][M];
+  for (int h = 0; h < 2 * P; ++h)
+    OMQ_UNROLL for (int m = 0; m < M; ++m) total[h][m] = _mm256_setzero_ps();
   const uint8_t* block = w.data + panel * w.panel_bytes;
   int64_t chunk = 0;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
       const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
-      __m256i dot[P][2][M];
-      chunk_dots<Bits, P, M>(block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
-                             w.panel_bytes, vectors, x, chunk * w.chunk_stride, dot);
-      OMQ_UNROLL for (int p = 0; p < P; ++p) OMQ_UNROLL for (int half = 0; half < 2; ++half) {
-        const uint8_t* grid = block + b.grid + p * w.panel_bytes;
-        const __m256 scale = load_f16(grid + 16 * half);
-        const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, half));
-        OMQ_UNROLL for (int m = 0; m < M; ++m) {
-          const __m256i off = _mm256_mullo_epi32(zero, _mm256_set1_epi32(x[m].sum[chunk]));
-          const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[p][half][m], off));
-          total[p][half][m] = _mm256_fmadd_ps(
-              value, _mm256_mul_ps(scale, _mm256_set1_ps(x[m].scale[chunk])), total[p][half][m]);
+      for (int p = 0; p < P; p += Together) {
+        const uint8_t* stream = block + p * stream_bytes;
+        __m256i dot[2 * Together][M];
+        streams_dots<Bits, Together, M>(stream + c / 8 * Block<Bits>::kLowBytes,
+                                        stream + b.high + 2 * c, stream_bytes, vectors, x,
+                                        chunk * w.chunk_stride, dot);
+        OMQ_UNROLL for (int h = 0; h < 2 * Together; ++h) {
+          const uint8_t* grid = stream + h / 2 * stream_bytes + b.grid;
+          if (half_of(h) == 0) prefetch(grid);
+          const __m256 scale = load_f16(grid + 16 * half_of(h));
+          const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, half_of(h)));
+          OMQ_UNROLL for (int m = 0; m < M; ++m) total[2 * p + h][m] = add_chunk(
+              total[2 * p + h][m], dot[h][m], zero, scale, x[m].sum[chunk], x[m].scale[chunk]);
         }
       }
     }
   }
-  OMQ_UNROLL for (int p = 0; p < P; ++p) OMQ_UNROLL for (int m = 0; m < M; ++m) {
-    const int64_t row = (panel + p) * kRows;
-    store_rows(y + m * w.rows + row, total[p][0][m], w.rows - row);
-    store_rows(y + m * w.rows + row + 8, total[p][1][m], w.rows - row - 8);
-  }
+  for (int h = 0; h < 2 * P; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) {
+      const int64_t row = (panel + h / 2 * stride) * kRows + 8 * half_of(h);
+      store_rows(y + m * w.rows + row, total[h][m], w.rows - row);
+    }
 }
 
-template <int Bits, int P, int M>
-OMQ_INLINE void gemv_range(const PanelView& w, const std::byte* x, float* y, int64_t panel,
-                           int64_t end) {
-  for (; panel + P <= end; panel += P) gemv_panels<Bits, P, M>(w, x, y, panel);
-  for (; panel < end; ++panel) gemv_panels<Bits, 1, M>(w, x, y, panel);
-}
-
-// Registers: 2 · P · M sums of the 16, so more rows of x leave fewer streams.
 template <int Bits>
 void gemv_bits(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                int64_t panel1) {
-  const int64_t row_bytes = prepared_bytes(w);
-  for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows)
-    gemv_range<Bits, 1, 4>(w, x, y, panel0, panel1);
-  if (m == 3) gemv_range<Bits, 1, 3>(w, x, y, panel0, panel1);
-  if (m == 2) gemv_range<Bits, 2, 2>(w, x, y, panel0, panel1);
-  if (m == 1) gemv_range<Bits, 4, 1>(w, x, y, panel0, panel1);
+  gemv_streams(w, prepared_bytes(w), x, m, y, panel0, panel1,
+               [&]<int P, int M>(auto... args) { gemv_panels<Bits, P, M>(w, args...); });
 }
 
 void gemv(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
           int64_t panel1) {
-  with_bits(w.bits, [&]<int Bits>() { gemv_bits<Bits>(w, x, m, y, panel0, panel1); });
+  if (w.bits == 2) return gemv_bits<2>(w, x, m, y, panel0, panel1);
+  if (w.bits == 3) return gemv_bits<3>(w, x, m, y, panel0, panel1);
+  if (w.bits == 4) return gemv_bits<4>(w, x, m, y, panel0, panel1);
+  avx2::gemv_pairs(w, x, m, y, panel0, panel1);
 }
 
 // ---- dequantise ----
 
-template <int Bits>
-void dequantize_half(const PanelView& w, const uint8_t* block, int64_t g, int half, float* out,
-                     int64_t ld) {
+template <int Bits, int Half>
+void dequantize_half(const PanelView& w, const uint8_t* block, int64_t g, float* out, int64_t ld) {
   constexpr int Q = kQuads<Bits>;
   const Block<Bits> b(w, g);
   const __m256i low16 = _mm256_set1_epi32(0xffff);
-  const __m256 scale = load_f16(block + b.grid + 16 * half);
-  const __m256 zero = zeros_at(w, block + b.grid, half);
+  const __m256 scale = load_f16(block + b.grid + 16 * Half);
+  const __m256 zero = zeros_at(w, block + b.grid, Half);
   for (int64_t v = 0; 4 * Q * v < b.cols; ++v) {
-    const __m256i codes = load(block + 64 * v + 32 * half);
+    const __m256i codes = load(block + 64 * v + 32 * Half);
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {
-      const Pairs q = unpack<Bits>(codes, block + b.high + 32 * v + 4 * half, s);
+      const __m256i third = third_of<Bits>(block + b.high + 32 * v, s);
+      const Pairs q = unpack<Bits, Half>(codes, third, s);
       const __m256i column[4] = {_mm256_and_si256(q.even, low16), _mm256_and_si256(q.odd, low16),
                                  _mm256_srli_epi32(q.even, 16), _mm256_srli_epi32(q.odd, 16)};
       const int64_t first = 4 * (Q * v + s), live = min64(4, b.cols - first);
@@ -227,8 +236,8 @@ template <int Bits>
 void dequantize_bits(const PanelView& w, int64_t panel, float* out, int64_t ld) {
   const uint8_t* block = w.data + panel * w.panel_bytes;
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes, out += w.group_cols * ld) {
-    dequantize_half<Bits>(w, block, g, 0, out, ld);
-    dequantize_half<Bits>(w, block, g, 1, out + 8, ld);
+    dequantize_half<Bits, 0>(w, block, g, out, ld);
+    dequantize_half<Bits, 1>(w, block, g, out + 8, ld);
   }
 }
 
@@ -245,7 +254,11 @@ const PackedIsa kAvx2Isa = {
     .prepare = prepare,
     .gemv = gemv,
     .gemv_for_many_rows = false,
-    .prepare_codes_for_gemv = prepare_codes_for_gemv,
+    .gemm_block_bytes = avx2::gemm_block_bytes,
+    .prepare_gemm_block = avx2::prepare_gemm_block,
+    .gemm = avx2::gemm,
+    .gemm_scratch_bytes = avx2::gemm_scratch_bytes,
+    .prepare_codes_for_gemv = prepare_few_codes,
     .gemm_codes = avx2::gemm_codes,
     .gemm_codes_scratch_bytes = avx2::gemm_codes_scratch_bytes,
     .dequantize = dequantize,

@@ -7,8 +7,18 @@
 
 namespace omq::cpu {
 
-// Defined in packed_avx2_codes.cpp and packed_avx2_dense.cpp, for the table in packed_avx2.cpp.
+// Defined in packed_avx2_pairs.cpp, packed_avx2_codes.cpp and packed_avx2_dense.cpp, for the table
+// in packed_avx2.cpp.
 namespace avx2 {
+void prepare_pairs(const PanelView& w, const float* x, std::byte* out);
+void prepare_codes_pairs(const PanelView& w, const RowCodes& x, std::byte* out);
+void gemv_pairs(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+                int64_t panel1);
+int64_t gemm_block_bytes(const PanelView& w);
+void prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, std::byte* out);
+void gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
+          int64_t panel1, std::byte* scratch);
+int64_t gemm_scratch_bytes(const PanelView& w);
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch);
 int64_t gemm_codes_scratch_bytes(const PanelView& w);
@@ -23,38 +33,58 @@ OMQ_INLINE __m256i load(const void* at) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(at));
 }
 
+// Has v computed here: left alone, the compiler gathers the products of all quads before it adds
+// them, and spills them.
+OMQ_INLINE void settle(__m256i& v) { asm("" : "+x"(v)); }
+
 // ---- unpacking: quad s of a half vector ----
 
 struct Pairs {
   __m256i even, odd;  // columns 0 and 2, columns 1 and 3 of a quad
 };
 
-// Bits 4r + j of a word (8 rows) to the value 4 in byte 4r + j.
-OMQ_INLINE __m256i third_bits(const uint8_t* word) {
-  int32_t bits;
-  __builtin_memcpy(&bits, word, 4);
-  const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2,
-                                          2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
-  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), source);
-  return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit),
-                          _mm256_set1_epi8(4));
+// Word u of the third bits (16 rows × 4 columns), in each lane as it is and two bits up: there each
+// of its bits has a place in bits 2 … 7 of a byte.
+OMQ_INLINE __m256i third_word(const uint8_t* at) {
+  long long bits;
+  __builtin_memcpy(&bits, at, 8);
+  return _mm256_sllv_epi64(_mm256_set1_epi64x(bits), _mm256_setr_epi64x(0, 2, 0, 2));
 }
 
-// 8 rows × 4 columns, a byte a code.
-template <int Bits> OMQ_INLINE __m256i unpack_bytes(__m256i v, const uint8_t* high, int s) {
+// Bits 4r + j of a word, r the rows of a half, to the value 4 in byte 4r + j. Bits 0 and 1 of a
+// byte of the word are taken from its second form, so that each that is set is 4 or more, and min
+// makes it 4.
+template <int Half> OMQ_INLINE __m256i third_bits(__m256i word) {
+  constexpr char k = 4 * Half;
+  const __m256i source = _mm256_setr_epi8(k + 8, k + 8, k, k, k, k, k, k, k + 9, k + 9, k + 1,
+                                          k + 1, k + 1, k + 1, k + 1, k + 1,  //
+                                          k + 10, k + 10, k + 2, k + 2, k + 2, k + 2, k + 2, k + 2,
+                                          k + 11, k + 11, k + 3, k + 3, k + 3, k + 3, k + 3, k + 3);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040804ull));
+  return _mm256_min_epu8(_mm256_and_si256(_mm256_shuffle_epi8(word, source), bit),
+                         _mm256_set1_epi8(4));
+}
+
+// 8 rows × 4 columns, a byte a code; third: third_word of the quad, unused but at 3 bits.
+template <int Bits, int Half> OMQ_INLINE __m256i unpack_bytes(__m256i v, __m256i third, int s) {
   if constexpr (Bits == 8) return v;
   constexpr int kPlane = Bits == 3 ? 2 : Bits;
   const __m256i low =
       _mm256_and_si256(_mm256_srli_epi16(v, kPlane * s), _mm256_set1_epi8((1 << kPlane) - 1));
-  if constexpr (Bits == 3) return _mm256_or_si256(low, third_bits(high + 8 * s));
+  if constexpr (Bits == 3) return _mm256_or_si256(low, third_bits<Half>(third));
   return low;
 }
 
+// Third bits of quad s of the vector whose third bits start at `high`.
+template <int Bits> OMQ_INLINE __m256i third_of(const uint8_t* high, int s) {
+  if constexpr (Bits == 3) return third_word(high + 8 * s);
+  return _mm256_setzero_si256();
+}
+
 // The same as 16-bit lanes.
-template <int Bits> OMQ_INLINE Pairs unpack(__m256i v, const uint8_t* high, int s) {
+template <int Bits, int Half> OMQ_INLINE Pairs unpack(__m256i v, __m256i third, int s) {
   if constexpr (Bits == 3) {
-    const __m256i code = unpack_bytes<Bits>(v, high, s);
+    const __m256i code = unpack_bytes<Bits, Half>(v, third, s);
     return {_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srli_epi16(code, 8)};
   } else {
     const __m256i mask = _mm256_set1_epi16((1 << Bits) - 1);
@@ -78,6 +108,87 @@ OMQ_INLINE void store_rows(float* y, __m256 v, int64_t live) {
   float buffer[8];
   _mm256_storeu_ps(buffer, v);
   for (int64_t r = 0; r < live; ++r) y[r] = buffer[r];
+}
+
+OMQ_INLINE void prefetch(const uint8_t* at) {
+  _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchBytes), _MM_HINT_T0);
+}
+
+// A chunk's sum of code · x added to y: y + scale · x_scale · (dot − zero · Σ x).
+OMQ_INLINE __m256 add_chunk(__m256 y, __m256i dot, __m256i zero, __m256 scale, int32_t x_sum,
+                            float x_scale) {
+  const __m256i off = _mm256_mullo_epi32(zero, _mm256_set1_epi32(x_sum));
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot, off)),
+                         _mm256_mul_ps(scale, _mm256_set1_ps(x_scale)), y);
+}
+
+// The walk of gemv over panels and rows of x: body.operator()<P, M>(x of the first row, y of it,
+// first panel, stride), panels panel, panel + stride, … being P streams. Each stream takes a run of
+// neighbouring panels, so that prefetching past a panel's end reaches what is read next.
+template <class Body>
+OMQ_INLINE void gemv_streams(const PanelView& w, int64_t row_bytes, const std::byte* x, int64_t m,
+                             float* y, int64_t panel0, int64_t panel1, const Body& body) {
+  const auto rows = [&]<int P, int M>() {
+    const int64_t run = (panel1 - panel0) / P;
+    for (int64_t i = 0; i < run; ++i) body.template operator()<P, M>(x, y, panel0 + i, run);
+    for (int64_t panel = panel0 + P * run; panel < panel1; ++panel)
+      body.template operator()<1, M>(x, y, panel, 0);
+  };
+  for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows) rows.template operator()<2, 4>();
+  if (m == 3) rows.template operator()<2, 3>();
+  if (m == 2) rows.template operator()<4, 2>();
+  if (m == 1) rows.template operator()<4, 1>();
+}
+
+// ---- prepared activations ----
+
+OMQ_INLINE __m256 load_first(const float* x, int64_t n) {  // zeros past the first n of 8
+  if (n >= 8) return _mm256_loadu_ps(x);
+  float buffer[8] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = x[i];
+  return _mm256_loadu_ps(buffer);
+}
+
+OMQ_INLINE float largest(__m256 v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+OMQ_INLINE int32_t sum_of(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+// One chunk of n columns of x as whole numbers of 15 bits, put(i, 16 of them) for columns i … i +
+// 15 up to `slot`, zeros past the chunk's end. A value that is not finite makes the scale NaN, so
+// that it shows in every output that it touches. Rounds half to even.
+template <class Put>
+OMQ_INLINE void prepare_chunk(const float* x, int64_t n, int64_t slot, float* scale, int32_t* sum,
+                              const Put& put) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 top = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 a = _mm256_and_ps(load_first(x + i, n - i), magnitude);
+    bad = _mm256_or_ps(bad, _mm256_cmp_ps(a, _mm256_set1_ps(__FLT_MAX__), _CMP_NLE_UQ));
+    top = _mm256_max_ps(top, a);
+  }
+  const bool finite = _mm256_movemask_ps(bad) == 0;
+  const float peak = largest(top);
+  const bool flat = !finite || peak < 1e-30f;  // below: 1 / scale would overflow
+  *scale = !finite ? __builtin_nanf("") : flat ? 0.0f : peak / kActMax;
+  const __m256 inverse = _mm256_set1_ps(flat ? 0.0f : kActMax / peak);
+  const auto whole = [&](int64_t i) __attribute__((always_inline)) {
+    return flat || i >= n ? _mm256_setzero_si256()
+                          : _mm256_cvtps_epi32(_mm256_mul_ps(load_first(x + i, n - i), inverse));
+  };
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < slot; i += 16) {
+    const __m256i a = whole(i), b = whole(i + 8);
+    total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
+    put(i, _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+  }
+  *sum = sum_of(total);
 }
 
 }  // namespace

@@ -1,9 +1,7 @@
 // The product of codes with codes for many rows of x (PackedIsa::gemm_codes) for AVX2.
 //
-// vpmaddubsw does twice as much as the vpmaddwd of packed_avx2.cpp, but adds its pairs of u8 · s8
-// in 16 bits and saturates there. Nibbles leave room: 8 pairs, 8 · 2 · 15 · 128 = 30720, fit. So
-// panels are unpacked to nibbles once, codes of 8 bits to two planes of them, and sums widen every
-// 8 quads.
+// As in packed_avx2.cpp, vpmaddubsw's sums of nibbles stay in 16 bits for 8 quads, 8 · 2 · 15 · 128
+// = 30720. Panels are unpacked to nibbles once, codes of 8 bits to two planes of them.
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_avx2.h"
@@ -19,7 +17,7 @@ constexpr int64_t kQuadsInShort = 8;  // sums of so many quads stay in 16 bits
 
 OMQ_INLINE int64_t planes_of(const PanelView& w) { return w.bits == 8 ? 2 : 1; }
 
-template <int Bits>
+template <int Bits, int Half>
 OMQ_INLINE void unpack_half(const uint8_t* low, const uint8_t* high, int64_t quads, uint8_t* sums,
                             uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
@@ -30,9 +28,9 @@ OMQ_INLINE void unpack_half(const uint8_t* low, const uint8_t* high, int64_t qua
   };
   __m256i sum = _mm256_setzero_si256();
   for (int64_t q = 0; q < quads; low += 64, high += 32) {
-    const __m256i v = load(low);
+    const __m256i v = load(low + 32 * Half);
     OMQ_UNROLL for (int s = 0; s < Q; ++s, ++q) {
-      const __m256i code = unpack_bytes<Bits>(v, high, s);
+      const __m256i code = unpack_bytes<Bits, Half>(v, third_of<Bits>(high, s), s);
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(code, one8), one16));
       if constexpr (Bits == 8) {
         store(out + 32 * q, _mm256_and_si256(code, nibble));
@@ -54,8 +52,8 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
       const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
       const uint8_t* high = block + b.high + 2 * c;
       const int64_t half_bytes = 32 * planes_of(w) * quads;
-      unpack_half<Bits>(low, high, quads, out, out + 64);
-      unpack_half<Bits>(low + 32, high + 4, quads, out + 32, out + 64 + half_bytes);
+      unpack_half<Bits, 0>(low, high, quads, out, out + 64);
+      unpack_half<Bits, 1>(low, high, quads, out + 32, out + 64 + half_bytes);
       out += 64 + 2 * half_bytes;
     }
   }
@@ -64,10 +62,6 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
 void unpack_panel(const PanelView& w, int64_t panel, uint8_t* out) {
   with_bits(w.bits, [&]<int Bits>() { unpack_panel<Bits>(w, panel, out); });
 }
-
-// Has v computed here: left alone, the compiler gathers the products of all quads before it adds
-// them, and spills them.
-OMQ_INLINE void settle(__m256i& v) { asm("" : "+x"(v)); }
 
 // Σ code · byte of a panel with M rows of x, by halves, in 16 bits: quad q of one plane.
 template <int M>

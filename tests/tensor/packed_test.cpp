@@ -250,27 +250,37 @@ TEST_CASE("packed_matmul of many rows: several blocks and passes, whatever is le
   }
 }
 
-TEST_CASE("packed_matmul on AMX tiles gives the bits of the AVX-512 loops") {
+TEST_CASE("a row of packed_matmul has the same bits alone and among many") {
   Restore restore;
-  if (!force_packed_isa("amx")) {
-    MESSAGE("skipped: this processor has no AMX");
-    return;
+  bool here = false;
+  // Tables whose products are sums of whole numbers however many rows there are.
+  for (const char* name : {"amx", "avx512", "avx2"}) {
+    if (!force_packed_isa(name)) continue;
+    here = true;
+    CAPTURE(name);
+    for (const GroupSpec& spec : specs())
+      for (int64_t cols : {328, 1200})  // one piece of columns, and several
+        for (int64_t m : {9, 16, 130}) {
+          const Sample s = sample(150, cols, spec, 14);
+          const Tensor x = random_rows(m, cols, 15);
+          Tensor many = Tensor::empty({m, 150}, DType::F32);
+          cpu::packed_matmul(many, x, s.packed);
+          bool same = true;
+          for (int64_t i = 0; i < m; ++i) {
+            Tensor row = Tensor::empty({1, cols}, DType::F32),
+                   alone = Tensor::empty({1, 150}, DType::F32);
+            std::memcpy(row.raw(), x.data<float>() + i * cols, row.nbytes());
+            cpu::packed_matmul(alone, row, s.packed);
+            same = same && std::memcmp(alone.raw(), many.data<float>() + 150 * i, 600) == 0;
+          }
+          CAPTURE(spec.bits);
+          CAPTURE(spec.group_size);
+          CAPTURE(cols);
+          CAPTURE(m);
+          CHECK(same);
+        }
   }
-  for (const GroupSpec& spec : specs())
-    for (int64_t m : {9, 16, 130}) {
-      const Sample s = sample(150, 328, spec, 14);
-      const Tensor x = random_rows(m, 328, 15);
-      Tensor tiles = Tensor::empty({m, 150}, DType::F32),
-             loops = Tensor::empty({m, 150}, DType::F32);
-      REQUIRE(force_packed_isa("amx"));
-      cpu::packed_matmul(tiles, x, s.packed);
-      REQUIRE(force_packed_isa("avx512"));
-      cpu::packed_matmul(loops, x, s.packed);
-      CAPTURE(spec.bits);
-      CAPTURE(spec.group_size);
-      CAPTURE(m);
-      CHECK(std::memcmp(tiles.raw(), loops.raw(), tiles.nbytes()) == 0);
-    }
+  if (!here) MESSAGE("skipped: none of amx, avx512 and avx2 here");
 }
 
 TEST_CASE("packed_matmul keeps large, tiny and missing activations in their place") {
@@ -327,6 +337,35 @@ TEST_CASE("the extremes of codes and activations fit the integer sums") {
                   doctest::Approx(sign * (zero == 0.0f ? 1.0f : -1.0f) * 255 * 256));
         }
       }
+  }
+}
+
+TEST_CASE("the extremes of narrow codes and of both bytes of an activation fit 16-bit sums") {
+  Restore restore;
+  // 32384 of 32512 is 127 · 256 − 128: its bytes are as large as they get, both.
+  constexpr float kPeak = 32512, kBoth = 32384;
+  for (const char* name : packed_isas_here()) {
+    REQUIRE(force_packed_isa(name));
+    CAPTURE(name);
+    for (int bits : {2, 3, 4}) {
+      const int top = (1 << bits) - 1;
+      const PackedInt w =
+          pack_codes(Tensor::full({16, 256}, top, DType::U8), Tensor::full({16, 2}, 1.0),
+                     Tensor::full({16, 2}, 0.0), {.bits = bits, .group_size = 128});
+      for (float sign : {1.0f, -1.0f})
+        for (int64_t m : {1, 2, 3, 4, 17}) {
+          Tensor x = Tensor::full({m, 256}, static_cast<double>(sign * kBoth));
+          for (int64_t i = 0; i < m; ++i)
+            for (int64_t c : {0, 128}) x.data<float>()[256 * i + c] = sign * kPeak;
+          Tensor y = Tensor::empty({m, 16}, DType::F32);
+          cpu::packed_matmul(y, x, w);
+          CAPTURE(bits);
+          CAPTURE(m);
+          const double want = sign * (2.0 * kPeak + 254.0 * kBoth) * top;
+          for (int64_t i = 0; i < y.numel(); ++i)
+            CHECK(y.data<float>()[i] == doctest::Approx(want).epsilon(1e-6));
+        }
+    }
   }
 }
 
