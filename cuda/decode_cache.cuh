@@ -16,9 +16,6 @@ __device__ __forceinline__ CacheArgs select(bool first, const CacheArgs& a, cons
   return {first ? a.data : b.data, first ? a.grid : b.grid};  // in registers
 }
 
-// Neighbouring elements of a head, in one load.
-template <class T, int kEach> struct alignas(sizeof(T) * kEach) Elements { T v[kEach]; };
-
 template <int kBytes> struct WordOf;
 template <> struct WordOf<1> { using type = uint8_t; };
 template <> struct WordOf<2> { using type = uint16_t; };
@@ -30,18 +27,23 @@ template <int kPerByte> struct Codes {};
 
 // A lane's kEach neighbouring elements of the tokens of one head: of `cache_row`, the head of the
 // sequence's first token, and every K-th behind it.
-template <class T, int kEach> class CachedHead {
+template <class T, int kEach> class CachedHead;
+
+template <int kEach> class CachedHead<__half, kEach> {
  public:
-  using Raw = Elements<T, kEach>;
+  // Pairs, so that a register holds two halves also where it comes from either of two places.
+  struct alignas(2 * kEach) Raw {
+    __half2 pairs[kEach / 2];
+  };
   __device__ __forceinline__ CachedHead(const CacheArgs& c, int64_t cache_row, int K, int d,
                                         int element)
-      : at_(static_cast<const T*>(c.data) + cache_row * d + element), step_(K * d) {}
+      : at_(static_cast<const __half*>(c.data) + cache_row * d + element), step_(K * d) {}
   __device__ __forceinline__ Raw fetch(int token) const {
     return *reinterpret_cast<const Raw*>(at_ + static_cast<int64_t>(token) * step_);
   }
   // Element j is value(r, j) · scale(r).
   __device__ static __forceinline__ float value(const Raw& r, int j) {
-    return static_cast<float>(r.v[j]);
+    return j % 2 == 0 ? __low2float(r.pairs[j / 2]) : __high2float(r.pairs[j / 2]);
   }
   __device__ static __forceinline__ float scale(const Raw&) { return 1; }
   // By one warp: a token's head as it came from prepare_head().
@@ -49,11 +51,11 @@ template <class T, int kEach> class CachedHead {
                                                const float* x, RowGrid<float>, RowQuant, int lane) {
 #pragma unroll 1
     for (int i = lane; i < d; i += 32)
-      static_cast<T*>(c.data)[cache_row * d + i] = static_cast<T>(x[i]);
+      static_cast<__half*>(c.data)[cache_row * d + i] = __float2half(x[i]);
   }
 
  private:
-  const T* at_;
+  const __half* at_;
   int step_;
 };
 

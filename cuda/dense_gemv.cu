@@ -141,12 +141,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     factor = row.factor(a.in, squares);
   } else {
     float* gains = a.row_floats > 0 ? x + a.in.rows * a.x_stride : nullptr;
+    const auto put = [&](int n, int c, float4 v) {
+      if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
+    };
     stage_gains<kThreads>(a.in, gains);
-    wait_for_previous();
-    stage_input<kThreads, Staging::kIntegers>(
-        a.in, x, a.x_stride, gains, scales, [&](int n, int c, float4 v) {
-          if (c < a.x_stride) *reinterpret_cast<float4*>(x + n * a.x_stride + c) = v;
-        });
+    if (!Staging::kIntegers && a.in.row_warps > 0) {
+      using SideBySide = RowsSideBySide<kThreads>;
+      __shared__ float squares[kWarps];
+      if (a.in.gain) __syncthreads();
+      wait_for_previous();
+      const float sum =
+          SideBySide(a.in).put(a.in, gains, [&](int n, const int(&c)[2], const float4(&v)[2]) {
+            put(n, c[0], v[0]);
+            put(n, c[1], v[1]);
+          });
+      SideBySide::store_squares(a.in, squares, sum);
+      __syncthreads();
+      SideBySide::factors(a.in, squares, scales);
+    } else {
+      wait_for_previous();
+      stage_input<kThreads, Staging::kIntegers>(a.in, x, a.x_stride, gains, scales, put);
+    }
     __syncthreads();
   }
   const auto write = [&](const RowPair<T>& rows, int n, const float(&sums)[kPairRows]) {
@@ -275,6 +290,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
     a.row_floats = a.x_stride;
     shared += gains;
   }
+  if (rows_side_by_side(a.in)) RowsSideBySide<kThreads>::share(a.in);
   const auto run = [&](auto kernel) {
     prepare_shared(kernel, shared);
     launch_chained("dense_gemv", y, kernel, static_cast<unsigned>(blocks), kThreads, shared, 1, a);

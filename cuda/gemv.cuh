@@ -22,6 +22,8 @@ struct GemvInput {
   int rows = 0, cols = 0;
   bool quantise = false, by_fours = false;  // by_fours: columns may be read four at a time
   RowQuant s;
+  int row_warps = 0;               // that stage a row (RowsSideBySide); 0: they stage rows together
+  uint32_t inverse_row_warps = 0;  // for quotient()
 };
 
 struct GemvMatrix {
@@ -45,7 +47,9 @@ struct GemvArgs {
   uint32_t inverse = 0;    // of spans, for quotient()
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
-  int row_floats = 0;    // of shared memory for x's row (packed) and the gains, each; 0: none
+  // Of shared memory for the gains, and for x's row where packed kernels stage rows one by one,
+  // each; 0: none.
+  int row_floats = 0;
 };
 
 // Divides a.work among as many blocks, which are what is returned.
@@ -318,6 +322,85 @@ template <int kThreads, class F> void with_row(const GemvInput& in, F&& body) {
   else
     of_turns(Int<6>{});
 }
+
+// ---- several rows, side by side ----
+
+// Whether rows can be staged so.
+inline bool rows_side_by_side(const GemvInput& in) {
+  return in.rows > 1 && in.by_fours && !in.codes && !in.quantise && !in.shift;
+}
+
+// Each row has warps of its own, so that none waits for another; its norm's factor multiplies the
+// sums at the end, as that of a row in registers.
+template <int kThreads> struct RowsSideBySide {
+  static constexpr int kWarps = kThreads / 32;
+  int row, part;  // this warp's; row ≥ in.rows: none
+
+  // Host side: the block's warps for each row.
+  static void share(GemvInput& in) {
+    in.row_warps = kWarps / in.rows;
+    in.inverse_row_warps = inverse_of(in.row_warps);
+  }
+  __device__ __forceinline__ explicit RowsSideBySide(const GemvInput& in) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    row = quotient(warp, in.inverse_row_warps);
+    part = warp - row * in.row_warps;
+  }
+  // put(row, columns, their values times the gain): twice four columns a lane, the warp's being two
+  // runs of 128; columns past the end are 0. gains: of stage_gains. Gives the sum of this thread's
+  // squares, where there is a gain.
+  template <class Put>
+  __device__ __forceinline__ float put(const GemvInput& in, const float* gains, Put&& put) const {
+    float sum = 0;
+    if (row >= in.rows) return sum;
+    const float* x = in.x + static_cast<int64_t>(row) * in.cols;
+    const float* gain = gains ? gains : in.gain;
+    const int lane = static_cast<int>(threadIdx.x % 32), step = 128 * in.row_warps;
+    float4 next[2];
+    const auto fetch = [&](int c) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        next[j] = c + j * step < in.cols ? __ldcg(reinterpret_cast<const float4*>(x + c + j * step))
+                                         : float4{};
+    };
+    fetch(128 * part + 4 * lane);
+#pragma unroll 1
+    for (int first = 128 * part; first < in.cols; first += 2 * step) {  // for all lanes alike
+      float4 v[2] = {next[0], next[1]};
+      const int c[2] = {first + 4 * lane, first + 4 * lane + step};
+      fetch(c[0] + 2 * step);
+      if (in.gain) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (c[j] >= in.cols) continue;
+          const float4 g = *reinterpret_cast<const float4*>(gain + c[j]);
+          sum += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
+          v[j] = make_float4(v[j].x * g.x, v[j].y * g.y, v[j].z * g.z, v[j].w * g.w);
+        }
+      }
+      put(row, c, v);
+    }
+    return sum;
+  }
+  // The warps' sums of squares, [kWarps] in shared memory, where there is a gain.
+  __device__ __forceinline__ static void store_squares(const GemvInput& in, float* squares,
+                                                       float sum) {
+    if (!in.gain) return;
+    sum = team_sum<32>(sum);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  }
+  // What the product's sums are to be multiplied by, scales [in.rows]; a barrier behind
+  // store_squares, and one before they are read.
+  __device__ __forceinline__ static void factors(const GemvInput& in, const float* squares,
+                                                 float* scales) {
+    const int n = static_cast<int>(threadIdx.x);
+    if (n >= in.rows) return;
+    float all = 0;
+    if (in.gain)
+      for (int w = 0; w < in.row_warps; ++w) all += squares[n * in.row_warps + w];
+    scales[n] = in.gain ? rsqrtf(__fdividef(all, static_cast<float>(in.cols)) + in.eps) : 1.0f;
+  }
+};
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 

@@ -15,9 +15,9 @@ namespace {
 
 // The rows of x that one launch takes: those whose values fit, of four bytes (dense) or two
 // (packed). 0: not even one.
-int64_t rows_at_once(const RowMatrix& m, int64_t cols, Device device) {
+int64_t rows_at_once(const RowMatrix& m, int64_t cols, RowOutput output, Device device) {
   if (const auto* packed = std::get_if<PackedInt>(&m.weight))
-    return packed_gemv_rows(*packed, device.index);
+    return packed_gemv_rows(*packed, output, device.index);
   return dense_gemv_rows(cols, device.index);
 }
 
@@ -25,7 +25,7 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
               std::span<const RowMatrix> matrices, RowOutput output) {
   const int64_t rows = codes ? codes->codes.dim(0) : x.x.dim(0);
   const int64_t cols = codes ? codes->cols : x.x.dim(1);
-  const int64_t at_once = rows_at_once(matrices[0], cols, y.device());
+  const int64_t at_once = rows_at_once(matrices[0], cols, output, y.device());
   check(at_once > 0, "{}: a row of {} columns does not fit the shared memory of {}", op, cols,
         to_string(y.device()));
   const int64_t launches = (rows + at_once - 1) / at_once, each = (rows + launches - 1) / launches;
@@ -35,7 +35,7 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
 
 // Whether the rows meet weights that are unpacked, or in 16 bits.
 bool many(int64_t rows, const RowMatrix& m, int64_t cols, Device device) {
-  return rows > kFewRows || rows_at_once(m, cols, device) == 0;
+  return rows > kFewRows || rows_at_once(m, cols, RowOutput::Store, device) == 0;
 }
 
 bool same_form(const RowMatrix& a, const RowMatrix& b) {
@@ -122,7 +122,7 @@ const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
     const auto* packed = std::get_if<PackedInt>(&m.weight);
     const Tensor& stored = m.stored();
     if (!stored.is_contiguous()) return "a weight that is not contiguous";
-    if (rows_at_once(m, packed ? packed->cols : stored.dim(1), stored.device()) == 0)
+    if (rows_at_once(m, packed ? packed->cols : stored.dim(1), output, stored.device()) == 0)
       return "rows that do not fit the shared memory of the device";
   }
   if (output == RowOutput::SiluMul && !same_form(matrices[0], matrices[1]))

@@ -20,7 +20,7 @@ struct GemvRows {
 void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
           RowOutput output);
 // Rows that one launch on a device takes; 0: its shared memory does not hold one.
-int64_t packed_gemv_rows(const PackedInt& w, int device);
+int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device);
 int64_t dense_gemv_rows(int64_t cols, int device);
 
 inline int64_t row_count(const RowMatrix& m) {

@@ -98,9 +98,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   x.bytes = shared + kWarps * kStages * kSlot;
   x.units = reinterpret_cast<UnitScale*>(x.bytes + rows * a.x_stride);
   float* parts = reinterpret_cast<float*>(x.units + rows * a.x_units);
-  float* row = a.row_floats > 0 ? parts + a.per_round * kWarps * each : nullptr;
-  float* gains = a.row_floats > 0 ? row + a.row_floats : nullptr;
-  __shared__ float scales[kDecodeRows];
+  using SideBySide = RowsSideBySide<kThreads>;
+  const bool side_by_side = !kIntegers && a.in.row_warps > 0;
+  float* room = a.row_floats > 0 ? parts + a.per_round * kWarps * each : nullptr;
+  float* row = side_by_side ? nullptr : room;
+  float* gains = row ? row + a.row_floats : room;
+  __shared__ float scales[kDecodeRows], squares[kWarps];
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
   const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
   // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
@@ -156,14 +159,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int s = 0; s < kStages; ++s) fill(s);
     if (p0 == 0) {
       stage_gains<kThreads>(a.in, gains);
+      if (side_by_side && a.in.gain) __syncthreads();  // elsewhere staging has barriers of its own
       wait_for_previous();
     }
     const float before = addend(a, p0, count);
     if (p0 == 0) {
-      const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
-      stage_input<kThreads, kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
-        put_bytes<kUnit>({x.bytes + n * a.x_stride, x.units + n * a.x_units}, a.units, c, v, whole);
-      });
+      const auto row_of_x = [&](int n) {
+        return StagedX{x.bytes + n * a.x_stride, x.units + n * a.x_units};
+      };
+      if (side_by_side) {
+        const float sum =
+            SideBySide(a.in).put(a.in, gains, [&](int n, const int(&c)[2], const float4(&v)[2]) {
+              put_bytes<kUnit>(row_of_x(n), a.units, c, v);
+            });
+        SideBySide::store_squares(a.in, squares, sum);
+      } else {
+        const bool whole = kIntegers && (a.in.codes || (a.in.quantise && a.in.s.include_zero));
+        stage_input<kThreads, kIntegers>(a.in, row, 0, gains, scales, [&](int n, int c, float4 v) {
+          put_bytes<kUnit, 1>(row_of_x(n), a.units, {c}, {v}, whole);
+        });
+      }
       if (kSpan > 1 && a.units % kSpan != 0)  // one unit more, of zeros
         for (int n = warp; n < rows; n += kWarps) {
           for (int i = lane; i < 2 * kUnit; i += 32)
@@ -175,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = static_cast<int>(threadIdx.x); i < count * kWarps * each; i += kThreads)
       parts[i] = 0;
     __syncthreads();
+    if (side_by_side && p0 == 0) SideBySide::factors(a.in, squares, scales);
     float total[kTiles][2] = {};
     const auto flush = [&](int p) {
       float* to = parts + (p * kWarps + warp) * each;
@@ -233,16 +249,20 @@ struct GemvShared {
     per_row = x_stride + x_units * static_cast<int>(sizeof(UnitScale));
   }
 };
-constexpr int kStatic = 512;   // what the kernel declares, at most
-constexpr int kFewPanels = 2;  // of a round, at least: a gate's and an up's
+// What the kernel declares. Not a byte is to spare: eight rows of LLaMA-7B's 11 008 columns fit as
+// they are.
+constexpr int kStatic = 256;
+
+// Panels of a round, at least: a gate's and an up's together.
+constexpr int few_panels(RowOutput output) { return output == RowOutput::SiluMul ? 2 : 1; }
 
 }  // namespace
 
-int64_t packed_gemv_rows(const PackedInt& w, int device) {
+int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device) {
   const GemvShared s(packed_view(w, nullptr));
   const auto limit = static_cast<int64_t>(device_info(device).shared_optin);
-  return std::clamp<int64_t>((limit - kStatic - s.ring) / (s.per_row + kFewPanels * s.sums), 0,
-                             kPackedRows);
+  return std::clamp<int64_t>((limit - kStatic - s.ring) / (s.per_row + few_panels(output) * s.sums),
+                             0, kPackedRows);
 }
 
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
@@ -269,16 +289,19 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   const int panels = (a.work + static_cast<int>(blocks) - 1) / static_cast<int>(blocks) *
                      (a.output == RowOutput::SiluMul ? 2 : 1);
   const int rows_bytes = size.ring + a.in.rows * size.per_row, sums = a.in.rows * size.sums,
-            limit = static_cast<int>(info.shared_optin) - kStatic;
-  check(rows_bytes + kFewPanels * sums <= limit,
+            limit = static_cast<int>(info.shared_optin) - kStatic, few = few_panels(a.output);
+  check(rows_bytes + few * sums <= limit,
         "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
-        a.in.rows, a.in.cols, rows_bytes + kFewPanels * sums, limit);
+        a.in.rows, a.in.cols, rows_bytes + few * sums, limit);
   const bool two_tiles = a.in.rows > kTileRows;
   // Panels of a round: 24 KiB of sums a tile, and no more than there are lanes to point at them.
   const int most = std::min((two_tiles ? 48 : 24) * 1024, limit - rows_bytes) / sums / 2 * 2;
-  a.per_round = std::min({panels, 32, std::max(kFewPanels, most)});
+  a.per_round = std::min({panels, 32, std::max(few, most)});
   int shared = rows_bytes + a.per_round * sums;
-  const int row_floats = (a.in.cols + 3) / 4 * 4, room = row_floats * (a.in.gain ? 8 : 4);
+  const bool side_by_side = rows_side_by_side(a.in);
+  if (side_by_side) RowsSideBySide<kThreads>::share(a.in);
+  const int row_floats = (a.in.cols + 3) / 4 * 4,
+            room = row_floats * 4 * ((side_by_side ? 0 : 1) + (a.in.gain ? 1 : 0));
   if (!a.in.codes && shared + room <= limit) {
     a.row_floats = row_floats;
     shared += room;

@@ -128,19 +128,22 @@ __device__ __forceinline__ void whole_numbers(FourBytes (&out)[kFours], const fl
     out[f].unit.minus_sum = -__reduce_add_sync(team_mask<kTeam>(), sum[f]);
 }
 
-// Columns c … c + 3 of a row whose bytes and units begin at x.
-template <int kUnit>
-__device__ __forceinline__ void put_bytes(const StagedX& x, int units, int c, float4 v,
-                                          bool whole) {
-  FourBytes out[1];
-  whole_numbers<kUnit / 4>(out, {v}, whole);
-  const int unit = static_cast<int>(static_cast<unsigned>(c) / kUnit),
-            inside = static_cast<int>(static_cast<unsigned>(c) % kUnit);
-  if (unit >= units) return;
-  char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
-  *reinterpret_cast<uint32_t*>(at) = out[0].hi;
-  *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = out[0].lo;
-  if (inside == 0) x.units[unit] = out[0].unit;
+// Columns c … c + 3 of a row whose bytes and units begin at x, for each c.
+template <int kUnit, int kFours>
+__device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int (&c)[kFours],
+                                          const float4 (&v)[kFours], bool whole = false) {
+  FourBytes out[kFours];
+  whole_numbers<kUnit / 4>(out, v, whole);
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) {
+    const int unit = static_cast<int>(static_cast<unsigned>(c[f]) / kUnit),
+              inside = static_cast<int>(static_cast<unsigned>(c[f]) % kUnit);
+    if (unit >= units) continue;
+    char* at = x.bytes + unit * (2 * kUnit) + PlanePlace<kUnit>::hi(inside);
+    *reinterpret_cast<uint32_t*>(at) = out[f].hi;
+    *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = out[f].lo;
+    if (inside == 0) x.units[unit] = out[f].unit;
+  }
 }
 
 // A tile is four rows of x. total: of rows r and r + 8 and row q of each tile. x: where

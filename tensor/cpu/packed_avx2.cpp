@@ -122,7 +122,7 @@ OMQ_INLINE void chunk_dots(const uint8_t* low, const uint8_t* high, int64_t stre
       __m256i v[H];
       OMQ_UNROLL for (int h = 0; h < H; ++h) {
         const uint8_t* stream = low + (First + h) / 2 * stream_bytes;
-        if (First + h == 0 || half_of(First + h) == 0) {
+        if (half_of(First + h) == 0) {
           prefetch(stream);
           if constexpr (Bits == 3) prefetch(high + (First + h) / 2 * stream_bytes);
         }

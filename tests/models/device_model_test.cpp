@@ -113,7 +113,8 @@ TEST_CASE("devices: a plan gives the CPU's logits at every width") {
             std::vector<double> all;
             for (const size_t first : {0, 30, 62, 125, 194})
               for (const double each :
-                   step_differences(gpu, plan, 224, ids, want, first, first + 6))
+                   step_differences(gpu, plan, 224, ids, want, first,
+                                    first + static_cast<size_t>(all_or_few(6, 3))))
                 all.push_back(each);
             std::sort(all.begin(), all.end());
             CHECK(all[all.size() / 2] < (quantised ? 0.05 : 2e-3));

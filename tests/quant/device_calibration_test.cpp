@@ -21,7 +21,8 @@ struct Run {
 Run calibrated(const Recipe& recipe, Device device, bool samples_on_host) {
   Run r;
   PlainSource source;
-  r.reports = quantize(source, r.packed, recipe, {random_windows(4, 16), device, samples_on_host});
+  r.reports = quantize(source, r.packed, recipe,
+                       {random_windows(all_or_few(4, 3), 16), device, samples_on_host});
   return r;
 }
 
@@ -40,7 +41,7 @@ double distance(const Run& a, const Run& b) {
 Recipe recipe_of(const char* setting, bool official_loss = false) {
   Options o;
   o.spec = QuantSpec::parse(setting);
-  o.epochs = 4;
+  o.epochs = static_cast<int>(all_or_few(4, 1));
   if (official_loss) o.aug_loss = o.spec.abits <= 4, o.token_loss = 0;
   return make_recipe("omniquant", o);
 }
