@@ -24,8 +24,9 @@ namespace omq::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-// Slots of a warp's ring: enough bytes under way for the memory's latency. More of them would stand
-// in x's way when a kernel begins.
+// Slots of a warp's ring, of slot_units(), or of one where rows of x leave no room for that (each
+// launch reads all weights, so fewer launches are worth half the ring): enough bytes under way for
+// the memory's latency. More of them would stand in x's way when a kernel begins.
 constexpr int ring_stages(int bits) { return bits == 2 ? 3 : 2; }
 
 // Where the i-th sum of a round goes. Sums of a panel: [rows of x, 16].
@@ -83,12 +84,12 @@ __device__ __forceinline__ void write_panels(const GemvArgs& a, const float* par
   }
 }
 
-// kTiles: of four rows of x.
-template <int kBits, int kUnit, bool kIntegers, int kTiles>
+// kTiles: of four rows of x. kSpan: units of a slot.
+template <int kBits, int kUnit, bool kIntegers, int kTiles, int kSpan>
 __global__ void __launch_bounds__(kThreads, 1)
     packed_gemv_kernel(const __grid_constant__ GemvArgs a) {
-  constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit),
-                kUnitBytes = unit_words(kBits, kUnit) * 128, kSpan = slot_units(kBits);
+  constexpr int kStages = ring_stages(kBits), kSlot = slot_bytes(kBits, kUnit, kSpan),
+                kUnitBytes = unit_words(kBits, kUnit) * 128;
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int rows = a.in.rows, each = 16 * rows;
@@ -240,29 +241,33 @@ namespace {
 // Of shared memory, in bytes: the rings, what a row of x takes, and a row's sums of a panel.
 struct GemvShared {
   int ring, per_row, sums;
-  int x_stride, x_units;
-  explicit GemvShared(const PackedView& v)
-      : ring(kWarps * ring_stages(v.bits) * slot_bytes(v.bits, v.unit)), sums(kWarps * 16 * 4) {
-    const int span = slot_units(v.bits), units = (v.units + span - 1) / span * span;
+  int x_stride, x_units, span;
+  GemvShared(const PackedView& v, int slot)
+      : ring(kWarps * ring_stages(v.bits) * slot_bytes(v.bits, v.unit, slot)),
+        sums(kWarps * 16 * 4),
+        span(slot) {
+    const int units = (v.units + span - 1) / span * span;
     x_stride = 2 * units * v.unit;
     x_units = (units + 1) / 2 * 2;  // the rows keep to 16 bytes
     per_row = x_stride + x_units * static_cast<int>(sizeof(UnitScale));
   }
 };
-// What the kernel declares. Not a byte is to spare: eight rows of LLaMA-7B's 11 008 columns fit as
-// they are.
-constexpr int kStatic = 256;
+constexpr int kStatic = 512;  // what the kernel declares, at most
 
 // Panels of a round, at least: a gate's and an up's together.
 constexpr int few_panels(RowOutput output) { return output == RowOutput::SiluMul ? 2 : 1; }
 
-}  // namespace
-
-int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device) {
-  const GemvShared s(packed_view(w, nullptr));
+// Rows that fit, of at most kPackedRows.
+int64_t rows_that_fit(const GemvShared& s, RowOutput output, int device) {
   const auto limit = static_cast<int64_t>(device_info(device).shared_optin);
   return std::clamp<int64_t>((limit - kStatic - s.ring) / (s.per_row + few_panels(output) * s.sums),
                              0, kPackedRows);
+}
+
+}  // namespace
+
+int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device) {
+  return rows_that_fit({packed_view(w, nullptr), 1}, output, device);
 }
 
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
@@ -281,10 +286,13 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
   if (v.groups == 1) a.group_shift = 31;
   if (packed_row(y, a, v)) return;
-  const GemvShared size(v);
+  const bool integers = a.in.codes || a.in.quantise, two_tiles = a.in.rows > kTileRows;
+  // As many units to a slot as usual where the rows leave room for it.
+  const int usual = slot_units(v.bits), device = y.device().index;
+  const GemvShared size(v, a.in.rows <= rows_that_fit({v, usual}, a.output, device) ? usual : 1);
   a.x_stride = size.x_stride;
   a.x_units = size.x_units;
-  const DeviceInfo& info = device_info(y.device().index);
+  const DeviceInfo& info = device_info(device);
   const auto blocks = static_cast<unsigned>(share_work(a, info.sms));
   const int panels = (a.work + static_cast<int>(blocks) - 1) / static_cast<int>(blocks) *
                      (a.output == RowOutput::SiluMul ? 2 : 1);
@@ -293,7 +301,6 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   check(rows_bytes + few * sums <= limit,
         "packed_matmul: {} rows of {} columns need {} bytes of shared memory, the device has {}",
         a.in.rows, a.in.cols, rows_bytes + few * sums, limit);
-  const bool two_tiles = a.in.rows > kTileRows;
   // Panels of a round: 24 KiB of sums a tile, and no more than there are lanes to point at them.
   const int most = std::min((two_tiles ? 48 : 24) * 1024, limit - rows_bytes) / sums / 2 * 2;
   a.per_round = std::min({panels, 32, std::max(few, most)});
@@ -312,12 +319,16 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
       prepare_shared(kernel, static_cast<size_t>(shared));
       launch_chained("packed_gemv", y, kernel, blocks, kThreads, static_cast<size_t>(shared), 1, a);
     };
-    if (a.in.codes || a.in.quantise)
-      two_tiles ? run(packed_gemv_kernel<kBits, kUnit, true, 2>)
-                : run(packed_gemv_kernel<kBits, kUnit, true, 1>);
-    else
-      two_tiles ? run(packed_gemv_kernel<kBits, kUnit, false, 2>)
-                : run(packed_gemv_kernel<kBits, kUnit, false, 1>);
+    const auto of_span = [&](auto span) {
+      constexpr int kSpan = decltype(span)::value;
+      if (integers)
+        two_tiles ? run(packed_gemv_kernel<kBits, kUnit, true, 2, kSpan>)
+                  : run(packed_gemv_kernel<kBits, kUnit, true, 1, kSpan>);
+      else
+        two_tiles ? run(packed_gemv_kernel<kBits, kUnit, false, 2, kSpan>)
+                  : run(packed_gemv_kernel<kBits, kUnit, false, 1, kSpan>);
+    };
+    size.span == 1 ? of_span(Int<1>{}) : of_span(Int<slot_units(kBits)>{});
   });
 }
 

@@ -9,9 +9,10 @@ namespace omq::cuda {
 
 // A slot holds so many neighbouring units of a panel: their codes, then their grids.
 constexpr int slot_units(int bits) { return bits == 8 ? 1 : 2; }
-constexpr int slot_bytes(int bits, int unit) {
-  return slot_units(bits) * (unit_words(bits, unit) * 128 + 64);
+constexpr int slot_bytes(int bits, int unit, int units) {
+  return units * (unit_words(bits, unit) * 128 + 64);
 }
+constexpr int slot_bytes(int bits, int unit) { return slot_bytes(bits, unit, slot_units(bits)); }
 
 // Copies a unit's codes into shared memory by one warp, asynchronously. from, to: where the unit
 // begins, and 16 bytes a lane further.
