@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in a checkout of this tree with the two programs of `make test-gpu` in
 # build-cuda/bin: runs the device tests, the kernel tests once more under compute-sanitizer where it
-# starts, and the kernel benchmark. Under six minutes.
+# starts (with OMQ_TEST_FEW=1: fewer steps of the long ones), and the kernel benchmark. Under six
+# minutes.
 #
 #   test-gpu.sh [BIN_DIR]        default: build-cuda/bin
 set -euo pipefail
@@ -28,7 +29,7 @@ check() {  # check TOOL
   local log status=0
   log=$(mktemp)
   echo "== compute-sanitizer $1 ($((SECONDS - start)) s so far)"
-  timeout 90 "$sanitizer" --tool "$1" --error-exitcode 9 "$bin/omq-test-gpu" \
+  OMQ_TEST_FEW=1 timeout 90 "$sanitizer" --tool "$1" --error-exitcode 9 "$bin/omq-test-gpu" \
     --test-case='devices:*' --test-case-exclude='*hundred times*,*memory is counted*' \
     >"$log" 2>&1 || status=$?
   tail -n 6 "$log"
