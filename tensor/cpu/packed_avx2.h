@@ -132,11 +132,12 @@ OMQ_INLINE void gemv_streams(const PanelView& w, int64_t row_bytes, const std::b
     const int64_t run = (panel1 - panel0) / P;
     for (int64_t i = 0; i < run; ++i) body.template operator()<P, M>(x, y, panel0 + i, run);
     for (int64_t panel = panel0 + P * run; panel < panel1; ++panel)
-      body.template operator()<1, M>(x, y, panel, 0);
+      body.template operator()<1, M>(x, y, panel, 0);  // stride: of no other stream
   };
-  for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows) rows.template operator()<2, 4>();
-  if (m == 3) rows.template operator()<2, 3>();
-  if (m == 2) rows.template operator()<4, 2>();
+  // Four rows of x are bound by instructions: one stream does. Each form is a few KB of code, so
+  // three rows are two and one.
+  for (; m >= 4; m -= 4, x += 4 * row_bytes, y += 4 * w.rows) rows.template operator()<1, 4>();
+  for (; m >= 2; m -= 2, x += 2 * row_bytes, y += 2 * w.rows) rows.template operator()<4, 2>();
   if (m == 1) rows.template operator()<4, 1>();
 }
 

@@ -229,7 +229,7 @@ void gemm_bits(const PanelView& w, const std::byte* x, int64_t m, float* y, int6
   int64_t cols = 0, chunks = 0, done = 0;  // of the piece; chunks before it
   const auto multiply = [&] {
     const int64_t stride = prepared_bytes(w), live = w.rows - panel * kRows;
-    for_pieces<4, 3, 2, 1>(m, [&]<int M>(int64_t first) {
+    for_pieces<4, 2, 1>(m, [&]<int M>(int64_t first) {
       multiply_piece<M>(w, scratch, done, chunks, x + first * stride,
                         y + first * w.rows + panel * kRows, live);
     });
