@@ -32,6 +32,7 @@ template <class T, int kEach> class CachedHead;
 template <int kEach> class CachedHead<__half, kEach> {
  public:
   // Pairs, so that a register holds two halves also where it comes from either of two places.
+  static_assert(kEach % 2 == 0);
   struct alignas(2 * kEach) Raw {
     __half2 pairs[kEach / 2];
   };

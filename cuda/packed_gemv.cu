@@ -2,7 +2,8 @@
 // byte of the codes is read once, 4.25 bits a weight at 4 bits and groups of 128.
 //
 //   block    16 warps, one block a processor; its panels are blockIdx, + gridDim, + 2 gridDim …
-//   warp     pairs of units w, w + 16, … of all of the block's panels, through a ring in shared
+//   warp     slots w, w + 16, … (two neighbouring units or one) of all of the block's panels,
+//   through a ring in shared
 //            memory that copies fill ahead: no register waits for memory, no warp for another
 //   unit     16 rows × U columns: U / 32 integer products on tensor cores, the codes as the 16-row
 //            operand as they are stored; of the 8 columns two belong to a row of x, its values
@@ -24,9 +25,9 @@ namespace omq::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-// Slots of a warp's ring, of slot_units(), or of one where rows of x leave no room for that (each
-// launch reads all weights, so fewer launches are worth half the ring): enough bytes under way for
-// the memory's latency. More of them would stand in x's way when a kernel begins.
+// Slots of a warp's ring: enough bytes under way for the memory's latency. More of them would stand
+// in x's way when a kernel begins. A slot has slot_units() units, or one where rows of x leave no
+// room for two: each launch reads all weights, so fewer launches are worth half the ring.
 constexpr int ring_stages(int bits) { return bits == 2 ? 3 : 2; }
 
 // Where the i-th sum of a round goes. Sums of a panel: [rows of x, 16].

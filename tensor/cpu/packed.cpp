@@ -192,8 +192,10 @@ void multiply_codes(const PackedIsa& isa, const PanelView& w, const CodesView& x
   const int64_t unpacked = isa.gemm_codes_scratch_bytes(w);
   const int64_t panels = (w.rows + kPanelRows - 1) / kPanelRows;
   const int64_t grain = std::clamp<int64_t>(panels / 32 * 2, 2, 8);  // panels go in pairs
-  // Products that are as fast as tiles wait for x, others for their multiplications.
-  const int64_t pass = isa.gemm ? rows_of_pass(m, kCodesBlockRows, block_bytes) : kMaxGemmRows;
+  // Products as fast as those of tiles, which have a form of x of their own, wait for x; others for
+  // their multiplications.
+  const int64_t pass =
+      isa.codes_block_bytes ? rows_of_pass(m, kCodesBlockRows, block_bytes) : kMaxGemmRows;
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     const int64_t rows = std::min(pass, m - m0);
     const std::byte* prepared = prepare_pass(isa, w, x, m0, rows, block_bytes);

@@ -1,4 +1,5 @@
-// The words of the AVX2 kernels: panels to vectors (internal to tensor/). See packed_avx2.cpp.
+// What the AVX2 kernels share: unpacking, the walk of gemv, prepared chunks (internal to tensor/).
+// See packed_avx2.cpp.
 #pragma once
 
 #include <immintrin.h>

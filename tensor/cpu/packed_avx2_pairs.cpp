@@ -3,10 +3,10 @@
 //
 // The whole numbers of 15 bits that packed_avx2.cpp splits in two planes stay whole here, in int16,
 // and so do the codes: vpmaddwd multiplies pairs and adds them in int32, which nothing here can
-// overflow. For many rows it takes half of the instructions of F32's multiply-adds, and the sums
-// are gemv's, so are the bits of y; codes of 8 bits would be four products of planes. Columns of
-// many rows go in pieces: a piece of a panel is unpacked once and stays in the first-level cache
-// while all rows of x pass by.
+// overflow. For many rows that is as many instructions as F32's multiply-adds, which run at half
+// their rate, and the sums are gemv's, so are the bits of y; codes of 8 bits would be four products
+// of planes. Columns of many rows go in pieces: a piece of a panel is unpacked once and stays in
+// the first-level cache while all rows of x pass by.
 //
 // Compiled with this instruction set's flags: see packed_isa.h.
 #include "tensor/cpu/packed_avx2.h"
@@ -138,7 +138,7 @@ namespace {
 
 // ---- many rows: a piece of a panel ----
 
-constexpr int64_t kPieceCols = 512;  // with as many of a few rows of x: half of the L1 cache
+constexpr int64_t kPieceCols = 512;  // 16 KiB of codes, and 4 of four rows of x, in the L1 cache
 
 // One chunk of a piece; its codes follow, 128 bytes a quad: the pairs of one half of the panel,
 // even and odd, then those of the other.
@@ -260,7 +260,7 @@ void avx2::prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, 
   for (int64_t i = 0; i < rows; ++i) prepare_pairs(w, x + i * w.cols, out + i * prepared_bytes(w));
 }
 
-// A piece has a chunk for each 16 columns at most, and one that was begun.
+// A chunk has the columns of one stored vector at least, so a piece has at most kPieceCols / step.
 int64_t avx2::gemm_scratch_bytes(const PanelView& w) {
   const int64_t step = w.bits == 8 ? 4 : w.bits == 4 ? 8 : 16;
   return kPieceCols / step * static_cast<int64_t>(sizeof(Chunk)) + kQuadBytes * (kPieceCols / 4);

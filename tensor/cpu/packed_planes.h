@@ -1,6 +1,7 @@
 // Prepared rows of the kernels whose dot product takes bytes (internal to tensor/): whole numbers
 // of 15 bits as two planes of signed bytes, x ≈ scale · (256·hi + lo). Who uses them:
-// packed_avx512.cpp, packed_amx.cpp, packed_neon.cpp.
+// packed_avx2.cpp, packed_avx512.cpp, packed_amx.cpp, packed_neon.cpp;
+// packed_avx2_pairs.cpp keeps the numbers whole, in the room of both planes.
 //
 // Everything here is inlined or local to the file that includes it: see packed_isa.h.
 #pragma once

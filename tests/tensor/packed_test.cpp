@@ -258,9 +258,13 @@ TEST_CASE("a row of packed_matmul has the same bits alone and among many") {
     if (!force_packed_isa(name)) continue;
     here = true;
     CAPTURE(name);
-    for (const GroupSpec& spec : specs())
+    std::vector<GroupSpec> all = specs();
+    for (const auto& [bits, group] :
+         {std::pair{8, 4}, {4, 8}, {3, 16}, {2, 16}})  // the most chunks
+      all.push_back({.bits = bits, .group_size = group});
+    for (const GroupSpec& spec : all)
       for (int64_t cols : {328, 1200})  // one piece of columns, and several
-        for (int64_t m : {9, 16, 130}) {
+        for (int64_t m : {9, 11, 16, 130}) {
           const Sample s = sample(150, cols, spec, 14);
           const Tensor x = random_rows(m, cols, 15);
           Tensor many = Tensor::empty({m, 150}, DType::F32);
