@@ -3,8 +3,8 @@
 //
 //   block    16 warps, one block a processor; its panels are blockIdx, + gridDim, + 2 gridDim …
 //   warp     slots w, w + 16, … (two neighbouring units or one) of all of the block's panels,
-//   through a ring in shared
-//            memory that copies fill ahead: no register waits for memory, no warp for another
+//            through a ring in shared memory that copies fill ahead: no register waits for memory,
+//            no warp for another
 //   unit     16 rows × U columns: U / 32 integer products on tensor cores, the codes as the 16-row
 //            operand as they are stored; of the 8 columns two belong to a row of x, its values
 //            being whole numbers of two bytes in units of the largest of U columns

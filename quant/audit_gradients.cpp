@@ -255,19 +255,19 @@ Narrowed narrowed(const Losses& l) {
 }
 
 // F32 as calibration runs it, and F64 of plain ops with the codes that F32 chose: the kernels'
-// rounding, and nothing else, lies between them. Ten times what one rounding of the inputs does is
-// the least that an error is measured by, and a thousandth of the group's largest gradient: the
-// bound is then 17 roundings of that one in F32. A gradient that is a difference of large terms
-// cannot be had more exactly.
+// rounding, and nothing else, lies between them. A gradient that is a difference of large terms
+// cannot be had exactly: it may be off by ten times what one rounding of the inputs does, and by
+// four roundings of the largest gradient of its group.
 void against_f64(const Losses& l, const Found& found) {
+  constexpr double kRoundings = 4 * 0x1p-24;
   std::optional<Narrowed> n;
   for (const Family& f : families(l.in_f64, true))
     attempt({"gradient in F32, " + f.name, counted("F64, same codes", f), 1e-3}, found,
             [&](AuditCheck& c) {
               if (!n) n = narrowed(l);
               for (const size_t i : f.members) {
-                const double scale =
-                    std::max(scale_of(n->wide, l.in_f64, i, 1e-3), 10 / c.bound * n->moved[i]);
+                const double scale = std::max(scale_of(n->wide, l.in_f64, i, kRoundings / c.bound),
+                                              10 / c.bound * n->moved[i]);
                 worse(c, norm(difference(n->narrow[i], n->wide[i])) / scale, l.in_f64[i].name);
               }
             });
