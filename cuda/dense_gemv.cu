@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kPairRows = 2;  // rows of a warp
+constexpr int kMostRows = 8;  // of x, of a launch
 // Pieces of 8 columns of each row under way.
 template <class T> constexpr int ahead_of() { return sizeof(T) == 4 ? 2 : 4; }
 
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     dense_gemv_kernel(const __grid_constant__ GemvArgs a) {
   constexpr int kAhead = ahead_of<T>(), kRows = Staging::kRows;
   extern __shared__ __align__(16) float x[];  // [rows, x_stride]
-  __shared__ float scales[kDecodeRows];
+  __shared__ float scales[kMostRows];
   // What a warp has of a row that it goes on with, and of one that it begins and does not end.
   __shared__ float parts[kWarps][2][kRows][kPairRows];
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -259,7 +260,7 @@ constexpr int kStatic = 3072;  // bytes of shared memory that the kernel declare
 
 int64_t dense_gemv_rows(int64_t cols, int device) {
   const auto limit = static_cast<int64_t>(device_info(device).shared_optin) - kStatic;
-  return std::clamp<int64_t>(limit / (4 * (cols + 4)), 0, kDecodeRows);
+  return std::clamp<int64_t>(limit / (4 * (cols + 4)), 0, kMostRows);
 }
 
 void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
@@ -275,6 +276,7 @@ void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
     whole = whole && aligned16(w.raw());
     rows += a.m[i].rows;
   }
+  if (dense_rows(y, a, type)) return;
   a.work = a.output == RowOutput::SiluMul ? a.m[0].rows : (rows + kPairRows - 1) / kPairRows;
   a.groups = whole ? a.in.cols / 8 : 0;
   a.x_stride = (a.in.cols + 3) / 4 * 4;

@@ -55,8 +55,10 @@ constexpr int kThreads = 256;
 
 // ---- launchers ----
 
-void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
-          RowOutput output) {
+namespace {
+
+GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
+                   std::span<const RowMatrix> matrices, RowOutput output) {
   check(!matrices.empty() && matrices.size() <= kMaxMatrices &&
             (output != RowOutput::SiluMul || matrices.size() == 2),
         "{}: {} matrices at once", op, matrices.size());
@@ -73,6 +75,31 @@ void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatri
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
   }
+  return a;
+}
+
+}  // namespace
+
+SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
+                        std::span<const RowMatrix> matrices, RowOutput output) {
+  GemvArgs a = arguments(op, y, x, matrices, output);
+  if (!rows_side_by_side(a.in)) return {};
+  const int device = y.device().index;
+  if (const auto* packed = std::get_if<PackedInt>(&matrices[0].weight)) {
+    for (const RowMatrix& m : matrices) {
+      const int panels = static_cast<int>(std::get<PackedInt>(m.weight).panels());
+      a.work = output == RowOutput::SiluMul ? panels : a.work + panels;
+    }
+    return packed_rows_taken(packed_view(*packed, nullptr), a.work, output, device);
+  }
+  for (size_t i = 0; i < matrices.size(); ++i)
+    a.m[i].data = std::get<Tensor>(matrices[i].weight).raw();
+  return dense_rows_taken(a, std::get<Tensor>(matrices[0].weight).dtype(), device);
+}
+
+void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
+          RowOutput output) {
+  const GemvArgs a = arguments(op, y, x, matrices, output);
   if (std::holds_alternative<PackedInt>(matrices[0].weight))
     packed_gemv(y, a, matrices);
   else

@@ -5,8 +5,8 @@
 // their own and the wait for it.
 #pragma once
 
+#include "cuda/packed.h"
 #include "cuda/packed_kernels.cuh"
-#include "tensor/decode_kernels.h"
 #include "tensor/row_quant.h"
 
 namespace omq::cuda {
@@ -414,8 +414,12 @@ __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
 }
 
 // y of packed (all of one layout) or dense (all of one dtype) matrices; rows first … of x.
-// packed_row does nothing and gives false where it is not made for the product.
+// Those that give a bool do nothing and give false where they are not made for the product.
 bool packed_row(Tensor& y, GemvArgs a, const PackedView& v);
+bool packed_rows(Tensor& y, const GemvArgs& a, const PackedView& v);
+SplitRows packed_rows_taken(const PackedView& v, int work, RowOutput output, int device);
+bool dense_rows(Tensor& y, GemvArgs a, DType type);
+SplitRows dense_rows_taken(GemvArgs a, DType type, int device);
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
 void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
 

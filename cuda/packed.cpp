@@ -13,8 +13,8 @@
 namespace omq::cuda {
 namespace {
 
-// The rows of x that one launch takes: those whose values fit, of four bytes (dense) or two
-// (packed). 0: not even one.
+// The rows of x that one launch takes of all columns: those whose values fit, of four bytes (dense)
+// or two (packed). 0: not even one.
 int64_t rows_at_once(const RowMatrix& m, int64_t cols, RowOutput output, Device device) {
   if (const auto* packed = std::get_if<PackedInt>(&m.weight))
     return packed_gemv_rows(*packed, output, device.index);
@@ -28,9 +28,17 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
   const int64_t at_once = rows_at_once(matrices[0], cols, output, y.device());
   check(at_once > 0, "{}: a row of {} columns does not fit the shared memory of {}", op, cols,
         to_string(y.device()));
-  const int64_t launches = (rows + at_once - 1) / at_once, each = (rows + launches - 1) / launches;
-  for (int64_t first = 0; first < rows; first += each)
-    gemv(op, y, {x, codes, first, std::min(each, rows - first)}, matrices, output);
+  const auto evenly = [rows](int64_t most) {  // of a launch
+    const int64_t launches = (rows + most - 1) / most;
+    return (rows + launches - 1) / launches;
+  };
+  SplitRows split = rows_to_split(op, y, {x, codes, 0, rows}, matrices, output);
+  if (split.most > 0 && evenly(split.most) < split.fewest) split = {};
+  for (int64_t first = 0, n; first < rows; first += n) {
+    const bool splits = split.most > 0 && rows - first >= split.fewest;
+    n = std::min(evenly(splits ? split.most : at_once), rows - first);
+    gemv(op, y, {x, codes, first, n}, matrices, output);
+  }
 }
 
 // Whether the rows meet weights that are unpacked, or in 16 bits.

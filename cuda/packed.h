@@ -19,7 +19,13 @@ struct GemvRows {
 // y [M, …] of those rows; matrices are all packed in one layout, or all dense of one dtype.
 void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
           RowOutput output);
-// Rows that one launch on a device takes; 0: its shared memory does not hold one.
+// Rows that one launch takes whose columns are divided among blocks (split_rows.cuh); most 0: none.
+struct SplitRows {
+  int64_t fewest = 0, most = 0;
+};
+SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
+                        std::span<const RowMatrix> matrices, RowOutput output);
+// Rows that one launch of any other kernel takes; 0: a device's shared memory does not hold one.
 int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device);
 int64_t dense_gemv_rows(int64_t cols, int device);
 

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* room = a.row_floats > 0 ? parts + a.per_round * kWarps * each : nullptr;
   float* row = side_by_side ? nullptr : room;
   float* gains = row ? row + a.row_floats : room;
-  __shared__ float scales[kDecodeRows], squares[kWarps];
+  __shared__ float scales[kPackedRows], squares[kWarps];
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
   const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
   // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
@@ -286,7 +286,7 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   while ((1 << (a.group_shift + 1)) <= a.units_per_group) ++a.group_shift;
   if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
   if (v.groups == 1) a.group_shift = 31;
-  if (packed_row(y, a, v)) return;
+  if (packed_row(y, a, v) || packed_rows(y, a, v)) return;
   const bool integers = a.in.codes || a.in.quantise, two_tiles = a.in.rows > kTileRows;
   // As many units to a slot as usual where the rows leave room for it.
   const int usual = slot_units(v.bits), device = y.device().index;

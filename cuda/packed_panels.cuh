@@ -9,6 +9,7 @@ namespace omq::cuda {
 struct RoundPanels {
   const uint8_t* codes = nullptr;
   const GridWord* grids = nullptr;
+  int rows_left = 0;  // of the matrix, from the panel's first on
   __device__ __forceinline__ RoundPanels(const GemvArgs& a, int p0, int p1, int64_t panel_bytes,
                                          int lane) {
     if (p0 + lane >= p1) return;
@@ -19,6 +20,7 @@ struct RoundPanels {
     const int i = pairs ? panel % 2 : find_matrix(a, at);
     codes = static_cast<const uint8_t*>(a.m[i].data) + at * panel_bytes;
     grids = a.m[i].grids + static_cast<int64_t>(at) * a.groups * 16;
+    rows_left = a.m[i].rows - at * 16;
   }
 };
 template <class T> __device__ __forceinline__ const T* pointer_of(const T* p, int lane) {

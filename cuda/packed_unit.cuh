@@ -161,7 +161,9 @@ __device__ __forceinline__ void multiply_unit(float (&total)[kTiles][2], const c
   uint32_t b[kTiles][kUnit / 16];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) load_planes<kUnit>(b[t], x[t] + unit * (2 * kUnit));
-  int32_t sums[kTiles][2][4] = {};  // two chains: a product waits for the one before the last
+  // One tile's products are two chains: a product waits for the one before the last.
+  constexpr int kChains = kTiles == 1 ? 2 : 1;
+  int32_t sums[kTiles][kChains][4] = {};
 #pragma unroll
   for (int s = 0; s < kUnit / 32; ++s) {
     const uint32_t a[4] = {
@@ -169,13 +171,14 @@ __device__ __forceinline__ void multiply_unit(float (&total)[kTiles][2], const c
         four_codes<kBits, kUnit>(w, 0, 2 * s + 1), four_codes<kBits, kUnit>(w, 1, 2 * s + 1)};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
-      multiply_bytes(sums[t][s % 2], a, b[t][2 * s], b[t][2 * s + 1]);
+      multiply_bytes(sums[t][s % kChains], a, b[t][2 * s], b[t][2 * s + 1]);
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
     const UnitScale x_unit = x_units[t][unit];
     const auto dot = [&](int i, GridWord g) {
-      const int hi = sums[t][0][i] + sums[t][1][i], lo = sums[t][0][i + 1] + sums[t][1][i + 1];
+      int hi = sums[t][0][i], lo = sums[t][0][i + 1];
+      if constexpr (kChains == 2) hi += sums[t][1][i], lo += sums[t][1][i + 1];
       return static_cast<float>(hi * 256 + lo + grid_zero(g) * x_unit.minus_sum) * x_unit.scale *
              grid_scale(g);
     };

@@ -96,6 +96,17 @@ __device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t addre
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
 #endif
 }
+__device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t address,
+                                                 [[maybe_unused]] uint32_t block,
+                                                 [[maybe_unused]] float4 v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+#endif
+}
 
 // Four 8 × 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {

@@ -23,7 +23,6 @@ struct DecodeInput {
   double eps = 0;
   std::optional<RowQuant> quant = {};
 };
-inline constexpr int64_t kDecodeRows = 8;  // of a launch, at most
 // Neighbouring elements of a head that a lane of attention takes; heads are multiples of it, up to
 // 256.
 inline constexpr int64_t decode_elements(int64_t head_dim) {

@@ -152,19 +152,101 @@ TEST_CASE("devices: one row and several as wide as a large model's") {
   on_devices(1, [](Rng& rng, Device d) {
     for (const int bits : {2, 3, 4, 8}) {
       CAPTURE(bits);
-      constexpr int64_t kRows = 16, kCols = 11008;
-      const Packed w = random_packed(rng, kRows, kCols, {.bits = bits, .group_size = 128}, d);
-      for (const int64_t m : {1, 4, 5, 8, 16}) {
-        CAPTURE(m);
-        const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
-        Tensor want = floats({m, kRows}), dense = floats({kRows, kCols});
+      constexpr int64_t kRows = 16;
+      for (const int64_t cols : {11008, 28672}) {  // LLaMA-7B's and 70B's
+        CAPTURE(cols);
+        const Packed w = random_packed(rng, kRows, cols, {.bits = bits, .group_size = 128}, d);
+        Tensor dense = floats({kRows, cols});
         cpu::packed_dequantize(dense, w.cpu);
-        cpu::dense_matmul(want, x, dense);
-        Tensor got = floats({m, kRows}, d);
-        packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
-        CHECK(close(got, want, kRounded));
+        const Tensor half = converted(dense, DType::F16);
+        for (const int64_t m : {1, 4, 5, 8, 11, 16}) {
+          CAPTURE(m);
+          const Tensor x = random_tensor(rng, {m, cols}, DType::F32, -2, 2);
+          Tensor want = floats({m, kRows}), got = floats({m, kRows}, d);
+          cpu::dense_matmul(want, x, dense);
+          packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
+          CHECK(close(got, want, kRounded));
+          packed_on(got).dense_matmul(got, uploaded(x, d), uploaded(half, d));
+          CHECK(close(got, want, kRounded));
+        }
       }
     }
+  });
+}
+
+TEST_CASE("devices: matrices of more rows than are summed at a time") {
+  on_devices(1, [](Rng& rng, Device d) {
+    const DecodeKernels* kernels = decode_kernels(d);
+    if (!kernels) return;
+    for (const int64_t n : {40000, 40003})  // results that are and that are not aligned
+      for (const int64_t m : {3, 5, 16}) {
+        CAPTURE(n);
+        CAPTURE(m);
+        constexpr int64_t kCols = 96;
+        const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
+        std::vector<RowMatrix> packed, dense, plain;
+        for (int i = 0; i < 2; ++i) {
+          const Packed w = random_packed(rng, n, kCols, {.bits = 4, .group_size = 32}, d);
+          Tensor values = floats({n, kCols});
+          cpu::packed_dequantize(values, w.cpu);
+          packed.push_back({w.device, {}});
+          dense.push_back({uploaded(converted(values, DType::F16), d), {}});
+          plain.push_back({values, {}});
+        }
+        for (const RowOutput output : {RowOutput::Store, RowOutput::SiluMul}) {
+          CAPTURE(static_cast<int>(output));
+          const int64_t columns = output == RowOutput::Store ? 2 * n : n;
+          Tensor want = floats({m, columns});
+          RowProducts reference(plain, output, std::nullopt);
+          for (int64_t i = 0; i < m; ++i)
+            reference(x.alias({1, kCols}, {kCols, 1}, i * kCols), want.data<float>() + i * columns);
+          for (const auto& matrices : {packed, dense}) {
+            Guarded got({m, columns}, DType::F32, d);
+            kernels->products(got.tensor, {.x = uploaded(x, d)}, matrices, output);
+            CHECK(close(got.tensor, want, kRounded));
+            CHECK(got.untouched());
+          }
+        }
+      }
+  });
+}
+
+TEST_CASE("devices: rows of dense products may be large, and spoil themselves alone") {
+  on_devices(1, [](Rng& rng, Device d) {
+    for (const DType type : {DType::F16, DType::BF16})
+      for (const int64_t m : {2, 7, 16}) {
+        CAPTURE(m);
+        constexpr int64_t kCols = 264, kRows = 35;
+        Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -1e6, 1e6);  // beyond F16
+        x.data<float>()[3] = 1e30f;
+        for (int64_t c = 128; c < 256; ++c) x.data<float>()[kCols + c] = 0;
+        const Tensor w = random_tensor(rng, {kRows, kCols}, type, -1, 1);
+        Tensor want = floats({m, kRows});
+        cpu::dense_matmul(want, x, w);
+        Tensor got = floats({m, kRows}, d);
+        packed_on(got).dense_matmul(got, uploaded(x, d), uploaded(w, d));
+        for (int64_t i = 0; i < m; ++i) {
+          CAPTURE(i);
+          const auto row = [&](const Tensor& t) {
+            return converted(t, DType::F32).alias({kRows}, {1}, i * kRows);
+          };
+          CHECK(close(row(got), row(want), 1e-10));
+        }
+        for (const float bad : {INFINITY, NAN}) {
+          x.data<float>()[kCols + 200] = bad;
+          Tensor spoiled = floats({m, kRows}, d);
+          packed_on(spoiled).dense_matmul(spoiled, uploaded(x, d), uploaded(w, d));
+          const std::vector<double> was = values(got), is = values(spoiled);
+          bool same = true, spoilt = true;
+          for (size_t i = 0; i < is.size(); ++i)
+            if (i / kRows == 1)
+              spoilt = spoilt && !std::isfinite(is[i]);
+            else
+              same = same && is[i] == was[i];
+          CHECK(same);
+          CHECK(spoilt);
+        }
+      }
   });
 }
 

@@ -268,9 +268,10 @@ double prompt_seconds(const Bench& b, const Model& m) {
   return median(times);
 }
 
-// Seconds of one product with one row, over weights that no cache holds. On a GPU the products are
-// recorded, so that the host's time for a launch is not measured.
-double product_seconds(const Bench& b, const Form& f, int64_t rows, int64_t cols, size_t* bytes) {
+// Seconds of one product with `batch` rows, over weights that no cache holds. On a GPU the products
+// are recorded, so that the host's time for a launch is not measured.
+double product_seconds(const Bench& b, const Form& f, int64_t batch, int64_t rows, int64_t cols,
+                       size_t* bytes) {
   Maker make(f);
   const nn::Weight w = make.matrix(rows, cols);
   const bool host = b.device.type == DeviceType::CPU;
@@ -284,8 +285,8 @@ double product_seconds(const Bench& b, const Form& f, int64_t rows, int64_t cols
       all.emplace_back(to(std::get<Tensor>(w), b.device));
     }
   } while (all.size() * *bytes < (size_t{400} << 20) && !host);
-  const Tensor x = Tensor::full({1, cols}, 0.5, DType::F32, b.device);
-  Tensor y = Tensor::empty({1, rows}, DType::F32, b.device);
+  const Tensor x = Tensor::full({batch, cols}, 0.5, DType::F32, b.device);
+  Tensor y = Tensor::empty({batch, rows}, DType::F32, b.device);
   const PackedKernels& kernels = packed_on(x);
   StepGraph products(b.device, [&] {
     for (const nn::Weight& each : all)
@@ -342,7 +343,7 @@ int run(int argc, char** argv) {
   b.sampling.validate(s->vocab);
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
-  // down: a product with 4096 × 11008 weights by itself; up: with 11008 × 4096.
+  // down: a product of the batch's rows with 4096 × 11008 weights by itself; up: with 11008 × 4096.
   fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8} {:>11} {:>8}\n", "weights",
              "batch", "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s", "down GB/s",
              "of copy", "up GB/s", "of copy");
@@ -350,12 +351,11 @@ int run(int argc, char** argv) {
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
     const Form f = parse_form(text);
-    const auto product_rate = [&](int64_t n, int64_t k) {
+    const auto product_rate = [&](int64_t sequences, int64_t m, int64_t k) {
       size_t bytes = 0;
-      const double seconds = product_seconds(b, f, n, k, &bytes);
+      const double seconds = product_seconds(b, f, sequences, m, k, &bytes);
       return static_cast<double>(bytes) / seconds;
     };
-    const double down = product_rate(4096, 11008), up = product_rate(11008, 4096);
     Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
     if (cache_bits > 0) m.kept.k = m.kept.v = RowQuant{.bits = cache_bits};
     const ModelSize size = model_size(m);
@@ -363,6 +363,7 @@ int run(int argc, char** argv) {
     const double prompt_rate = static_cast<double>(b.long_prompt) / prompt;
     for (const int64_t n : batches) {
       const double step = decode_seconds(b, m, n);
+      const double down = product_rate(n, 4096, 11008), up = product_rate(n, 11008, 4096);
       const double tokens = static_cast<double>(n) / step,
                    rate = static_cast<double>(size.token_bytes) / step;
       fmt::print(
