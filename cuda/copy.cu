@@ -168,6 +168,12 @@ bool copy_as_tiles(Tensor& y, const Tensor& x, const Walk<2>& w) {
 
 }  // namespace
 
+int compiled_for() {
+  cudaFuncAttributes attributes{};
+  OMQ_CUDA(cudaFuncGetAttributes(&attributes, copy_transposed));
+  return attributes.ptxVersion;
+}
+
 void fill(Tensor& y, double value) {
   no_f64("fill", y);
   const Walk<1> w = make_walk<1>(y.shape(), {y.strides()});

@@ -1,7 +1,7 @@
 // Dense weights of 16 bits times two to sixteen rows of activations: split_rows.cuh, with units
 // that come into registers as they are multiplied. x meets them as two numbers of the weights' type
-// whose sum it is, to 22 bits (F16) or 17 (BF16), in units of a power of two of each 64 columns:
-// so no value is too large.
+// whose sum it is: to 17 bits (BF16), or 22 bits of the largest of 64 columns (F16), in units of a
+// power of two of these columns, so that no value below 2¹²⁶ is too large.
 #include "cuda/packed.h"
 #include "cuda/split_rows.cuh"
 
@@ -48,7 +48,7 @@ template <class T> struct DenseWeights {
       char* at = row.bytes + unit * kXBytes + inside / 32 * kRun + inside % 32 * 2;
       *reinterpret_cast<uint2*>(at) = hi;
       *reinterpret_cast<uint2*>(at + kLoAfter) = lo;
-      // Above 2¹²⁶, infinite or not a number: so is the result.
+      // From 2¹²⁶ on, infinite or not a number: then the result is none.
       if (inside == 0)
         row.units[unit] = {
             exponent > 252 ? __int_as_float(0x7fc00000) : __uint_as_float((exponent + 1) << 23), 0};

@@ -79,9 +79,13 @@ std::unique_ptr<State> open_device(int index) {
   s->info.l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize, index));
   s->info.shared_optin =
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  s->whole_info = s->info;
   OMQ_CUDA(cudaSetDevice(index));
   current = index;
+  // A device newer than this build's architectures runs the oldest's code, translated: clusters and
+  // chained launches are not in it.
+  if (const int code = compiled_for(); code > 0 && code < 10 * s->info.major)
+    s->info.major = code / 10, s->info.minor = code % 10;
+  s->whole_info = s->info;
   check(attribute(cudaDevAttrMemoryPoolsSupported, index) != 0,
         "cuda:{}: no stream-ordered allocation; the driver is too old or a restricted one", index);
   OMQ_CUDA(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));

@@ -1,8 +1,8 @@
 // What the kernels for a few rows of activations share: the rows on their way into shared memory,
 // normed and rounded where that is asked for, and the rows of the result on their way out.
 //
-// Every block prepares all of x by itself: a few KiB from the L2 cache cost less than a kernel of
-// their own and the wait for it.
+// Every block prepares all of x that it needs by itself: a few KiB from the L2 cache cost less than
+// a kernel of their own and the wait for it.
 #pragma once
 
 #include "cuda/packed.h"

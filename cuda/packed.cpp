@@ -28,15 +28,16 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
   const int64_t at_once = rows_at_once(matrices[0], cols, output, y.device());
   check(at_once > 0, "{}: a row of {} columns does not fit the shared memory of {}", op, cols,
         to_string(y.device()));
-  const auto evenly = [rows](int64_t most) {  // of a launch
-    const int64_t launches = (rows + most - 1) / most;
-    return (rows + launches - 1) / launches;
+  // Of what is left, a launch's even share.
+  const auto share = [](int64_t left, int64_t most) {
+    const int64_t launches = (left + most - 1) / most;
+    return (left + launches - 1) / launches;
   };
-  SplitRows split = rows_to_split(op, y, {x, codes, 0, rows}, matrices, output);
-  if (split.most > 0 && evenly(split.most) < split.fewest) split = {};
+  const SplitRows split = rows_to_split(op, y, {x, codes, 0, rows}, matrices, output);
   for (int64_t first = 0, n; first < rows; first += n) {
-    const bool splits = split.most > 0 && rows - first >= split.fewest;
-    n = std::min(evenly(splits ? split.most : at_once), rows - first);
+    const int64_t left = rows - first;
+    const bool splits = split.most > 0 && left >= split.fewest;
+    n = splits ? std::max(share(left, split.most), split.fewest) : share(left, at_once);
     gemv(op, y, {x, codes, first, n}, matrices, output);
   }
 }

@@ -147,7 +147,7 @@ constexpr __host__ __device__ int place_bit(int bits, int unit, int half, int pl
 // two bytes in two of the eight columns of a product; so four rows fit one, a tile.
 
 constexpr int kTileRows = 4;
-constexpr int kPackedRows = 2 * kTileRows;  // of a launch, at most
+constexpr int kPackedRows = 2 * kTileRows;  // of a launch of packed_gemv.cu, at most
 
 // Byte of column c of a unit (all of a unit's bytes of one row stand together): runs of 16 columns
 // (U = 32: 8), each the hi bytes of lanes q = 0 … 3, then the lo bytes, which are `lo_after`

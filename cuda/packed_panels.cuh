@@ -1,4 +1,4 @@
-// Which panels of the matrices a block works at, for the kernels over packed weights and few rows.
+// Which panels of 16 rows of the matrices a block works at, for the kernels for few rows of x.
 #pragma once
 
 #include "cuda/gemv.cuh"

@@ -1,4 +1,4 @@
-// Packed weights times two to sixteen rows of activations: split_rows.cuh, with units that come
+// Packed weights times four to sixteen rows of activations: split_rows.cuh, with units that come
 // through a ring in shared memory and meet x as whole numbers of two bytes (packed_unit.cuh).
 #include "cuda/packed.h"
 #include "cuda/split_rows.cuh"

@@ -1,6 +1,6 @@
 // One unit of packed weights on its way: from memory into a slot of shared memory, and from there
-// against a row of x that became whole numbers of two bytes. packed_gemv.cu walks the units; the
-// layout is drawn in packed_layout.cuh.
+// against a row of x that became whole numbers of two bytes. packed_gemv.cu and packed_rows.cu walk
+// the units; the layout is drawn in packed_layout.cuh.
 #pragma once
 
 #include "cuda/gemv.cuh"

@@ -2,8 +2,8 @@
 // 9.0 on): several sequences decoded together. packed_rows.cu and dense_rows.cu say what weights
 // are (W); packed_gemv.cu and dense_gemv.cu have the same products without clusters.
 //
-// To turn a row of x into what tensor cores multiply takes a block longer than its share of the
-// weights does from five rows on, if it needs all columns. So
+// A block that needs all columns of x spends more time on reading them, and on turning them into
+// what tensor cores multiply, than on its share of the weights, once rows are many. So
 //
 //   cluster  two blocks (four, where two cannot hold their rows) share panels of 16 rows of
 //            weights, and each has a part of the columns: of x it reads those alone
@@ -245,10 +245,10 @@ struct SplitFactors {
 };
 
 // W: kFewestRows, below which others are faster; kUnitCols; kXBytes, of a row of x in a unit;
-// ring_bytes(many), of shared memory for a warp; lane_offset(lane), where a lane's share of a row
-// of x begins; put(row of x, units, columns, values); Stream, a warp's way through its units:
-// early(), before the kernel in front has ended, rest(), once x has been asked for, multiply(sums,
-// x, scales of x, unit), finish().
+// panel_bytes(a), of 16 rows of weights; ring_bytes(many), of shared memory for a warp;
+// lane_offset(lane), where a lane's share of a row of x begins; put(row of x, units, columns,
+// values); Stream, a warp's way through its units: early(), before the kernel in front has ended,
+// rest(), once x has been asked for, multiply(sums, x, scales of x, unit), finish().
 template <class W, int kTiles>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     split_rows_kernel(const __grid_constant__ SplitArgs s) {
@@ -348,11 +348,11 @@ struct SplitPlan {
   int split = 0, x_stride = 0, x_units = 0, segments = 0, owned = 0, per_round = 0, shared = 0;
   bool many_slots = false;
 };
-struct SplitForm {                                // of W
-  int unit_cols, x_bytes, few_slots, many_slots;  // bytes
+struct SplitForm {  // W's bytes
+  int x_bytes, few_slots, many_slots;
 };
 template <class W> constexpr SplitForm split_form() {
-  return {W::kUnitCols, W::kXBytes, W::ring_bytes(false), W::ring_bytes(true)};
+  return {W::kXBytes, W::ring_bytes(false), W::ring_bytes(true)};
 }
 // work: panels, or pairs of them. clusters: of SplitClusters. (packed_rows.cu)
 SplitPlan plan_split(const SplitForm& form, int units, int rows, int work, RowOutput output,
@@ -364,7 +364,7 @@ inline int split_limit(const DeviceInfo& info) {
   return static_cast<int>(info.shared_optin) - kSplitStatic;
 }
 
-// Clusters of two and of four blocks that run together.
+// Clusters of two and of four blocks that run together; `kernel` may ask for split_limit().
 struct SplitClusters {
   int of[2] = {};
   template <class Kernel> SplitClusters(Kernel kernel, const DeviceInfo& info) {
@@ -372,6 +372,7 @@ struct SplitClusters {
     prepare_shared(kernel, shared);
     for (int i = 0; i < 2; ++i) {
       const unsigned blocks = 2u << i;
+      if (static_cast<unsigned>(info.sms) < blocks) continue;
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
       cluster.val.clusterDim = {1, blocks, 1};

@@ -16,7 +16,7 @@ namespace omq::cuda {
 // What launches and plans depend on, read from the device once.
 struct DeviceInfo {
   int index = 0;
-  int major = 0, minor = 0;  // compute capability
+  int major = 0, minor = 0;  // compute capability, or what the kernels were compiled for
   int sms = 0;
   size_t l2_bytes = 0;
   size_t shared_optin = 0;  // bytes of shared memory that a block may ask for
@@ -26,6 +26,8 @@ struct DeviceInfo {
 // the driver is too old, or when the device is older than this build's oldest architecture.
 const DeviceInfo& device_info(int index);
 cudaStream_t stream_of(int index);
+// What this thread's current device runs was compiled for: 10 · major + minor. (copy.cu)
+int compiled_for();
 inline cudaStream_t stream_of(const Tensor& x) { return stream_of(x.device().index); }
 
 // Throws Error with the call, where it stands and the runtime's text, unless status is success.

@@ -58,6 +58,14 @@ template <class F> void for_packed(F&& body) {
   });
 }
 
+// With the kernels that suit the device, then with those of the oldest supported ones.
+template <class F> void on_both_paths(Device d, F&& body) {
+  body();
+  if (d.type == DeviceType::CPU) return;
+  const PlainPath plain(d);
+  body();
+}
+
 // As signed bytes where a GPU is to multiply many rows.
 QuantizedRows codes_of(const Tensor& x, RowQuant s, Device d) {
   const bool as_signed = d.type != DeviceType::CPU && x.dim(0) > kFewRows;
@@ -140,10 +148,12 @@ TEST_CASE("devices: products with packed weights, few rows and many") {
       Tensor want = floats({m, rows}), dense = floats({rows, cols});
       cpu::packed_dequantize(dense, w.cpu);
       cpu::dense_matmul(want, x, dense);
-      Guarded got({m, rows}, DType::F32, d);
-      packed_on(got.tensor).packed_matmul(got.tensor, uploaded(x, d), w.device);
-      CHECK(close(got.tensor, want, kRounded));
-      CHECK(got.untouched());
+      on_both_paths(d, [&] {
+        Guarded got({m, rows}, DType::F32, d);
+        packed_on(got.tensor).packed_matmul(got.tensor, uploaded(x, d), w.device);
+        CHECK(close(got.tensor, want, kRounded));
+        CHECK(got.untouched());
+      });
     }
   });
 }
@@ -166,45 +176,61 @@ TEST_CASE("devices: one row and several as wide as a large model's") {
           cpu::dense_matmul(want, x, dense);
           packed_on(got).packed_matmul(got, uploaded(x, d), w.device);
           CHECK(close(got, want, kRounded));
+          cpu::dense_matmul(want, x, half);
           packed_on(got).dense_matmul(got, uploaded(x, d), uploaded(half, d));
-          CHECK(close(got, want, kRounded));
+          CHECK(close(got, want, 1e-10));
         }
       }
     }
   });
 }
 
-TEST_CASE("devices: matrices of more rows than are summed at a time") {
+TEST_CASE("devices: matrices of more rows than are summed at a time, and of wide ones") {
   on_devices(1, [](Rng& rng, Device d) {
     const DecodeKernels* kernels = decode_kernels(d);
     if (!kernels) return;
-    for (const int64_t n : {40000, 40003})  // results that are and that are not aligned
-      for (const int64_t m : {3, 5, 16}) {
-        CAPTURE(n);
+    struct Size {
+      int64_t rows, cols;
+      GroupSpec spec;
+    };
+    for (const Size& size : {Size{40000, 96, {.bits = 4, .group_size = 32}},
+                             Size{40003, 128, {.bits = 3, .group_size = 64}},  // y is not aligned
+                             Size{1107, 11008, {.bits = 2, .group_size = 128}}})
+      for (const int64_t m : {3, 4, 5, 16}) {
+        CAPTURE(size.rows);
         CAPTURE(m);
-        constexpr int64_t kCols = 96;
-        const Tensor x = random_tensor(rng, {m, kCols}, DType::F32, -2, 2);
+        const int64_t K = size.cols;
+        const Tensor x = random_tensor(rng, {m, K}, DType::F32, -2, 2),
+                     gain = random_tensor(rng, {K}, DType::F32, 0.5, 1.5);
+        Tensor normed = floats(x.shape());
+        cpu::rms_norm(normed, x, gain, {}, 1e-5);
         std::vector<RowMatrix> packed, dense, plain;
         for (int i = 0; i < 2; ++i) {
-          const Packed w = random_packed(rng, n, kCols, {.bits = 4, .group_size = 32}, d);
-          Tensor values = floats({n, kCols});
+          const Packed w = random_packed(rng, size.rows, K, size.spec, d);
+          const Tensor bias = random_tensor(rng, {size.rows}, DType::F32, -1, 1);
+          Tensor values = floats({size.rows, K});
           cpu::packed_dequantize(values, w.cpu);
-          packed.push_back({w.device, {}});
-          dense.push_back({uploaded(converted(values, DType::F16), d), {}});
-          plain.push_back({values, {}});
+          packed.push_back({w.device, uploaded(bias, d)});
+          dense.push_back({uploaded(converted(values, DType::F16), d), uploaded(bias, d)});
+          plain.push_back({values, bias});
         }
-        for (const RowOutput output : {RowOutput::Store, RowOutput::SiluMul}) {
+        for (const RowOutput output : {RowOutput::Store, RowOutput::Add, RowOutput::SiluMul}) {
           CAPTURE(static_cast<int>(output));
-          const int64_t columns = output == RowOutput::Store ? 2 * n : n;
-          Tensor want = floats({m, columns});
-          RowProducts reference(plain, output, std::nullopt);
+          const size_t count = output == RowOutput::Add ? 1 : 2;
+          const int64_t columns = output == RowOutput::Store ? 2 * size.rows : size.rows;
+          const Tensor before = random_tensor(rng, {m, columns}, DType::F32, -1, 1);
+          Tensor want = converted(before, DType::F32);
+          RowProducts reference({plain.begin(), plain.begin() + static_cast<int64_t>(count)},
+                                output, std::nullopt);
           for (int64_t i = 0; i < m; ++i)
-            reference(x.alias({1, kCols}, {kCols, 1}, i * kCols), want.data<float>() + i * columns);
+            reference(normed.alias({1, K}, {K, 1}, i * K), want.data<float>() + i * columns);
           for (const auto& matrices : {packed, dense}) {
-            Guarded got({m, columns}, DType::F32, d);
-            kernels->products(got.tensor, {.x = uploaded(x, d)}, matrices, output);
-            CHECK(close(got.tensor, want, kRounded));
-            CHECK(got.untouched());
+            const DecodeInput in{.x = uploaded(x, d), .gain = uploaded(gain, d), .eps = 1e-5};
+            Tensor got = uploaded(before, d), again = uploaded(before, d);
+            kernels->products(got, in, std::span(matrices).first(count), output);
+            kernels->products(again, in, std::span(matrices).first(count), output);
+            CHECK(close(got, want, kRounded));
+            CHECK(bit_equal(got, again));
           }
         }
       }
@@ -361,10 +387,12 @@ TEST_CASE("devices: products with dense weights of every type") {
         const Tensor w = random_tensor(rng, {rows, cols}, type, -1, 1);
         Tensor want = floats({m, rows});
         cpu::dense_matmul(want, x, w);
-        Guarded got({m, rows}, DType::F32, d);
-        packed_on(got.tensor).dense_matmul(got.tensor, uploaded(x, d), uploaded(w, d));
-        CHECK(close(got.tensor, want, m > 16 && type != DType::F32 ? kRounded : 1e-11));
-        CHECK(got.untouched());
+        on_both_paths(d, [&] {
+          Guarded got({m, rows}, DType::F32, d);
+          packed_on(got.tensor).dense_matmul(got.tensor, uploaded(x, d), uploaded(w, d));
+          CHECK(close(got.tensor, want, m > 16 && type != DType::F32 ? kRounded : 1e-11));
+          CHECK(got.untouched());
+        });
       }
   });
 }
