@@ -51,12 +51,6 @@ __global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid,
 
 constexpr int kThreads = 256;
 
-}  // namespace
-
-// ---- launchers ----
-
-namespace {
-
 GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
                    std::span<const RowMatrix> matrices, RowOutput output) {
   check(!matrices.empty() && matrices.size() <= kMaxMatrices &&
@@ -79,6 +73,8 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
 }
 
 }  // namespace
+
+// ---- launchers ----
 
 SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
                         std::span<const RowMatrix> matrices, RowOutput output) {

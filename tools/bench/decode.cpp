@@ -268,28 +268,34 @@ double prompt_seconds(const Bench& b, const Model& m) {
   return median(times);
 }
 
-// Seconds of one product with `batch` rows, over weights that no cache holds. On a GPU the products
-// are recorded, so that the host's time for a launch is not measured.
-double product_seconds(const Bench& b, const Form& f, int64_t batch, int64_t rows, int64_t cols,
-                       size_t* bytes) {
-  Maker make(f);
-  const nn::Weight w = make.matrix(rows, cols);
-  const bool host = b.device.type == DeviceType::CPU;
+// Copies of one matrix, more than any cache holds.
+struct Matrices {
   std::vector<nn::Weight> all;
-  do {
-    if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w)) {
-      *bytes = (*packed)->nbytes();
-      all.emplace_back(host ? *packed : (*packed)->on_device(b.device));
-    } else {
-      *bytes = std::get<Tensor>(w).nbytes();
-      all.emplace_back(to(std::get<Tensor>(w), b.device));
-    }
-  } while (all.size() * *bytes < (size_t{400} << 20) && !host);
+  size_t bytes = 0;  // of one
+
+  Matrices(const Bench& b, const Form& f, int64_t rows, int64_t cols) {
+    const nn::Weight w = Maker(f).matrix(rows, cols);
+    const bool host = b.device.type == DeviceType::CPU;
+    do {
+      if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w)) {
+        bytes = (*packed)->nbytes();
+        all.emplace_back(host ? *packed : (*packed)->on_device(b.device));
+      } else {
+        bytes = std::get<Tensor>(w).nbytes();
+        all.emplace_back(to(std::get<Tensor>(w), b.device));
+      }
+    } while (all.size() * bytes < (size_t{400} << 20) && !host);
+  }
+};
+
+// Bytes a second of weights [rows, cols], in products of `batch` rows of x with each of them. On a
+// GPU the products are recorded, so that the host's time for a launch is not measured.
+double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t rows, int64_t cols) {
   const Tensor x = Tensor::full({batch, cols}, 0.5, DType::F32, b.device);
   Tensor y = Tensor::empty({batch, rows}, DType::F32, b.device);
   const PackedKernels& kernels = packed_on(x);
   StepGraph products(b.device, [&] {
-    for (const nn::Weight& each : all)
+    for (const nn::Weight& each : w.all)
       if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&each))
         kernels.packed_matmul(y, x, dynamic_cast<const nn::PackedIntWeight&>(**packed).packed());
       else
@@ -302,9 +308,9 @@ double product_seconds(const Bench& b, const Form& f, int64_t batch, int64_t row
     const double s = b.seconds([&] {
       for (int i = 0; i < 4; ++i) products.run();
     });
-    times.push_back(s / (4 * static_cast<double>(all.size())));
+    times.push_back(s / (4 * static_cast<double>(w.all.size())));
   }
-  return median(times);
+  return static_cast<double>(w.bytes) / median(times);
 }
 
 int run(int argc, char** argv) {
@@ -351,11 +357,8 @@ int run(int argc, char** argv) {
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
     const Form f = parse_form(text);
-    const auto product_rate = [&](int64_t sequences, int64_t m, int64_t k) {
-      size_t bytes = 0;
-      const double seconds = product_seconds(b, f, sequences, m, k, &bytes);
-      return static_cast<double>(bytes) / seconds;
-    };
+    constexpr int64_t kHidden = 4096, kWide = 11008;
+    const Matrices for_down(b, f, kHidden, kWide), for_up(b, f, kWide, kHidden);
     Model m = make_model(*s, f, std::max(b.prompt + b.gen, b.long_prompt), b.device);
     if (cache_bits > 0) m.kept.k = m.kept.v = RowQuant{.bits = cache_bits};
     const ModelSize size = model_size(m);
@@ -363,7 +366,8 @@ int run(int argc, char** argv) {
     const double prompt_rate = static_cast<double>(b.long_prompt) / prompt;
     for (const int64_t n : batches) {
       const double step = decode_seconds(b, m, n);
-      const double down = product_rate(n, 4096, 11008), up = product_rate(n, 11008, 4096);
+      const double down = product_rate(b, for_down, n, kHidden, kWide),
+                   up = product_rate(b, for_up, n, kWide, kHidden);
       const double tokens = static_cast<double>(n) / step,
                    rate = static_cast<double>(size.token_bytes) / step;
       fmt::print(
