@@ -147,7 +147,8 @@ template <class T> struct DenseWeights {
 // Panels of 16 rows instead of rows; false: not for such matrices.
 bool in_panels(GemvArgs& a, DType type) {
   if ((type != DType::F16 && type != DType::BF16) || a.in.cols % 8 != 0) return false;
-  a.units = (a.in.cols + 63) / 64;
+  constexpr int kCols = DenseWeights<F16>::kUnitCols;
+  a.units = (a.in.cols + kCols - 1) / kCols;
   a.work = 0;
   for (int i = 0; i < a.matrices; ++i) {
     if (!aligned16(a.m[i].data)) return false;
@@ -163,7 +164,7 @@ bool in_panels(GemvArgs& a, DType type) {
 
 SplitRows dense_rows_taken(GemvArgs a, DType type, int device) {
   if (!in_panels(a, type)) return {};
-  return rows_taken<DenseWeights<F16>>(a.units, a.work, a.output, device);
+  return rows_taken<DenseWeights<F16>>(a.units, a.output, device);
 }
 
 bool dense_rows(Tensor& y, GemvArgs a, DType type) {

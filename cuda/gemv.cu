@@ -81,13 +81,8 @@ SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
   GemvArgs a = arguments(op, y, x, matrices, output);
   if (!rows_side_by_side(a.in)) return {};
   const int device = y.device().index;
-  if (const auto* packed = std::get_if<PackedInt>(&matrices[0].weight)) {
-    for (const RowMatrix& m : matrices) {
-      const int panels = static_cast<int>(std::get<PackedInt>(m.weight).panels());
-      a.work = output == RowOutput::SiluMul ? panels : a.work + panels;
-    }
-    return packed_rows_taken(packed_view(*packed, nullptr), a.work, output, device);
-  }
+  if (const auto* packed = std::get_if<PackedInt>(&matrices[0].weight))
+    return packed_rows_taken(packed_view(*packed, nullptr), output, device);
   for (size_t i = 0; i < matrices.size(); ++i)
     a.m[i].data = std::get<Tensor>(matrices[i].weight).raw();
   return dense_rows_taken(a, std::get<Tensor>(matrices[0].weight).dtype(), device);

@@ -417,7 +417,7 @@ __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
 // Those that give a bool do nothing and give false where they are not made for the product.
 bool packed_row(Tensor& y, GemvArgs a, const PackedView& v);
 bool packed_rows(Tensor& y, const GemvArgs& a, const PackedView& v);
-SplitRows packed_rows_taken(const PackedView& v, int work, RowOutput output, int device);
+SplitRows packed_rows_taken(const PackedView& v, RowOutput output, int device);
 bool dense_rows(Tensor& y, GemvArgs a, DType type);
 SplitRows dense_rows_taken(GemvArgs a, DType type, int device);
 void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);

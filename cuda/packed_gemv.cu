@@ -108,17 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ float scales[kPackedRows], squares[kWarps];
   const int64_t panel_bytes = int64_t{a.units} * kUnitBytes;
   const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
-  // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
-  // lane % 4.
-  const char* x_lane[kTiles];
-  const UnitScale* x_units[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const int read = kTileRows * t + lane / 8, got = kTileRows * t + lane % 4;
-    x_lane[t] = x.bytes + (read < rows ? read : 0) * a.x_stride +
-                lane / 4 % 2 * PlanePlace<kUnit>::lo_after + lane % 4 * PlanePlace<kUnit>::kRun;
-    x_units[t] = x.units + (got < rows ? got : 0) * a.x_units;
-  }
+  const TileLanes<kTiles> lanes(x, rows, a.x_stride, a.x_units, plane_offset<kUnit>(lane), lane);
   let_next_start();
   const uint64_t policy = read_once();
 #pragma unroll 1
@@ -217,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int unit = span * kSpan;
 #pragma unroll
       for (int i = 0; i < kSpan; ++i)
-        multiply_unit<kBits, kUnit, kTiles>(total, from + i * kUnitBytes, grid + i * 16, x_lane,
-                                            x_units, unit + i, lane);
+        multiply_unit<kBits, kUnit, kTiles>(total, from + i * kUnitBytes, grid + i * 16,
+                                            lanes.bytes, lanes.units, unit + i, lane);
       __syncwarp();
       fill(slot);
       slot = slot + 1 == kStages ? 0 : slot + 1;

@@ -53,9 +53,7 @@ template <int kBits, int kUnit> struct PackedWeights {
   static __device__ __forceinline__ int64_t panel_bytes(const GemvArgs& a) {
     return int64_t{a.units} * kUnitBytes;
   }
-  static __device__ __forceinline__ int lane_offset(int lane) {
-    return lane / 4 % 2 * PlanePlace<kUnit>::lo_after + lane % 4 * PlanePlace<kUnit>::kRun;
-  }
+  static __device__ __forceinline__ int lane_offset(int lane) { return plane_offset<kUnit>(lane); }
   static __device__ __forceinline__ void put(const StagedX& row, int units, const int (&c)[2],
                                              const float4 (&v)[2]) {
     put_bytes<kUnit>(row, units, c, v);
@@ -142,9 +140,9 @@ template <class F> void with_weights(const PackedView& v, F&& body) {
 
 // ---- launchers ----
 
-SplitRows packed_rows_taken(const PackedView& v, int work, RowOutput output, int device) {
+SplitRows packed_rows_taken(const PackedView& v, RowOutput output, int device) {
   SplitRows rows;
-  with_weights(v, [&](auto w) { rows = rows_taken<decltype(w)>(v.units, work, output, device); });
+  with_weights(v, [&](auto w) { rows = rows_taken<decltype(w)>(v.units, output, device); });
   return rows;
 }
 

@@ -73,6 +73,23 @@ struct StagedX {
   UnitScale* units;  // [rows, units]
 };
 
+// Where a lane meets x. As an operand it reads a plane of row lane / 8 of each tile, from `offset`
+// on; of the results it has row lane % 4. Behind the last row stands the first: its sums go
+// nowhere.
+template <int kTiles> struct TileLanes {
+  const char* bytes[kTiles];
+  const UnitScale* units[kTiles];
+  __device__ __forceinline__ TileLanes(const StagedX& x, int rows, int x_stride, int x_units,
+                                       int offset, int lane) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int read = kTileRows * t + lane / 8, got = kTileRows * t + lane % 4;
+      bytes[t] = x.bytes + (read < rows ? read : 0) * x_stride + offset;
+      units[t] = x.units + (got < rows ? got : 0) * x_units;
+    }
+  }
+};
+
 // The lanes of the team of kTeam neighbours that this lane is in.
 template <int kTeam> __device__ __forceinline__ uint32_t team_mask() {
   if constexpr (kTeam == 32) return 0xffffffffu;
@@ -145,6 +162,11 @@ __device__ __forceinline__ void put_bytes(const StagedX& x, int units, const int
     *reinterpret_cast<uint32_t*>(at + PlanePlace<kUnit>::lo_after) = out[f].lo;
     if (inside == 0) x.units[unit] = out[f].unit;
   }
+}
+
+// A row's plane of a unit stands so far behind where the row begins, for a lane.
+template <int kUnit> __device__ __forceinline__ int plane_offset(int lane) {
+  return lane / 4 % 2 * PlanePlace<kUnit>::lo_after + lane % 4 * PlanePlace<kUnit>::kRun;
 }
 
 // A tile is four rows of x. total: of rows r and r + 8 and row q of each tile. x: where

@@ -87,24 +87,29 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ uint32_t address_in_cluster(uint32_t address,
+                                                       [[maybe_unused]] uint32_t block) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+#endif
+  return address;
+}
 __device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t address,
                                                  [[maybe_unused]] uint32_t block,
                                                  [[maybe_unused]] float v) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_cluster(address, block)), "f"(v)
+               : "memory");
 #endif
 }
 __device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t address,
                                                  [[maybe_unused]] uint32_t block,
                                                  [[maybe_unused]] float4 v) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x), "f"(v.y),
-               "f"(v.z), "f"(v.w)
-               : "memory");
+  asm volatile(
+      "st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_in_cluster(address, block)),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 #endif
 }
 

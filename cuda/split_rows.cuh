@@ -220,11 +220,6 @@ struct SplitRound {
 struct SplitFactors {
   float squares[kSplitWarps], shares[kMostSplit][kSplitRows], of[kSplitRows];
 
-  // sum: of this thread's squares; a barrier of the block behind it.
-  __device__ __forceinline__ void store(float sum) {
-    sum = team_sum<32>(sum);
-    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
-  }
   // To all blocks; a barrier of the cluster behind it.
   __device__ __forceinline__ void send(const SplitArgs& s, int rank) {
     const int warp = static_cast<int>(threadIdx.x / 32), n = static_cast<int>(threadIdx.x % 32);
@@ -267,16 +262,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
                        each};
   float* inbox = sums.parts + kSplitWarps * s.segments * each;
   const int panels = (a.output == RowOutput::SiluMul ? 2 : 1) * work_of_block(a);
-  // As an operand this lane reads a plane of row lane / 8 of a tile; of the results it has row
-  // lane % 4.
-  const char* x_lane[kTiles];
-  const UnitScale* x_units[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const int read = kTileRows * t + lane / 8, got = kTileRows * t + lane % 4;
-    x_lane[t] = x.bytes + (read < rows ? read : 0) * a.x_stride + W::lane_offset(lane);
-    x_units[t] = x.units + (got < rows ? got : 0) * a.x_units;
-  }
+  const TileLanes<kTiles> lanes(x, rows, a.x_stride, a.x_units, W::lane_offset(lane), lane);
   cluster_arrive();
   let_next_start();
 #pragma unroll 1
@@ -301,7 +287,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     stream.rest();
     const SplitRound round{s, sums, inbox, rank, p0, count};
     const float4 before = round.before();
-    if (p0 == 0) factors.store(sum);
+    if (p0 == 0) RowsSideBySide<kSplitThreads>::store_squares(a.in, factors.squares, sum);
     if (static_cast<int>(threadIdx.x) < count) {
       const int from = static_cast<int>(threadIdx.x) * units, w = from / most;
       where[threadIdx.x] = SplitSums::place(w, static_cast<int>(threadIdx.x) - w * most / units,
@@ -312,7 +298,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     float* part = sums.parts + warp * s.segments * each + lane / 4;
 #pragma unroll 1
     while (run.left > 0) {
-      stream.template multiply<kTiles>(total, x_lane, x_units, run.unit);
+      stream.template multiply<kTiles>(total, lanes.bytes, lanes.units, run.unit);
       --run.left;
       if (++run.unit < units && run.left > 0) continue;
 #pragma unroll
@@ -387,13 +373,14 @@ struct SplitClusters {
   }
 };
 
-template <class W> SplitRows rows_taken(int units, int work, RowOutput output, int device) {
+// Whether rows fit does not hang on the panels: a round may be one of them.
+template <class W> SplitRows rows_taken(int units, RowOutput output, int device) {
   const DeviceInfo& info = device_info(device);
   if (info.major < 9) return {};
   const SplitClusters clusters(split_rows_kernel<W, 4>, info);
   for (int rows = kSplitRows; rows >= W::kFewestRows; --rows)
-    if (plan_split(split_form<W>(), units, rows, work, output, clusters.of, split_limit(info))
-            .split > 0)
+    if (plan_split(split_form<W>(), units, rows, 1, output, clusters.of, split_limit(info)).split >
+        0)
       return {W::kFewestRows, rows};
   return {};
 }
