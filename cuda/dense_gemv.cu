@@ -130,13 +130,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     using Row = RowInRegisters<kThreads, Staging::kTurns, Staging::kGain>;
     Row row(a.in);
     wait_for_previous();
-    const float sum = row.put(a.in, [&](int turn, const float4(&v)[2]) {
+    const auto put = [&](int turn, const float4(&v)[2]) {
       const int c = turn * Row::kTurnColumns + 4 * static_cast<int>(threadIdx.x);
 #pragma unroll
       for (int f = 0; f < 2; ++f)
         if (c + f * Row::kTurnColumns < a.x_stride)
           *reinterpret_cast<float4*>(x + c + f * Row::kTurnColumns) = v[f];
-    });
+    };
+    const float sum = row.put(a.in, put, [] {});
     row.store_squares(squares, sum);
     __syncthreads();
     factor = row.factor(a.in, squares);

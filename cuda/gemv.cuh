@@ -251,8 +251,10 @@ template <int kThreads, int kTurns, bool kGain> struct RowInRegisters {
 
   // put(turn, its columns and those of the turn behind it, times the gain) for all columns up to a
   // multiple of 2 kTurnColumns; those of a turn are turn · kTurnColumns + 4 · thread and the three
-  // behind it. Gives the sum of this thread's squares, where there is a gain.
-  template <class Put> __device__ __forceinline__ float put(const GemvInput& in, Put&& put) {
+  // behind it. Gives the sum of this thread's squares, where there is a gain. asked() is called
+  // once, when all of the row has been asked for and has yet to come.
+  template <class Put, class Asked>
+  __device__ __forceinline__ float put(const GemvInput& in, Put&& put, Asked&& asked) {
     float sum = 0;
 #pragma unroll 1
     for (int first = 0; first < in.cols; first += kTurns * kTurnColumns) {
@@ -265,6 +267,7 @@ template <int kThreads, int kTurns, bool kGain> struct RowInRegisters {
         if (j * kTurnColumns < left) x[j] = __ldcg(from + j * kThreads);
       }
       if (first > 0) load_gains(in, first);
+      if (first + kTurns * kTurnColumns >= in.cols) asked();
 #pragma unroll
       for (int j = 0; j < kTurns; j += 2) {
         if (j > 0 && first + j * kTurnColumns >= in.cols) break;
@@ -412,6 +415,19 @@ __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
   at -= i == 1 ? first : two;
   return i;
 }
+
+// The 16 rows of results that a block's panel of a round gives, or, for SiluMul, its pair of
+// panels. p0: the round's first panel; i: which one behind it.
+struct ResultPanel {
+  int matrix, row;  // its first row in the matrix; for SiluMul in both
+  __device__ __forceinline__ ResultPanel(const GemvArgs& a, int p0, int i) {
+    const bool pairs = a.output == RowOutput::SiluMul;
+    int at =
+        static_cast<int>(blockIdx.x) + ((pairs ? p0 / 2 : p0) + i) * static_cast<int>(gridDim.x);
+    matrix = pairs ? 0 : find_matrix(a, at);
+    row = at * 16;
+  }
+};
 
 // y of packed (all of one layout) or dense (all of one dtype) matrices; rows first … of x.
 // Those that give a bool do nothing and give false where they are not made for the product.

@@ -69,9 +69,7 @@ __global__ void arrange_grids_kernel(GridWord* out, PanelSource s, PackedView v)
     const uint8_t* grid = s.data + panel * s.panel_bytes + group * s.block_bytes +
                           int64_t{16} * panel_columns(s, group) * s.bits / 8;
     const __half scale = reinterpret_cast<const __half*>(grid)[row];
-    const float zero = s.symmetric ? static_cast<float>(1 << (s.bits - 1))
-                                   : __half2float(reinterpret_cast<const __half*>(grid)[16 + row]);
-    out[at] = grid_word(scale, zero);
+    out[at] = grid_word(scale, s.symmetric ? 1 << (s.bits - 1) : grid[32 + row]);
   }
 }
 

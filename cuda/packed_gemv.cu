@@ -35,13 +35,11 @@ struct Place {
   int local, n, row, matrix, out;  // local: which panel (or pair) of the round
   float* y = nullptr;              // null: there is no such row
   __device__ __forceinline__ Place(const GemvArgs& a, int i, int p0) {
-    const bool pairs = a.output == RowOutput::SiluMul;
     row = i % 16, local = i / 16, n = 0;
     if (a.in.rows > 1) n = local % a.in.rows, local /= a.in.rows;
-    int at = static_cast<int>(blockIdx.x) +
-             ((pairs ? p0 / 2 : p0) + local) * static_cast<int>(gridDim.x);
-    matrix = pairs ? 0 : find_matrix(a, at);
-    out = at * 16 + row;
+    const ResultPanel panel(a, p0, local);
+    matrix = panel.matrix;
+    out = panel.row + row;
     if (out < a.m[matrix].rows) y = a.m[matrix].y + n * a.y_stride + out;
   }
 };

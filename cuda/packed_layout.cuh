@@ -40,7 +40,7 @@ namespace omq::cuda {
 // A row's grid in a group: scale as F16 in the low half, the zero point as a whole number in the
 // high one.
 using GridWord = uint32_t;
-__device__ __forceinline__ GridWord grid_word(__half scale, float zero) {
+__device__ __forceinline__ GridWord grid_word(__half scale, int zero) {
   return __half_as_ushort(scale) | static_cast<uint32_t>(zero) << 16;
 }
 __device__ __forceinline__ float grid_scale(GridWord g) {

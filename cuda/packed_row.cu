@@ -9,8 +9,8 @@
 //   sums     stay in registers to the end of a panel, and meet those of the other warps in shared
 //            memory, [panel][warp][row]
 //   x        stays in registers until it is whole numbers (RowInRegisters); one slot of the ring is
-//            filled before the kernel in front has ended, the other once x is there: it would stand
-//            in its way, and comes while x is worked at
+//            filled before the kernel in front has ended; the other would stand in x's way, and is
+//            asked for behind it
 #include "cuda/packed.h"
 #include "cuda/packed_panels.cuh"
 #include "cuda/packed_unit.cuh"
@@ -23,6 +23,9 @@ constexpr int kSpan = 4;  // units
 // Slots of a warp's ring. One is filled before the kernel in front has ended: with none a token
 // takes 5 to 9 % longer (H200, 2 to 4 bits); with a ring of four and two of them up to 8 %.
 constexpr int kStages = 2, kEarly = 1;
+// The other slots are filled while x is on its way, or once it is there: fewer bits are bound by
+// instructions, not by what is under way (H200: 4 bits 2 % faster, 3 and 2 bits 1 % slower so).
+constexpr bool fill_behind_x(int bits) { return bits == 4; }
 
 constexpr int unit_bytes(int bits, int unit) { return unit_words(bits, unit) * 128; }
 constexpr int span_bytes(int bits, int unit) { return kSpan * (unit_bytes(bits, unit) + 64); }
@@ -126,11 +129,9 @@ struct RowPlace {
   int matrix, out;
   float* y = nullptr;
   __device__ __forceinline__ RowPlace(const GemvArgs& a, int i, int p0) {
-    const bool pairs = a.output == RowOutput::SiluMul;
-    int at = static_cast<int>(blockIdx.x) +
-             ((pairs ? p0 / 2 : p0) + i / 16) * static_cast<int>(gridDim.x);
-    matrix = pairs ? 0 : find_matrix(a, at);
-    out = at * 16 + i % 16;
+    const ResultPanel panel(a, p0, i / 16);
+    matrix = panel.matrix;
+    out = panel.row + i % 16;
     if (out < a.m[matrix].rows) y = a.m[matrix].y + out;
   }
 };
@@ -257,16 +258,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int early = p0 == 0 ? kEarly : kStages;
 #pragma unroll 1
     for (int s = 0; s < early; ++s) fill(s);
+    const auto fill_others = [&] {
+#pragma unroll 1
+      for (int s = kEarly; s < kStages; ++s) fill(s);
+    };
     float sum = 0;
     if (p0 == 0) {
       Row row(a.in);
       if (threadIdx.x < kUnit / 2) reinterpret_cast<uint32_t*>(zeros)[threadIdx.x] = 0;
       const RowBytes<kUnit> to(x, spans * kSpan);
       wait_for_previous();
-      sum = row.put(a.in, [&](int turn, const float4(&v)[2]) { to.put(turn, v); });
+      sum = row.put(
+          a.in, [&](int turn, const float4(&v)[2]) { to.put(turn, v); },
+          [&] {
+            if constexpr (fill_behind_x(kBits)) fill_others();
+          });
     }
-#pragma unroll 1
-    for (int s = early; s < kStages; ++s) fill(s);
+    if (p0 == 0 && !fill_behind_x(kBits)) fill_others();
     const float before = addend(a, p0, count);
     if (p0 == 0) {
       __syncthreads();

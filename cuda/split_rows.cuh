@@ -116,15 +116,13 @@ struct SplitPlace {
   float* y;
   __device__ __forceinline__ SplitPlace(const SplitArgs& s, int i, int p0, int rank) {
     const GemvArgs& a = s.a;
-    const bool pairs = a.output == RowOutput::SiluMul;
     const int own = quotient(i, s.inverse), one = own * s.split + rank;
     sum = 4 * (i - own * (4 * a.in.rows));
     n = sum / 16;
-    panel = pairs ? 2 * one : one;
-    int at =
-        static_cast<int>(blockIdx.x) + ((pairs ? p0 / 2 : p0) + one) * static_cast<int>(gridDim.x);
-    matrix = pairs ? 0 : find_matrix(a, at);
-    out = at * 16 + sum % 16;
+    panel = a.output == RowOutput::SiluMul ? 2 * one : one;
+    const ResultPanel of(a, p0, one);
+    matrix = of.matrix;
+    out = of.row + sum % 16;
     there = min(a.m[matrix].rows - out, 4);
     y = a.m[matrix].y + n * a.y_stride + out;
   }

@@ -68,16 +68,18 @@ LlamaBlock empty_block(const ModelConfig& c) {
 
 namespace {
 
-// Scales and zero points are the only floating-point values of a packed matrix (tensor/packed.h).
+// A scale that is no number would spread, a zero point that is no code overflow the kernels' sums.
 void check_grid(const PackedInt& w) {
   for (int64_t p = 0; p < w.panels(); ++p)
     for (int64_t g = 0; g < w.groups(); ++g) {
       const uint8_t* grid = w.data.data<uint8_t>() + p * w.panel_bytes() + g * w.block_bytes(0) +
                             PackedInt::code_bytes(w.group_columns(g), w.spec.bits);
-      for (int64_t i = 0; i < w.grid_bytes() / 2; ++i) {
-        const bool finite = (grid[2 * i + 1] & 0x7c) != 0x7c;
-        check(finite, "the {} of row {}, group {} is not a finite number",
-              i < kPanelRows ? "scale" : "zero point", p * kPanelRows + i % kPanelRows, g);
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        check((grid[2 * r + 1] & 0x7c) != 0x7c,
+              "the scale of row {}, group {} is not a finite number", p * kPanelRows + r, g);
+        check(w.spec.symmetric || grid[2 * kPanelRows + r] <= w.spec.max_code(),
+              "the zero point of row {}, group {} is {}, which is no code of {} bits",
+              p * kPanelRows + r, g, grid[2 * kPanelRows + r], w.spec.bits);
       }
     }
 }

@@ -7,7 +7,8 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int kVersion = 1, kOnlineVersion = 2;  // without and with online_transforms
+// Without and with online_transforms. 1 and 2 had zero points of two bytes.
+constexpr int kVersion = 3, kOnlineVersion = 4;
 
 json matrix_json(const MatrixSpec& s) {
   return {{"bits", s.bits}, {"group_size", s.group_size}, {"symmetric", s.symmetric}};

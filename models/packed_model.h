@@ -65,7 +65,7 @@ OnlineSpecs online_specs(nn::Block& block);
 int64_t online_operations(const OnlineSpecs& online, const ModelConfig& config);
 
 // quantization_config of config.json. Its key "online_transforms" is there when a block has any,
-// {"mlp.down_proj": {"type": "kronecker", "left": 32, "right": 48}}, and then omq_format is 2, so
+// {"mlp.down_proj": {"type": "kronecker", "left": 32, "right": 48}}, and then omq_format is 4, so
 // that programs that know of none refuse the file.
 struct PackedConfig {
   std::string method;                            // "omniquant": for people, loaders do not need it

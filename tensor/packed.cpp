@@ -160,7 +160,7 @@ PackedInt pack_codes(const Tensor& codes, const Tensor& scale, const Tensor& zer
       for (int64_t r = 0; r < live_rows; ++r) {
         const int64_t i = (p * kPanelRows + r) * groups + g;
         put_f16(bytes + b.grid + 2 * r, s[i]);
-        if (z) put_f16(bytes + b.grid + 32 + 2 * r, z[i]);
+        if (z) bytes[b.grid + 2 * kPanelRows + r] = static_cast<uint8_t>(z[i]);
       }
     }
   return w;
@@ -195,8 +195,8 @@ Unpacked unpack_codes(const PackedInt& w) {
       for (int64_t r = 0; r < live_rows; ++r) {
         const int64_t i = (p * kPanelRows + r) * groups + g;
         u.scale.data<float>()[i] = get_f16(bytes + b.grid + 2 * r);
-        u.zero.data<float>()[i] = w.spec.symmetric ? static_cast<float>(1 << (w.spec.bits - 1))
-                                                   : get_f16(bytes + b.grid + 32 + 2 * r);
+        u.zero.data<float>()[i] = static_cast<float>(
+            w.spec.symmetric ? 1 << (w.spec.bits - 1) : bytes[b.grid + 2 * kPanelRows + r]);
       }
     }
   return u;

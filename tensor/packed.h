@@ -4,8 +4,8 @@
 // columns (the last group of a row may be short). A panel is one sequential run of bytes: block 0,
 // block 1, …; the file holds the panels in order.
 //
-//   block = codes of 16 rows × n columns, then 16 f16 scales, then (asymmetric only) 16 f16 zero
-//   points
+//   block = codes of 16 rows × n columns, then 16 f16 scales, then (asymmetric only) 16 zero
+//   points, a byte each
 //
 //   n is the group's column count rounded up to a multiple of `column_step(bits)`; the surplus
 //   holds code = zero point. Rows past the end of the matrix hold code 0 with scale 0.   w = scale
@@ -23,8 +23,8 @@
 //   so a 64-byte vector is 16 rows × 4 consecutive columns once unpacked: the operand order of
 //   VNNI's dot product.
 //
-// Zero points are whole numbers in [0, 2ᵇ−1], exact in f16. Symmetric matrices store none: their
-// zero is 2ᵇ⁻¹.
+// Zero points are whole numbers in [0, 2ᵇ−1]: a byte holds them (2.375 bits a weight at 2 bits in
+// groups of 64; two bytes would make it 2.5). Symmetric matrices store none: their zero is 2ᵇ⁻¹.
 #pragma once
 
 #include <cstdint>
@@ -76,7 +76,7 @@ struct PackedInt {
   static int64_t code_bytes(int64_t n, int bits) {  // of one block with n columns
     return kPanelRows * padded_columns(n, bits) * bits / 8;
   }
-  int64_t grid_bytes() const { return spec.symmetric ? 32 : 64; }
+  int64_t grid_bytes() const { return kPanelRows * (spec.symmetric ? 2 : 3); }
   int64_t block_bytes(int64_t g) const {
     return code_bytes(group_columns(g), spec.bits) + grid_bytes();
   }

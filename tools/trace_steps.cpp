@@ -149,7 +149,7 @@ json place_step(const PackedInt& panel, const Group& g, const FilePlace* stored)
   j["panel_at"] = g.panel() * panel.panel_bytes();  // in the tensor
   j["block_at"] = g.group * panel.block_bytes(0);   // in the panel
   j["scale_at"] = codes + 2 * g.in_panel();         // in the block
-  if (!panel.spec.symmetric) j["zero_at"] = codes + 2 * kPanelRows + 2 * g.in_panel();
+  if (!panel.spec.symmetric) j["zero_at"] = codes + 2 * kPanelRows + g.in_panel();
   if (!stored) return j;
   j["file"] = stored->file.string();
   j["tensor_at"] = stored->tensor_at;
@@ -219,7 +219,7 @@ json bytes_step(const PackedInt& panel, const Group& g, const json& place) {
     i += n;
   }
   j["scale"] = hex(block + place["scale_at"].get<int64_t>(), 2);
-  if (place.contains("zero_at")) j["zero"] = hex(block + place["zero_at"].get<int64_t>(), 2);
+  if (place.contains("zero_at")) j["zero"] = hex(block + place["zero_at"].get<int64_t>(), 1);
   return j;
 }
 

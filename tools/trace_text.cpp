@@ -200,8 +200,7 @@ void bytes(const json& j, const json& place, const json& q, const Shown& s) {
   if (runs > most) line("{:>21}   … {} more: --show 0, or --json", "", runs - most);
   run(place["scale_at"].get<int64_t>(), j["scale"].get<std::string>(),
       "h, float16, low byte first");
-  if (j.contains("zero"))
-    run(place["zero_at"].get<int64_t>(), j["zero"].get<std::string>(), "z, float16");
+  if (j.contains("zero")) run(place["zero_at"].get<int64_t>(), j["zero"].get<std::string>(), "z");
 }
 
 void back(const json& j, const Shown& s) {

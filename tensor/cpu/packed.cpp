@@ -219,10 +219,10 @@ void dequantize_row(const PackedInt& w, const PanelView& view, int64_t row, floa
   for (int64_t g = 0; g < view.groups; ++g, block += view.block_bytes) {
     const int64_t cols = w.group_columns(g);
     const int64_t padded = PackedInt::padded_columns(cols, view.bits);
-    const uint8_t* grid = block + PackedInt::code_bytes(cols, view.bits) + 2 * r;
-    const float scale = f16_at(grid);
-    const float zero =
-        view.symmetric ? static_cast<float>(1 << (view.bits - 1)) : f16_at(grid + 32);
+    const uint8_t* grid = block + PackedInt::code_bytes(cols, view.bits);
+    const float scale = f16_at(grid + 2 * r);
+    const auto zero =
+        static_cast<float>(view.symmetric ? 1 << (view.bits - 1) : grid[2 * kPanelRows + r]);
     uint8_t codes[4 * kPanelRows] = {};
     for (int64_t c = 0; c < cols; ++c) {
       if (c % 4 == 0) unpack_quad(block, view.bits, padded, c / 4, codes);

@@ -180,7 +180,7 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
           const uint8_t* grid = stream + h / 2 * stream_bytes + b.grid;
           if (half_of(h) == 0) prefetch(grid);
           const __m256 scale = load_f16(grid + 16 * half_of(h));
-          const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, half_of(h)));
+          const __m256i zero = zeros_at(w, grid, half_of(h));
           OMQ_UNROLL for (int m = 0; m < M; ++m) total[2 * p + h][m] = add_chunk(
               total[2 * p + h][m], dot[h][m], zero, scale, x[m].sum[chunk], x[m].scale[chunk]);
         }
@@ -216,7 +216,7 @@ void dequantize_half(const PanelView& w, const uint8_t* block, int64_t g, float*
   const Block<Bits> b(w, g);
   const __m256i low16 = _mm256_set1_epi32(0xffff);
   const __m256 scale = load_f16(block + b.grid + 16 * Half);
-  const __m256 zero = zeros_at(w, block + b.grid, Half);
+  const __m256 zero = _mm256_cvtepi32_ps(zeros_at(w, block + b.grid, Half));
   for (int64_t v = 0; 4 * Q * v < b.cols; ++v) {
     const __m256i codes = load(block + 64 * v + 32 * Half);
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {

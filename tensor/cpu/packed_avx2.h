@@ -98,9 +98,10 @@ template <int Bits, int Half> OMQ_INLINE Pairs unpack(__m256i v, __m256i third, 
 OMQ_INLINE __m256 load_f16(const uint8_t* at) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
-OMQ_INLINE __m256 zeros_at(const PanelView& w, const uint8_t* grid, int half) {
-  return w.symmetric ? _mm256_set1_ps(static_cast<float>(1 << (w.bits - 1)))
-                     : load_f16(grid + 2 * kRows + 16 * half);
+OMQ_INLINE __m256i zeros_at(const PanelView& w, const uint8_t* grid, int half) {
+  return w.symmetric ? _mm256_set1_epi32(1 << (w.bits - 1))
+                     : _mm256_cvtepu8_epi32(_mm_loadl_epi64(
+                           reinterpret_cast<const __m128i*>(grid + 2 * kRows + 8 * half)));
 }
 
 // The first `live` of 8 values.

@@ -134,7 +134,7 @@ void gemm_panel(const PanelView& w, const uint8_t* unpacked, int64_t panel, cons
       }
       OMQ_UNROLL for (int h = 0; h < 2; ++h) {
         const __m256 scale = load_f16(grid + 16 * h);
-        const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, grid, h));
+        const __m256i zero = zeros_at(w, grid, h);
         // Σ (code − zero), the surplus columns adding nothing.
         const __m256i codes = _mm256_sub_epi32(
             load(unpacked + 32 * h),

@@ -112,7 +112,7 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
         prefetch(stream + b.grid);
         OMQ_UNROLL for (int half = 0; half < 2; ++half) {
           const __m256 scale = load_f16(stream + b.grid + 16 * half);
-          const __m256i zero = _mm256_cvtps_epi32(zeros_at(w, stream + b.grid, half));
+          const __m256i zero = zeros_at(w, stream + b.grid, half);
           OMQ_UNROLL for (int m = 0; m < M; ++m) total[p][half][m] = add_chunk(
               total[p][half][m], dot[p][half][m], zero, scale, x[m].sum[chunk], x[m].scale[chunk]);
         }
@@ -157,8 +157,7 @@ OMQ_INLINE void unpack_chunk(const PanelView& w, const uint8_t* low, const uint8
   chunk->quads = quads;
   OMQ_UNROLL for (int half = 0; half < 2; ++half) {
     _mm256_store_ps(chunk->scale + 8 * half, load_f16(grid + 16 * half));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(chunk->zero + 8 * half),
-                       _mm256_cvtps_epi32(zeros_at(w, grid, half)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(chunk->zero + 8 * half), zeros_at(w, grid, half));
   }
   auto* to = reinterpret_cast<__m256i*>(out + sizeof(Chunk));
   for (int64_t q = 0; q < quads; low += 64, high += 32) {

@@ -70,7 +70,8 @@ OMQ_INLINE __m512 load_f16(const uint8_t* at) {
 }
 OMQ_INLINE __m512i zeros_at(const PanelView& w, const uint8_t* grid) {
   return w.symmetric ? _mm512_set1_epi32(1 << (w.bits - 1))
-                     : _mm512_cvtps_epi32(load_f16(grid + 2 * kRows));
+                     : _mm512_cvtepu8_epi32(
+                           _mm_loadu_si128(reinterpret_cast<const __m128i*>(grid + 2 * kRows)));
 }
 OMQ_INLINE __m512i broadcast(const int8_t* x) {
   int32_t four_columns;

@@ -98,9 +98,11 @@ OMQ_INLINE float32x4_t scales_at(const uint8_t* grid, int quarter) {
 // zero − offset
 OMQ_INLINE int32x4_t zeros_at(const PanelView& w, const uint8_t* grid, int quarter) {
   const int32x4_t offset = vdupq_n_s32(offset_of(w.bits));
-  const int32x4_t zero = w.symmetric ? vdupq_n_s32(1 << (w.bits - 1))
-                                     : vcvtq_s32_f32(load_f16(grid + 2 * kRows + 8 * quarter));
-  return vsubq_s32(zero, offset);
+  if (w.symmetric) return vsubq_s32(vdupq_n_s32(1 << (w.bits - 1)), offset);
+  uint32_t four;
+  __builtin_memcpy(&four, grid + 2 * kRows + 4 * quarter, 4);
+  const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+  return vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), offset);
 }
 
 // The first `live` of 4 values.

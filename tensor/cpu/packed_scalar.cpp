@@ -22,13 +22,12 @@ struct Grid {
 
 // Scales and zero points that follow the codes of a block.
 Grid grid_at(const PanelView& w, const uint8_t* at) {
-  uint16_t bits[2 * kRows];
-  std::memcpy(bits, at, w.symmetric ? sizeof bits / 2 : sizeof bits);
+  uint16_t scales[kRows];
+  std::memcpy(scales, at, sizeof scales);
   Grid g;
   for (int r = 0; r < kRows; ++r) {
-    g.scale[r] = f16_bits_to_f32(bits[r]);
-    g.zero[r] =
-        w.symmetric ? static_cast<float>(1 << (w.bits - 1)) : f16_bits_to_f32(bits[kRows + r]);
+    g.scale[r] = f16_bits_to_f32(scales[r]);
+    g.zero[r] = static_cast<float>(w.symmetric ? 1 << (w.bits - 1) : at[sizeof scales + r]);
   }
   return g;
 }

@@ -76,7 +76,7 @@ TEST_CASE("online model: what is written is read back to the last bit") {
   const auto config = PackedConfig::of(reader->config());
   REQUIRE(config.has_value());
   CHECK(config->online == kSpecs);
-  CHECK(config->to_json()["omq_format"] == 2);
+  CHECK(config->to_json()["omq_format"] == 4);
   CHECK(config->to_json() == reader->config().quantization);
   const Model loaded = Model::load(*reader);
   const Tensor ids = some_ids(40), want = model.logits(model.forward(ids));
@@ -152,8 +152,8 @@ TEST_CASE("online model: words that are not known, or do not fit, are refused by
       {R"({"online_transforms": {"mlp.up_proj": {"type": "kronecker", "left": 4, "right": 8}}})",
        "model.layers.0.mlp.up_proj.online.left"},
       {R"({"online_transforms": []})", "online_transforms is not an object"},
-      {R"({"online_transforms": null})", "online_transforms is missing in omq_format 2"},
-      {R"({"omq_format": 1})", "online_transforms does not belong in omq_format 1"}};
+      {R"({"online_transforms": null})", "online_transforms is missing in omq_format 4"},
+      {R"({"omq_format": 3})", "online_transforms does not belong in omq_format 3"}};
   for (const auto& [patch, message] : cases) {
     CAPTURE(patch);
     json config = good;

@@ -169,13 +169,13 @@ TEST_CASE("packed model: the bits per weight that are said are those of the file
   Model model = Model::load(*reader, 0, LoadAs::F32);
   pack_model(model, {{4, 32, false}, {}});
   const ModelSize size = model_size(model);
-  // 32 columns and the last 8 of down_proj's 72 are whole vectors of codes: 4 bits, and 4 bytes of
+  // 32 columns and the last 8 of down_proj's 72 are whole vectors of codes: 4 bits, and 3 bytes of
   // scale and zero for each row and group.
   const int64_t weights = 32 * 32 * 2 + 16 * 32 * 2 + 72 * 32 * 3;
   const int64_t groups = 32 + 32 + 16 + 16 + 72 + 72 + 32 * 3;
-  const int64_t padding = 2 * 8 * (32 / 2 + 4);  // gate and up: 72 rows in panels of 16
+  const int64_t padding = 2 * 8 * (32 / 2 + 3);  // gate and up: 72 rows in panels of 16
   CHECK(size.block_weights == weights);
-  CHECK(size.block_bytes == static_cast<size_t>(weights / 2 + 4 * groups + padding));
+  CHECK(size.block_bytes == static_cast<size_t>(weights / 2 + 3 * groups + padding));
   CHECK(size.weights == weights + kRandomVocab * kRandomHidden);
   CHECK(size.bytes == size.block_bytes + 2 * static_cast<size_t>(kRandomVocab * kRandomHidden));
   CHECK(size.token_bytes == size.bytes);
@@ -263,11 +263,11 @@ TEST_CASE("packed config: printing and reading") {
   CHECK(bits.activations.quant().linear == RowQuant{.bits = 4, .include_zero = false});
   CHECK_FALSE(ActivationSpec{}.quant().linear.has_value());
   // A share of the ranges: nothing that a reader of version 1 may overlook.
-  CHECK(c.quantization["omq_format"] == 1);
+  CHECK(c.quantization["omq_format"] == 3);
   bits.activations.activation_clip = 0.9;
   bits.activations.qkv_clip = 0.95;
   c.quantization = bits.to_json();
-  CHECK(c.quantization["omq_format"] == 2);
+  CHECK(c.quantization["omq_format"] == 4);
   CHECK(PackedConfig::of(c)->activations == bits.activations);
   CHECK(cache_quant(c).v == RowQuant{.bits = 7, .include_zero = false, .clip = 0.95});
   CHECK(bits.activations.quant().linear == RowQuant{.bits = 4, .include_zero = false, .clip = 0.9});
@@ -287,7 +287,7 @@ TEST_CASE("packed config: what is not ours, or not whole, is refused by name") {
       {R"({"quant_method": "gptq"})", "quant_method \"gptq\" is not supported"},
       {R"({"quant_method": null})", "quant_method is missing"},
       {R"({"quant_method": 4})", "quant_method is missing"},
-      {R"({"omq_format": 3})", "omq_format 3 is not supported, 1 and 2 are"},
+      {R"({"omq_format": 1})", "omq_format 1 is not supported, 3 and 4 are"},
       {R"({"omq_format": "1"})", "omq_format \"1\" is not supported"},
       {R"({"omq_format": null})", "omq_format (missing) is not supported"},
       {R"({"layout": "row"})", "layout \"row\" is not supported"},
@@ -409,22 +409,25 @@ TEST_CASE("packed model: tensors that do not fit their configuration") {
   CHECK(contains(wider.message(), "model.embed_tokens.packed"));
 }
 
-TEST_CASE("packed model: scales that are no numbers are found when the file is opened") {
+TEST_CASE("packed model: grids that cannot be are found when the file is opened") {
   for (const bool scale : {true, false}) {
     CAPTURE(scale);
-    Spoilt nan;
-    nan.tensor = [&](const std::string& name, Tensor& t) {
+    Spoilt grid;
+    grid.tensor = [&](const std::string& name, Tensor& t) {
       if (name != "model.layers.0.mlp.up_proj.packed") return true;
       // Second panel, row 3: 16 rows × 32 columns of 4 bits, then scales, then zeros.
-      uint8_t* at = t.data<uint8_t>() + t.dim(1) + 256 + 2 * 3 + (scale ? 0 : 32);
-      at[0] = 0x00;
-      at[1] = scale ? 0x7e : 0x7c;  // NaN, infinity
+      uint8_t* at = t.data<uint8_t>() + t.dim(1) + 256;
+      if (scale)
+        at[2 * 3 + 1] = 0x7e;  // NaN
+      else
+        at[32 + 3] = 16;
       return true;
     };
-    const std::string message = nan.message();
+    const std::string message = grid.message();
     CAPTURE(message);
     CHECK(contains(message, "model.layers.0.mlp.up_proj.packed"));
-    CHECK(contains(message, "row 19"));
+    CHECK(contains(message, scale ? "the scale of row 19, group 0 is not a finite number"
+                                  : "the zero point of row 19, group 0 is 16, which is no code"));
   }
 }
 

@@ -79,7 +79,7 @@ TEST_CASE("omq-quant: what is written of a rotation, and what reads it") {
   };
   json config = quant("--wbits 4 --abits 6 --k-bits 4");
   CHECK(config["tie_word_embeddings"] == false);
-  CHECK(config["quantization_config"]["omq_format"] == 2);
+  CHECK(config["quantization_config"]["omq_format"] == 4);
   CHECK(config["quantization_config"]["online_transforms"]["mlp.down_proj"] ==
         json{{"type", "kronecker"}, {"left", 8}, {"right", 9}});
   const json info = json::parse(run_program("omq-run", "info --json -m " + w.path("out")).out);
@@ -109,7 +109,7 @@ TEST_CASE("omq-quant: what is written of a rotation, and what reads it") {
   // Weights alone: nothing stays online, and every program reads the file.
   config = quant("--wbits 3 --group-size 32");
   CHECK(config["tie_word_embeddings"] == false);
-  CHECK(config["quantization_config"]["omq_format"] == 1);
+  CHECK(config["quantization_config"]["omq_format"] == 3);
   CHECK_FALSE(config["quantization_config"].contains("online_transforms"));
   CHECK_FALSE(w.report().contains("online"));
   CHECK(run_program("omq-run", "info -m " + w.path("out")).code == 0);
@@ -125,7 +125,7 @@ TEST_CASE("omq-quant: learned transforms and learned shares of activations run a
   REQUIRE(o.code == 0);
   CHECK(contains(o.err, "online: "));
   const json r = w.report(), config = json::parse(read_file(w.dir / "out/config.json"));
-  CHECK(config["quantization_config"]["omq_format"] == 2);
+  CHECK(config["quantization_config"]["omq_format"] == 4);
   CHECK(config["quantization_config"]["learned_activation_clips"] == true);
   CHECK(config["quantization_config"]["online_transforms"].size() == 9);
   CHECK(r["recipe"]["learned_act_clips"] == true);

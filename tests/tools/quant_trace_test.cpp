@@ -98,8 +98,8 @@ void check_file(const json& t, const std::filesystem::path& model) {
   CHECK(at(number("scale_at"), 2) == bytes["scale"].get<std::string>());
   CHECK(half(file, block + number("scale_at")) == codes["h"].get<double>());
   if (place.contains("zero_at")) {
-    CHECK(at(number("zero_at"), 2) == bytes["zero"].get<std::string>());
-    CHECK(half(file, block + number("zero_at")) == codes["z"].get<double>());
+    CHECK(at(number("zero_at"), 1) == bytes["zero"].get<std::string>());
+    CHECK(std::stoi(bytes["zero"].get<std::string>(), nullptr, 16) == codes["z"].get<int>());
   }
   const auto bits = place["stored_bits"].get<int>();
   for (size_t c = 0; c < codes["q"].size(); ++c) {

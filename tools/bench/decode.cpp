@@ -81,12 +81,13 @@ class Maker {  // of random weights
         auto* at = w.data.data<uint8_t>() + p * w.panel_bytes();
         fill(at, w.panel_bytes(), static_cast<uint64_t>(p));
         for (int64_t g = 0; g < w.groups(); ++g) {
-          auto* grid = reinterpret_cast<uint16_t*>(
-              at + g * w.block_bytes(0) + PackedInt::code_bytes(w.group_columns(g), w.spec.bits));
+          uint8_t* grid =
+              at + g * w.block_bytes(0) + PackedInt::code_bytes(w.group_columns(g), w.spec.bits);
+          const uint16_t scale = f32_to_f16_bits(static_cast<float>(deviation * 3.46 / top));
           for (int64_t i = 0; i < kPanelRows; ++i) {
-            grid[i] = f32_to_f16_bits(static_cast<float>(deviation * 3.46 / top));
-            grid[kPanelRows + i] =
-                f32_to_f16_bits(static_cast<float>(top / 2 + grid[kPanelRows + i] % 2));
+            std::memcpy(grid + 2 * i, &scale, 2);
+            uint8_t& zero = grid[2 * kPanelRows + i];
+            zero = static_cast<uint8_t>(top / 2 + zero % 2);
           }
         }
       }
