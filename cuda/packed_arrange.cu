@@ -30,11 +30,11 @@ __device__ uint32_t panel_code(const PanelSource& s, int panel, int row, int col
   const uint8_t* block = s.data + panel * s.panel_bytes + group * s.block_bytes;
   if (s.bits == 8) return block[64 * (c / 4) + 4 * row + c % 4];
   if (s.bits == 4) return block[64 * (c / 8) + 4 * row + c % 4] >> (c % 8 / 4 * 4) & 15;
-  const uint32_t low = block[64 * (c / 16) + 4 * row + c % 4] >> (c % 16 / 4 * 2) & 3;
-  if (s.bits == 2) return low;
-  const int bit = 4 * row + c % 4;
-  const uint8_t* plane = block + 4 * panel_columns(s, group);
-  return low | (plane[8 * (c / 4) + bit / 8] >> (bit % 8) & 1) << 2;
+  if (s.bits == 2) return block[64 * (c / 16) + 4 * row + c % 4] >> (c % 16 / 4 * 2) & 3;
+  const uint8_t* vectors = block + 192 * (c / 32) + 4 * row + c % 4;
+  const int quad = c % 32 / 4;
+  if (quad < 6) return vectors[64 * (quad / 2)] >> (quad % 2 * 3) & 7;
+  return vectors[64 * (quad - 6)] >> 6 | (vectors[128] >> quad & 1) << 2;
 }
 
 __global__ void arrange_codes_kernel(uint32_t* out, PanelSource s, PackedView v) {

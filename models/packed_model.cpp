@@ -7,7 +7,7 @@ using nlohmann::json;
 
 namespace {
 
-// Without and with online_transforms. 1 and 2 had zero points of two bytes.
+// Without and with online_transforms. 1 and 2 had zero points of two bytes, and third bits apart.
 constexpr int kVersion = 3, kOnlineVersion = 4;
 
 json matrix_json(const MatrixSpec& s) {

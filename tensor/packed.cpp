@@ -19,23 +19,33 @@ namespace {
 
 constexpr int64_t kQuadCodes = 64;  // 16 rows × 4 columns
 
-// Bytes before the plane of high bits in a 3-bit block: the plane of low pairs, 16 rows × 2 bits a
-// column.
-int64_t high_plane(int64_t padded_cols) { return 4 * padded_cols; }
+// Where the bits of a quad of 3-bit codes stand in its three vectors (packed.h).
+struct ThreeBits {
+  uint8_t* vectors;
+  int64_t quad;  // of the eight
+  ThreeBits(uint8_t* block, int64_t q) : vectors(block + q / 8 * 3 * kQuadCodes), quad(q % 8) {}
+  bool whole() const { return quad < 6; }  // or two bits and, in the last vector, one
+  uint8_t& first(int64_t i) const {
+    return vectors[(whole() ? quad / 2 : quad - 6) * kQuadCodes + i];
+  }
+  int64_t shift() const { return whole() ? quad % 2 * 3 : 6; }
+  uint8_t& third(int64_t i) const { return vectors[2 * kQuadCodes + i]; }  // in bit `quad`
+};
 
 // The inverse of unpack_quad; the block's bytes start as zero.
-void pack_quad(const uint8_t* codes, int bits, int64_t padded_cols, int64_t quad, uint8_t* block) {
-  const int plane_bits = bits == 3 ? 2 : bits;
-  const int64_t per_vector = 8 / plane_bits;  // quads that share one 64-byte vector
+void pack_quad(const uint8_t* codes, int bits, int64_t quad, uint8_t* block) {
+  const auto add = [](uint8_t& byte, int more) { byte = static_cast<uint8_t>(byte | more); };
+  if (bits == 3) {
+    const ThreeBits at(block, quad);
+    for (int64_t i = 0; i < kQuadCodes; ++i) {
+      add(at.first(i), (at.whole() ? codes[i] : codes[i] & 3) << at.shift());
+      if (!at.whole()) add(at.third(i), codes[i] >> 2 << at.quad);
+    }
+    return;
+  }
+  const int64_t per_vector = 8 / bits;  // quads that share one 64-byte vector
   uint8_t* vector = block + quad / per_vector * kQuadCodes;
-  const int64_t shift = quad % per_vector * plane_bits;
-  const int mask = (1 << plane_bits) - 1;
-  for (int64_t i = 0; i < kQuadCodes; ++i)
-    vector[i] = static_cast<uint8_t>(vector[i] | ((codes[i] & mask) << shift));
-  if (bits != 3) return;
-  uint8_t* word = block + high_plane(padded_cols) + 8 * quad;
-  for (int64_t i = 0; i < kQuadCodes; ++i)
-    word[i / 8] = static_cast<uint8_t>(word[i / 8] | ((codes[i] >> 2) << (i % 8)));
+  for (int64_t i = 0; i < kQuadCodes; ++i) add(vector[i], codes[i] << quad % per_vector * bits);
 }
 
 void check_spec(const char* op, const GroupSpec& spec, int64_t rows, int64_t cols) {
@@ -106,19 +116,19 @@ float get_f16(const uint8_t* at) {
 
 }  // namespace
 
-void cpu::unpack_quad(const uint8_t* block, int bits, int64_t padded_cols, int64_t quad,
-                      uint8_t* codes) {
-  const int plane_bits = bits == 3 ? 2 : bits;
-  const int64_t per_vector = 8 / plane_bits;
+void cpu::unpack_quad(const uint8_t* block, int bits, int64_t quad, uint8_t* codes) {
+  if (bits == 3) {
+    const ThreeBits at(const_cast<uint8_t*>(block), quad);
+    for (int64_t i = 0; i < kQuadCodes; ++i) {
+      const int code = at.first(i) >> at.shift() & (at.whole() ? 7 : 3);
+      codes[i] = static_cast<uint8_t>(at.whole() ? code : code | (at.third(i) >> at.quad & 1) << 2);
+    }
+    return;
+  }
+  const int64_t per_vector = 8 / bits;
   const uint8_t* vector = block + quad / per_vector * kQuadCodes;
-  const int64_t shift = quad % per_vector * plane_bits;
-  const int mask = (1 << plane_bits) - 1;
   for (int64_t i = 0; i < kQuadCodes; ++i)
-    codes[i] = static_cast<uint8_t>((vector[i] >> shift) & mask);
-  if (bits != 3) return;
-  const uint8_t* word = block + high_plane(padded_cols) + 8 * quad;
-  for (int64_t i = 0; i < kQuadCodes; ++i)
-    codes[i] = static_cast<uint8_t>(codes[i] | ((word[i / 8] >> (i % 8) & 1) << 2));
+    codes[i] = static_cast<uint8_t>(vector[i] >> quad % per_vector * bits & ((1 << bits) - 1));
 }
 
 PackedInt pack_codes(const Tensor& codes, const Tensor& scale, const Tensor& zero, GroupSpec spec) {
@@ -155,7 +165,7 @@ PackedInt pack_codes(const Tensor& codes, const Tensor& scale, const Tensor& zer
           one[i] = col < b.cols ? static_cast<uint8_t>(c[row * cols + b.first_col + col] + recentre)
                                 : static_cast<uint8_t>(fill);
         }
-        pack_quad(one, w.spec.bits, b.padded, quad, bytes);
+        pack_quad(one, w.spec.bits, quad, bytes);
       }
       for (int64_t r = 0; r < live_rows; ++r) {
         const int64_t i = (p * kPanelRows + r) * groups + g;
@@ -187,7 +197,7 @@ Unpacked unpack_codes(const PackedInt& w) {
       const int64_t live_rows = std::min(kPanelRows, w.rows - p * kPanelRows);
       for (int64_t col = 0; col < b.cols; col += 4) {
         uint8_t one[kQuadCodes];
-        cpu::unpack_quad(bytes, w.spec.bits, b.padded, col / 4, one);
+        cpu::unpack_quad(bytes, w.spec.bits, col / 4, one);
         for (int64_t r = 0; r < live_rows; ++r)
           for (int64_t j = 0; j < std::min<int64_t>(4, b.cols - col); ++j)
             c[(p * kPanelRows + r) * w.cols + b.first_col + col + j] = one[4 * r + j];

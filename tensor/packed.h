@@ -16,12 +16,13 @@
 //     8 bits  vector v: columns 4v + j
 //     4 bits  vector v: columns 8v + j (low nibble), 8v + 4 + j (high nibble)
 //     2 bits  vector v: columns 16v + 4s + j in bits 2s, 2s+1   (s = 0…3)
-//     3 bits  the low two bits as the 2-bit plane above for all n columns, then the high bits: one
-//     64-bit word per 4
-//             columns, word u: bit 4r + j is bit 2 of the code of column 4u + j
+//     3 bits  three vectors hold 32 columns, eight quads of four, quad s being columns 4s + j:
+//             vector i (0, 1, 2) has quads 2i and 2i + 1 in bits 0 – 2 and 3 – 5; bits 6 and 7 of
+//             vectors 0 and 1 are the low two bits of quads 6 and 7, whose third bits are bits 6
+//             and 7 of vector 2
 //
 //   so a 64-byte vector is 16 rows × 4 consecutive columns once unpacked: the operand order of
-//   VNNI's dot product.
+//   VNNI's dot product. Most codes come out of theirs with one shift and one mask.
 //
 // Zero points are whole numbers in [0, 2ᵇ−1]: a byte holds them (2.375 bits a weight at 2 bits in
 // groups of 64; two bytes would make it 2.5). Symmetric matrices store none: their zero is 2ᵇ⁻¹.
@@ -68,7 +69,9 @@ struct PackedInt {
     return left < full ? left : full;
   }
   // Columns must be padded to a multiple of this.
-  static int64_t column_step(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : 16; }
+  static int64_t column_step(int bits) {
+    return bits == 8 ? 4 : bits == 4 ? 8 : bits == 3 ? 32 : 16;
+  }
   static int64_t padded_columns(int64_t n, int bits) {
     const int64_t s = column_step(bits);
     return (n + s - 1) / s * s;

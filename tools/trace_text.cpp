@@ -187,7 +187,8 @@ void bytes(const json& j, const json& place, const json& q, const Shown& s) {
   }
   if (s.count < s.all) line("{:>6} {}", "", s.rest());
   if (j["bits"][0].size() == 3)
-    line("The low two bits of all columns come first, their third bits behind them.");
+    line(
+        "Three bytes hold eight codes: two in each, and two whose third bits are the last byte's.");
   fmt::print("\n");
   line("{:>8} {:>12}   {}", "block", in_file ? "file" : "", "bytes of this row, hexadecimal");
   const auto run = [&](int64_t at, const std::string& hex, const std::string& what) {

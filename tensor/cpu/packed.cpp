@@ -218,14 +218,13 @@ void dequantize_row(const PackedInt& w, const PanelView& view, int64_t row, floa
   const uint8_t* block = view.data + row / kPanelRows * view.panel_bytes;
   for (int64_t g = 0; g < view.groups; ++g, block += view.block_bytes) {
     const int64_t cols = w.group_columns(g);
-    const int64_t padded = PackedInt::padded_columns(cols, view.bits);
     const uint8_t* grid = block + PackedInt::code_bytes(cols, view.bits);
     const float scale = f16_at(grid + 2 * r);
     const auto zero =
         static_cast<float>(view.symmetric ? 1 << (view.bits - 1) : grid[2 * kPanelRows + r]);
     uint8_t codes[4 * kPanelRows] = {};
     for (int64_t c = 0; c < cols; ++c) {
-      if (c % 4 == 0) unpack_quad(block, view.bits, padded, c / 4, codes);
+      if (c % 4 == 0) unpack_quad(block, view.bits, c / 4, codes);
       *out++ = scale * (static_cast<float>(codes[4 * r + c % 4]) - zero);
     }
   }
@@ -268,7 +267,7 @@ PanelView view_of(const char* op, const PackedInt& w, int64_t chunk_cols) {
           .panel_bytes = w.panel_bytes(),
           .chunk_cols = chunk_cols,
           .chunks = (groups - 1) * chunks(full) + chunks(last),
-          .chunk_stride = std::min(chunk_cols, (full + 15) / 16 * 16)};
+          .chunk_stride = std::min(chunk_cols, (full + 31) / 32 * 32)};
 }
 
 Stored stored_type(const Tensor& w) {

@@ -134,16 +134,13 @@ OMQ_INLINE Panel panel_at(const PanelView& w, std::byte* scratch, int64_t i) {
 
 // `cols` columns to tiles; gives Σ of their bytes, 16 rows. `less`: what is taken off the codes.
 template <int Bits>
-OMQ_INLINE __m512i unpack_columns(const uint8_t* block, int64_t high, int64_t col, int64_t cols,
-                                  __m512i less, uint8_t* out) {
+OMQ_INLINE __m512i unpack_columns(const uint8_t* step, int64_t cols, __m512i less, uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
-  const uint8_t* low = block + col / 8 * Block<Bits>::kLowBytes;
-  const uint8_t* third_bits = block + high + 2 * col;
   __m512i sum = _mm512_setzero_si512();
   int64_t q = 0;
-  for (; q < cols / 4; q += Q, low += 64, third_bits += 32) {
+  for (; q < cols / 4; q += Q, step += kStepBytes<Bits>) {
     __m512i quad[Q];
-    unpack<Bits, false>(low, third_bits, quad);
+    unpack<Bits, false>(step, quad);
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {
       quad[s] = _mm512_sub_epi8(quad[s], less);
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), quad[s]);
@@ -163,9 +160,8 @@ void unpack_piece(const PanelView& w, int64_t panel, const Piece& piece, const P
     const __m512i zero = zeros_at(w, block + part->grid_at);
     const __m512i less = Bits == 8 ? _mm512_set1_epi8(-128)
                                    : _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
-    // The third bits begin where two bits a code end.
     const __m512i sum =
-        unpack_columns<Bits>(block, part->grid_at / Bits * 2, part->col, part->cols, less, tiles);
+        unpack_columns<Bits>(block + Block<Bits>::codes_at(part->col), part->cols, less, tiles);
     ChunkGrid& grid = out.grid[part->chunk];
     if (part->opens) {
       grid.scale = load_f16(block + part->grid_at);

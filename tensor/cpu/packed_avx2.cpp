@@ -58,12 +58,12 @@ OMQ_INLINE __m256i broadcast(const int8_t* x) {
   return _mm256_set1_epi32(four_columns);
 }
 
-// Vectors whose sums fit 16 bits: a quad adds at most 2 · (2ᵇ − 1) · 128.
+// Steps whose sums fit 16 bits: a quad adds at most 2 · (2ᵇ − 1) · 128.
 template <int Bits>
-inline constexpr int64_t kVectorsInShort = (Bits == 2   ? 32
-                                            : Bits == 3 ? 16
-                                                        : 8) /
-                                           kQuads<Bits>;
+inline constexpr int64_t kStepsInShort = (Bits == 2   ? 32
+                                          : Bits == 3 ? 16
+                                                      : 8) /
+                                         kQuads<Bits>;
 
 // Halves of neighbouring streams: number h is half h % 2 of stream h / 2.
 constexpr int half_of(int h) { return h % 2; }
@@ -91,16 +91,12 @@ template <int H, int M> struct ShortSums {
   }
 };
 
-// Quad s of one vector of each stream, H halves from First on.
-template <int Bits, int First, int H, int M>
-OMQ_INLINE void add_quad(const __m256i (&v)[H], const uint8_t* high, int64_t stream_bytes,
-                         const Acts (&x)[M], int64_t byte, int s, ShortSums<H, M>& sums) {
+// Quad s of one step of each stream, H halves.
+template <int Bits, int H, int M>
+OMQ_INLINE void add_quad(const HalfStep<Bits> (&v)[H], const Acts (&x)[M], int64_t byte, int s,
+                         ShortSums<H, M>& sums) {
   __m256i codes[H];
-  OMQ_UNROLL for (int h = 0; h < H; ++h) {
-    const __m256i third = third_of<Bits>(high + (First + h) / 2 * stream_bytes, s);
-    codes[h] = half_of(First + h) == 0 ? unpack_bytes<Bits, 0>(v[h], third, s)
-                                       : unpack_bytes<Bits, 1>(v[h], third, s);
-  }
+  OMQ_UNROLL for (int h = 0; h < H; ++h) codes[h] = v[h].bytes(s);
   OMQ_UNROLL for (int m = 0; m < M; ++m) {
     const __m256i x_hi = broadcast(x[m].hi + byte), x_lo = broadcast(x[m].lo + byte);
     OMQ_UNROLL for (int h = 0; h < H; ++h) sums.add(h, m, codes[h], x_hi, x_lo);
@@ -109,27 +105,24 @@ OMQ_INLINE void add_quad(const __m256i (&v)[H], const uint8_t* high, int64_t str
 
 // Σ code · x of one chunk, for H halves from First on.
 template <int Bits, int First, int H, int M>
-OMQ_INLINE void chunk_dots(const uint8_t* low, const uint8_t* high, int64_t stream_bytes,
-                           int64_t vectors, const Acts (&x)[M], int64_t at, __m256i (&dot)[H][M]) {
+OMQ_INLINE void chunk_dots(const uint8_t* codes, int64_t stream_bytes, int64_t steps,
+                           const Acts (&x)[M], int64_t at, __m256i (&dot)[H][M]) {
   constexpr int Q = kQuads<Bits>;
   OMQ_UNROLL for (int h = 0; h < H; ++h) OMQ_UNROLL for (int m = 0; m < M; ++m) dot[h][m] =
       _mm256_setzero_si256();
-  for (int64_t i = 0; i < vectors;) {
-    const int64_t end = min64(vectors, i + kVectorsInShort<Bits>);
+  for (int64_t i = 0; i < steps;) {
+    const int64_t end = min64(steps, i + kStepsInShort<Bits>);
     ShortSums<H, M> sums;
     sums.clear();
-    for (; i < end; ++i, low += 64, high += 32, at += 4 * Q) {
-      __m256i v[H];
+    for (; i < end; ++i, codes += kStepBytes<Bits>, at += 4 * Q) {
+      HalfStep<Bits> v[H];
       OMQ_UNROLL for (int h = 0; h < H; ++h) {
-        const uint8_t* stream = low + (First + h) / 2 * stream_bytes;
-        if (half_of(First + h) == 0) {
-          prefetch(stream);
-          if constexpr (Bits == 3) prefetch(high + (First + h) / 2 * stream_bytes);
-        }
-        v[h] = load(stream + 32 * half_of(First + h));
+        const uint8_t* stream = codes + (First + h) / 2 * stream_bytes;
+        if (half_of(First + h) == 0)
+          OMQ_UNROLL for (int n = 0; n < kVectors<Bits>; ++n) prefetch(stream + 64 * n);
+        v[h] = HalfStep<Bits>(stream, half_of(First + h));
       }
-      OMQ_UNROLL for (int s = 0; s < Q; ++s)
-          add_quad<Bits, First, H, M>(v, high, stream_bytes, x, at + 4 * s, s, sums);
+      OMQ_UNROLL for (int s = 0; s < Q; ++s) add_quad<Bits>(v, x, at + 4 * s, s, sums);
     }
     sums.widen_into(dot);
   }
@@ -138,17 +131,16 @@ OMQ_INLINE void chunk_dots(const uint8_t* low, const uint8_t* high, int64_t stre
 // Both halves of P streams: together while their sums fit the 16 registers, else one after the
 // other.
 template <int Bits, int P, int M>
-OMQ_INLINE void streams_dots(const uint8_t* low, const uint8_t* high, int64_t stream_bytes,
-                             int64_t vectors, const Acts (&x)[M], int64_t at,
-                             __m256i (&dot)[2 * P][M]) {
+OMQ_INLINE void streams_dots(const uint8_t* codes, int64_t stream_bytes, int64_t steps,
+                             const Acts (&x)[M], int64_t at, __m256i (&dot)[2 * P][M]) {
   if constexpr (P * M <= 2) {
-    chunk_dots<Bits, 0, 2 * P, M>(low, high, stream_bytes, vectors, x, at, dot);
+    chunk_dots<Bits, 0, 2 * P, M>(codes, stream_bytes, steps, x, at, dot);
   } else {
     static_assert(P == 1);
     __m256i half[1][M];
-    chunk_dots<Bits, 0, 1, M>(low, high, 0, vectors, x, at, half);
+    chunk_dots<Bits, 0, 1, M>(codes, 0, steps, x, at, half);
     OMQ_UNROLL for (int m = 0; m < M; ++m) dot[0][m] = half[0][m];
-    chunk_dots<Bits, 1, 1, M>(low, high, 0, vectors, x, at, half);
+    chunk_dots<Bits, 1, 1, M>(codes, 0, steps, x, at, half);
     OMQ_UNROLL for (int m = 0; m < M; ++m) dot[1][m] = half[0][m];
   }
 }
@@ -169,12 +161,11 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
-      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
+      const int64_t steps = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       for (int p = 0; p < P; p += Together) {
         const uint8_t* stream = block + p * stream_bytes;
         __m256i dot[2 * Together][M];
-        streams_dots<Bits, Together, M>(stream + c / 8 * Block<Bits>::kLowBytes,
-                                        stream + b.high + 2 * c, stream_bytes, vectors, x,
+        streams_dots<Bits, Together, M>(stream + b.codes_at(c), stream_bytes, steps, x,
                                         chunk * w.chunk_stride, dot);
         OMQ_UNROLL for (int h = 0; h < 2 * Together; ++h) {
           const uint8_t* grid = stream + h / 2 * stream_bytes + b.grid;
@@ -218,10 +209,9 @@ void dequantize_half(const PanelView& w, const uint8_t* block, int64_t g, float*
   const __m256 scale = load_f16(block + b.grid + 16 * Half);
   const __m256 zero = _mm256_cvtepi32_ps(zeros_at(w, block + b.grid, Half));
   for (int64_t v = 0; 4 * Q * v < b.cols; ++v) {
-    const __m256i codes = load(block + 64 * v + 32 * Half);
+    const HalfStep<Bits> codes(block + kStepBytes<Bits> * v, Half);
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {
-      const __m256i third = third_of<Bits>(block + b.high + 32 * v, s);
-      const Pairs q = unpack<Bits, Half>(codes, third, s);
+      const Pairs q = codes.pairs(s);
       const __m256i column[4] = {_mm256_and_si256(q.even, low16), _mm256_and_si256(q.odd, low16),
                                  _mm256_srli_epi32(q.even, 16), _mm256_srli_epi32(q.odd, 16)};
       const int64_t first = 4 * (Q * v + s), live = min64(4, b.cols - first);

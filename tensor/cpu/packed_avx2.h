@@ -38,61 +38,47 @@ OMQ_INLINE __m256i load(const void* at) {
 // them, and spills them.
 OMQ_INLINE void settle(__m256i& v) { asm("" : "+x"(v)); }
 
-// ---- unpacking: quad s of a half vector ----
+// ---- unpacking ----
 
 struct Pairs {
   __m256i even, odd;  // columns 0 and 2, columns 1 and 3 of a quad
 };
 
-// Word u of the third bits (16 rows × 4 columns), in each lane as it is and two bits up: there each
-// of its bits has a place in bits 2 … 7 of a byte.
-OMQ_INLINE __m256i third_word(const uint8_t* at) {
-  long long bits;
-  __builtin_memcpy(&bits, at, 8);
-  return _mm256_sllv_epi64(_mm256_set1_epi64x(bits), _mm256_setr_epi64x(0, 2, 0, 2));
-}
+// 8 rows of a step: half of each of its vectors.
+template <int Bits> struct HalfStep {
+  __m256i v[kVectors<Bits>];
 
-// Bits 4r + j of a word, r the rows of a half, to the value 4 in byte 4r + j. Bits 0 and 1 of a
-// byte of the word are taken from its second form, so that each that is set is 4 or more, and min
-// makes it 4.
-template <int Half> OMQ_INLINE __m256i third_bits(__m256i word) {
-  constexpr char k = 4 * Half;
-  const __m256i source = _mm256_setr_epi8(k + 8, k + 8, k, k, k, k, k, k, k + 9, k + 9, k + 1,
-                                          k + 1, k + 1, k + 1, k + 1, k + 1,  //
-                                          k + 10, k + 10, k + 2, k + 2, k + 2, k + 2, k + 2, k + 2,
-                                          k + 11, k + 11, k + 3, k + 3, k + 3, k + 3, k + 3, k + 3);
-  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040804ull));
-  return _mm256_min_epu8(_mm256_and_si256(_mm256_shuffle_epi8(word, source), bit),
-                         _mm256_set1_epi8(4));
-}
-
-// 8 rows × 4 columns, a byte a code; third: third_word of the quad, unused but at 3 bits.
-template <int Bits, int Half> OMQ_INLINE __m256i unpack_bytes(__m256i v, __m256i third, int s) {
-  if constexpr (Bits == 8) return v;
-  constexpr int kPlane = Bits == 3 ? 2 : Bits;
-  const __m256i low =
-      _mm256_and_si256(_mm256_srli_epi16(v, kPlane * s), _mm256_set1_epi8((1 << kPlane) - 1));
-  if constexpr (Bits == 3) return _mm256_or_si256(low, third_bits<Half>(third));
-  return low;
-}
-
-// Third bits of quad s of the vector whose third bits start at `high`.
-template <int Bits> OMQ_INLINE __m256i third_of(const uint8_t* high, int s) {
-  if constexpr (Bits == 3) return third_word(high + 8 * s);
-  return _mm256_setzero_si256();
-}
-
-// The same as 16-bit lanes.
-template <int Bits, int Half> OMQ_INLINE Pairs unpack(__m256i v, __m256i third, int s) {
-  if constexpr (Bits == 3) {
-    const __m256i code = unpack_bytes<Bits, Half>(v, third, s);
-    return {_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srli_epi16(code, 8)};
-  } else {
-    const __m256i mask = _mm256_set1_epi16((1 << Bits) - 1);
-    return {_mm256_and_si256(_mm256_srli_epi16(v, Bits * s), mask),
-            _mm256_and_si256(_mm256_srli_epi16(v, 8 + Bits * s), mask)};
+  OMQ_INLINE HalfStep() {}
+  OMQ_INLINE HalfStep(const uint8_t* step, int half) {
+    OMQ_UNROLL for (int i = 0; i < kVectors<Bits>; ++i) v[i] = load(step + 64 * i + 32 * half);
   }
-}
+  // Quad s, 8 rows × 4 columns, a byte a code.
+  OMQ_INLINE __m256i bytes(int s) const {
+    if constexpr (Bits == 8) return v[0];
+    if constexpr (Bits == 3) {
+      if (s < 6) return field(s / 2, 3 * (s % 2), 7);
+      return _mm256_or_si256(field(s - 6, 6, 3), field(2, s - 2, 4));
+    }
+    return field(0, Bits * s, (1 << Bits) - 1);
+  }
+  // The same as 16-bit lanes.
+  OMQ_INLINE Pairs pairs(int s) const {
+    if constexpr (Bits == 3) {
+      const __m256i code = bytes(s);
+      return {_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srli_epi16(code, 8)};
+    } else {
+      const __m256i mask = _mm256_set1_epi16((1 << Bits) - 1);
+      return {_mm256_and_si256(_mm256_srli_epi16(v[0], Bits * s), mask),
+              _mm256_and_si256(_mm256_srli_epi16(v[0], 8 + Bits * s), mask)};
+    }
+  }
+
+ private:
+  OMQ_INLINE __m256i field(int i, int shift, int mask) const {
+    return _mm256_and_si256(_mm256_srli_epi16(v[i], shift),
+                            _mm256_set1_epi8(static_cast<char>(mask)));
+  }
+};
 
 // 8 of the 16 values of a grid line.
 OMQ_INLINE __m256 load_f16(const uint8_t* at) {

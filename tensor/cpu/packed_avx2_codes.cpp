@@ -18,8 +18,7 @@ constexpr int64_t kQuadsInShort = 8;  // sums of so many quads stay in 16 bits
 OMQ_INLINE int64_t planes_of(const PanelView& w) { return w.bits == 8 ? 2 : 1; }
 
 template <int Bits, int Half>
-OMQ_INLINE void unpack_half(const uint8_t* low, const uint8_t* high, int64_t quads, uint8_t* sums,
-                            uint8_t* out) {
+OMQ_INLINE void unpack_half(const uint8_t* step, int64_t quads, uint8_t* sums, uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
   const __m256i one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1),
                 nibble = _mm256_set1_epi8(15);
@@ -27,10 +26,10 @@ OMQ_INLINE void unpack_half(const uint8_t* low, const uint8_t* high, int64_t qua
     _mm256_store_si256(reinterpret_cast<__m256i*>(at), v);
   };
   __m256i sum = _mm256_setzero_si256();
-  for (int64_t q = 0; q < quads; low += 64, high += 32) {
-    const __m256i v = load(low + 32 * Half);
+  for (int64_t q = 0; q < quads; step += kStepBytes<Bits>) {
+    const HalfStep<Bits> v(step, Half);
     OMQ_UNROLL for (int s = 0; s < Q; ++s, ++q) {
-      const __m256i code = unpack_bytes<Bits, Half>(v, third_of<Bits>(high, s), s);
+      const __m256i code = v.bytes(s);
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(code, one8), one16));
       if constexpr (Bits == 8) {
         store(out + 32 * q, _mm256_and_si256(code, nibble));
@@ -49,11 +48,10 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
       const int64_t quads = min64(w.chunk_cols, b.padded - c) / 4;
-      const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
-      const uint8_t* high = block + b.high + 2 * c;
+      const uint8_t* codes = block + b.codes_at(c);
       const int64_t half_bytes = 32 * planes_of(w) * quads;
-      unpack_half<Bits, 0>(low, high, quads, out, out + 64);
-      unpack_half<Bits, 1>(low, high, quads, out + 32, out + 64 + half_bytes);
+      unpack_half<Bits, 0>(codes, quads, out, out + 64);
+      unpack_half<Bits, 1>(codes, quads, out + 32, out + 64 + half_bytes);
       out += 64 + 2 * half_bytes;
     }
   }

@@ -96,8 +96,7 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
           const uint8_t* codes = block + p * stream_bytes + c * kRows + 64 * q;
           prefetch(codes);
           OMQ_UNROLL for (int half = 0; half < 2; ++half) {
-            const __m256i v = load(codes + 32 * half);
-            const Pairs pairs = unpack<8, 0>(v, v, 0);
+            const Pairs pairs = HalfStep<8>(codes, half).pairs(0);
             OMQ_UNROLL for (int m = 0; m < M; ++m) {
               const int16_t* xs = x[m].x + chunk * w.chunk_stride + 4 * q;
               dot[p][half][m] = _mm256_add_epi32(
@@ -150,8 +149,8 @@ struct alignas(64) Chunk {
 constexpr int64_t kQuadBytes = 128;
 
 template <int Bits>
-OMQ_INLINE void unpack_chunk(const PanelView& w, const uint8_t* low, const uint8_t* high,
-                             const uint8_t* grid, int64_t quads, std::byte* out) {
+OMQ_INLINE void unpack_chunk(const PanelView& w, const uint8_t* step, const uint8_t* grid,
+                             int64_t quads, std::byte* out) {
   constexpr int Q = kQuads<Bits>;
   auto* chunk = reinterpret_cast<Chunk*>(out);
   chunk->quads = quads;
@@ -160,11 +159,10 @@ OMQ_INLINE void unpack_chunk(const PanelView& w, const uint8_t* low, const uint8
     _mm256_store_si256(reinterpret_cast<__m256i*>(chunk->zero + 8 * half), zeros_at(w, grid, half));
   }
   auto* to = reinterpret_cast<__m256i*>(out + sizeof(Chunk));
-  for (int64_t q = 0; q < quads; low += 64, high += 32) {
-    const __m256i v0 = load(low), v1 = load(low + 32);
+  for (int64_t q = 0; q < quads; step += kStepBytes<Bits>) {
+    const HalfStep<Bits> upper(step, 0), lower(step, 1);
     OMQ_UNROLL for (int s = 0; s < Q; ++s, ++q, to += 4) {
-      const __m256i third = third_of<Bits>(high, s);
-      const Pairs first = unpack<Bits, 0>(v0, third, s), second = unpack<Bits, 1>(v1, third, s);
+      const Pairs first = upper.pairs(s), second = lower.pairs(s);
       _mm256_store_si256(to, first.even);
       _mm256_store_si256(to + 1, first.odd);
       _mm256_store_si256(to + 2, second.even);
@@ -241,8 +239,7 @@ void gemm_bits(const PanelView& w, const std::byte* x, int64_t m, float* y, int6
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
       const int64_t n = min64(w.chunk_cols, b.padded - c);
       if (cols + n > kPieceCols) multiply();
-      unpack_chunk<Bits>(w, block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
-                         block + b.grid, n / 4, to);
+      unpack_chunk<Bits>(w, block + b.codes_at(c), block + b.grid, n / 4, to);
       to += static_cast<int64_t>(sizeof(Chunk)) + kQuadBytes * (n / 4);
       cols += n;
       ++chunks;
@@ -259,10 +256,10 @@ void avx2::prepare_gemm_block(const PanelView& w, const float* x, int64_t rows, 
   for (int64_t i = 0; i < rows; ++i) prepare_pairs(w, x + i * w.cols, out + i * prepared_bytes(w));
 }
 
-// A chunk has the columns of one stored vector at least, so a piece has at most kPieceCols / step.
+// A chunk has the columns of one step at least, so a piece has at most kPieceCols / step.
 int64_t avx2::gemm_scratch_bytes(const PanelView& w) {
-  const int64_t step = w.bits == 8 ? 4 : w.bits == 4 ? 8 : 16;
-  return kPieceCols / step * static_cast<int64_t>(sizeof(Chunk)) + kQuadBytes * (kPieceCols / 4);
+  return kPieceCols / padded_cols(w.bits, 1) * static_cast<int64_t>(sizeof(Chunk)) +
+         kQuadBytes * (kPieceCols / 4);
 }
 
 void avx2::gemm(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,

@@ -63,26 +63,22 @@ template <int Bits, int P, int M> struct Sums {
   // Σ code · x, 16 rows.
   OMQ_INLINE __m512i dot(int p, int m) const {
     if constexpr (!kScaled) return join(p, m, 0);
-    return _mm512_add_epi32(join(p, m, 0), _mm512_srai_epi32(join(p, m, kKinds - 1), 2));
+    return _mm512_add_epi32(join(p, m, 0), _mm512_srai_epi32(join(p, m, kKinds - 1), Bits));
   }
 };
 
 template <int Bits, int P, int M>
-OMQ_INLINE void chunk_sums(const uint8_t* low, const uint8_t* high, int64_t stream_bytes,
-                           int64_t vectors, const Acts (&x)[M], int64_t at,
-                           Sums<Bits, P, M>& sums) {
+OMQ_INLINE void chunk_sums(const uint8_t* codes, int64_t stream_bytes, int64_t steps,
+                           const Acts (&x)[M], int64_t at, Sums<Bits, P, M>& sums) {
   constexpr int Q = kQuads<Bits>;
   sums.clear();
-  for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t v = 0; v < steps; ++v) {
     OMQ_UNROLL for (int p = 0; p < P; ++p) {
-      const uint8_t* lp = low + p * stream_bytes + v * 64;
-      const uint8_t* hp = high + p * stream_bytes + v * 32;
-      if constexpr (M <= 2) {
-        prefetch(lp);
-        if constexpr (Bits == 3) prefetch(hp);
-      }
+      const uint8_t* step = codes + p * stream_bytes + v * kStepBytes<Bits>;
+      if constexpr (M <= 2)
+        OMQ_UNROLL for (int n = 0; n < kVectors<Bits>; ++n) prefetch(step + 64 * n);
       __m512i quad[Q];
-      unpack<Bits, Sums<Bits, P, M>::kScaled>(lp, hp, quad);
+      unpack<Bits, Sums<Bits, P, M>::kScaled>(step, quad);
       OMQ_UNROLL for (int s = 0; s < Q; ++s) {
         const int64_t byte = at + 4 * (Q * v + s);
         OMQ_UNROLL for (int m = 0; m < M; ++m) {
@@ -110,10 +106,10 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
-      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
+      const int64_t steps = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       Sums<Bits, P, M> sums;
-      chunk_sums<Bits, P, M>(block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
-                             stream_bytes, vectors, x, chunk * w.chunk_stride, sums);
+      chunk_sums<Bits, P, M>(block + b.codes_at(c), stream_bytes, steps, x, chunk * w.chunk_stride,
+                             sums);
       OMQ_UNROLL for (int p = 0; p < P; ++p) {
         const uint8_t* grid = block + b.grid + p * stream_bytes;
         prefetch(grid);
@@ -170,7 +166,7 @@ void dequantize_bits(const PanelView& w, int64_t panel, float* out, int64_t ld) 
     const __m512 zero = _mm512_cvtepi32_ps(zeros_at(w, block + b.grid));
     for (int64_t v = 0; 4 * Q * v < b.cols; ++v) {
       __m512i quad[Q];
-      unpack<Bits, false>(block + 64 * v, block + b.high + 32 * v, quad);
+      unpack<Bits, false>(block + kStepBytes<Bits> * v, quad);
       OMQ_UNROLL for (int s = 0; s < Q; ++s) {
         const int64_t col = 4 * (Q * v + s);
         const int64_t live = min64(4, b.cols - col);

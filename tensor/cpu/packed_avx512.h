@@ -33,34 +33,38 @@ OMQ_INLINE __mmask16 first(int64_t n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
 }
 
-// ---- unpacking: one 64-byte vector (and, for 3 bits, its high bits) into quads of bytes ----
+// ---- unpacking: a step into quads of bytes ----
 
-// Narrow codes cost more to unpack than to multiply. With Scaled the odd quads stay two bits up, 4
-// · code, which saves half of the shifts; their sums are kept apart and shifted back once a chunk.
-template <int Bits, bool Scaled>
-OMQ_INLINE void unpack(const uint8_t* low, const uint8_t* high, __m512i* quad) {
-  const __m512i v = _mm512_loadu_si512(low);
+// Narrow codes cost more to unpack than to multiply. With Scaled the odd quads stay a code's bits
+// up, which saves half of the shifts; their sums are kept apart and shifted back once a chunk.
+template <int Bits, bool Scaled> OMQ_INLINE void unpack(const uint8_t* step, __m512i* quad) {
+  const __m512i v = _mm512_loadu_si512(step);
+  const auto mask = [](int bits) { return _mm512_set1_epi8(static_cast<char>(bits)); };
   if constexpr (Bits == 8) {
     quad[0] = v;
   } else if constexpr (Bits == 4) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    quad[0] = _mm512_and_si512(v, mask);
-    quad[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-  } else {
-    const __m512i even = _mm512_set1_epi8(3), odd = _mm512_set1_epi8(Scaled ? 12 : 3);
+    quad[0] = _mm512_and_si512(v, mask(15));
+    quad[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask(15));
+  } else if constexpr (Bits == 2) {
+    const __m512i even = mask(3), odd = mask(Scaled ? 12 : 3);
     const __m512i v4 = _mm512_srli_epi16(v, 4);
     quad[0] = _mm512_and_si512(v, even);
     quad[1] = _mm512_and_si512(Scaled ? v : _mm512_srli_epi16(v, 2), odd);
     quad[2] = _mm512_and_si512(v4, even);
     quad[3] = _mm512_and_si512(Scaled ? v4 : _mm512_srli_epi16(v, 6), odd);
-    if constexpr (Bits == 3) {
-      OMQ_UNROLL for (int s = 0; s < 4; ++s) {
-        const __m512i third_bit = _mm512_set1_epi8(Scaled && s % 2 == 1 ? 16 : 4);
-        uint64_t rows_that_have_it;
-        __builtin_memcpy(&rows_that_have_it, high + 8 * s, 8);
-        quad[s] =
-            _mm512_mask_add_epi8(quad[s], _cvtu64_mask64(rows_that_have_it), quad[s], third_bit);
-      }
+  } else {
+    const __m512i third[3] = {v, _mm512_loadu_si512(step + 64), _mm512_loadu_si512(step + 128)};
+    OMQ_UNROLL for (int i = 0; i < 3; ++i) {
+      quad[2 * i] = _mm512_and_si512(third[i], mask(7));
+      quad[2 * i + 1] = Scaled ? _mm512_and_si512(third[i], mask(7 << 3))
+                               : _mm512_and_si512(_mm512_srli_epi16(third[i], 3), mask(7));
+    }
+    OMQ_UNROLL for (int s = 6; s < 8; ++s) {
+      const int up = Scaled && s == 7 ? 3 : 0;
+      const __m512i top = _mm512_and_si512(_mm512_srli_epi16(third[2], s - 2 - up), mask(4 << up));
+      // low & mask | top
+      quad[s] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(third[s - 6], 6 - up), mask(3 << up),
+                                          top, 0xea);
     }
   }
 }

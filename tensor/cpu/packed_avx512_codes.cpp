@@ -19,13 +19,12 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
       const int64_t quads = min64(w.chunk_cols, b.padded - c) / 4;
-      const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
-      const uint8_t* high = block + b.high + 2 * c;
+      const uint8_t* step = block + b.codes_at(c);
       uint8_t* to = out + 64;
       __m512i sum = _mm512_setzero_si512();
-      for (int64_t q = 0; q < quads; q += Q, low += 64, high += 32) {
+      for (int64_t q = 0; q < quads; q += Q, step += kStepBytes<Bits>) {
         __m512i quad[Q];
-        unpack<Bits, false>(low, high, quad);
+        unpack<Bits, false>(step, quad);
         OMQ_UNROLL for (int s = 0; s < Q; ++s, to += 64) {
           sum = _mm512_dpbusd_epi32(sum, quad[s], _mm512_set1_epi8(1));
           _mm512_store_si512(to, quad[s]);

@@ -37,7 +37,7 @@ struct PanelView {
   int64_t block_bytes, panel_bytes;
   int64_t chunk_cols;    // of every chunk but the last of a group
   int64_t chunks;        // in one row of activations
-  int64_t chunk_stride;  // columns that a chunk takes in prepared activations: a multiple of 16
+  int64_t chunk_stride;  // columns that a chunk takes in prepared activations: a multiple of 32
 };
 
 // A row of activations as codes of at most 8 bits: x = scale · (code − zero), zero being a code.
@@ -136,6 +136,6 @@ const PackedIsa& active_packed_isa();
 
 // One quad = 4 columns × 16 rows: codes[4r + j] is row r, column 4·quad + j of a block. The
 // definition of the layout is this function and its inverse in tensor/packed.cpp.
-void unpack_quad(const uint8_t* block, int bits, int64_t padded_cols, int64_t quad, uint8_t* codes);
+void unpack_quad(const uint8_t* block, int bits, int64_t quad, uint8_t* codes);
 
 }  // namespace omq::cpu

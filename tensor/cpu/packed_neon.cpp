@@ -94,37 +94,37 @@ template <int P, int R, int M> struct Sums {
 
 // Where chunk_sums stands in the codes of the first panel and in x.
 struct Place {
-  const uint8_t *low, *high;
+  const uint8_t* codes;
   int64_t stream_bytes, x;
   int quarter;  // the first of R
 };
 
-// The next N vectors of every stream, at most 16 columns.
+// The next N steps of every stream, at most 16 columns, or one of 32.
 template <int Bits, int N, int P, int R, int M>
-OMQ_INLINE void add_vectors(const Place& at, const Acts (&x)[M], Sums<P, R, M>& sums) {
-  constexpr int Q = kQuads<Bits>;
-  int8x16_t x_hi[M], x_lo[M];
+OMQ_INLINE void add_steps(const Place& at, const Acts (&x)[M], Sums<P, R, M>& sums) {
+  constexpr int Q = kQuads<Bits>, kLoads = Q > 4 ? Q / 4 : 1;  // of x
+  int8x16_t x_hi[M][kLoads], x_lo[M][kLoads];
   OMQ_UNROLL for (int m = 0; m < M; ++m) {
-    x_hi[m] = load_quads<N * Q>(x[m].hi + at.x);
-    x_lo[m] = load_quads<N * Q>(x[m].lo + at.x);
+    OMQ_UNROLL for (int i = 0; i < kLoads; ++i) {
+      x_hi[m][i] = load_quads<N * Q / kLoads>(x[m].hi + at.x + 16 * i);
+      x_lo[m][i] = load_quads<N * Q / kLoads>(x[m].lo + at.x + 16 * i);
+    }
   }
   OMQ_UNROLL for (int p = 0; p < P; ++p) {
     each<N>([&]<int V>() __attribute__((always_inline)) {
-      const uint8_t* low = at.low + p * at.stream_bytes + 64 * V;
-      const uint8_t* high_at = at.high + p * at.stream_bytes + 32 * V;
-      if constexpr (M <= 2) {
-        __builtin_prefetch(low + kPrefetchBytes);
-        if constexpr (Bits == 3) __builtin_prefetch(high_at + kPrefetchBytes);
-      }
-      const High<Bits> high(high_at);
+      const uint8_t* step = at.codes + p * at.stream_bytes + kStepBytes<Bits> * V;
+      if constexpr (M <= 2)
+        OMQ_UNROLL for (int n = 0; n < kVectors<Bits>; ++n)
+            __builtin_prefetch(step + 64 * n + kPrefetchBytes);
       OMQ_UNROLL for (int r = 0; r < R; ++r) {
-        const uint8x16_t v = vld1q_u8(low + 16 * (at.quarter + r));
+        const QuarterStep<Bits> v(step, at.quarter + r);
         each<Q>([&]<int S>() __attribute__((always_inline)) {
-          const int8x16_t codes = unpack<Bits, S>(v, high, at.quarter + r);
+          const int8x16_t codes = v.template codes<S>();
+          constexpr int kQuad = Q * V + S;
           OMQ_UNROLL for (int m = 0; m < M; ++m) {
             int32x4_t &hi = sums.hi[p][r][m], &lo = sums.lo[p][r][m];
-            hi = vdotq_laneq_s32(hi, codes, x_hi[m], Q * V + S);
-            lo = vdotq_laneq_s32(lo, codes, x_lo[m], Q * V + S);
+            hi = vdotq_laneq_s32(hi, codes, x_hi[m][kQuad / 4], kQuad % 4);
+            lo = vdotq_laneq_s32(lo, codes, x_lo[m][kQuad / 4], kQuad % 4);
           }
         });
       }
@@ -133,17 +133,17 @@ OMQ_INLINE void add_vectors(const Place& at, const Acts (&x)[M], Sums<P, R, M>& 
 }
 
 template <int Bits, int P, int R, int M>
-OMQ_INLINE void chunk_sums(Place at, int64_t vectors, const Acts (&x)[M], Sums<P, R, M>& sums) {
-  constexpr int Q = kQuads<Bits>, kFull = 4 / Q;  // vectors of 16 columns
+OMQ_INLINE void chunk_sums(Place at, int64_t steps, const Acts (&x)[M], Sums<P, R, M>& sums) {
+  constexpr int Q = kQuads<Bits>, kFull = Q > 4 ? 1 : 4 / Q;  // steps of 16 columns
   sums.clear();
-  for (; vectors >= kFull; vectors -= kFull) {
-    add_vectors<Bits, kFull>(at, x, sums);
-    at.low += 64 * kFull, at.high += 32 * kFull, at.x += 16;
+  for (; steps >= kFull; steps -= kFull) {
+    add_steps<Bits, kFull>(at, x, sums);
+    at.codes += kStepBytes<Bits> * kFull, at.x += 4 * Q * kFull;
   }
   if constexpr (kFull > 1)
-    for (; vectors > 0; --vectors) {
-      add_vectors<Bits, 1>(at, x, sums);
-      at.low += 64, at.x += 4 * Q;
+    for (; steps > 0; --steps) {
+      add_steps<Bits, 1>(at, x, sums);
+      at.codes += kStepBytes<Bits>, at.x += 4 * Q;
     }
 }
 
@@ -166,12 +166,11 @@ void gemv_panels(const PanelView& w, const std::byte* rows, float* y, int64_t pa
   for (int64_t g = 0; g < w.groups; ++g, block += w.block_bytes) {
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols, ++chunk) {
-      const int64_t vectors = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
+      const int64_t steps = (min64(w.chunk_cols, b.padded - c) / 4 + Q - 1) / Q;
       OMQ_UNROLL for (int quarter = 0; quarter < kQuarters; quarter += R) {
         Sums<P, R, M> sums;
-        chunk_sums<Bits>({block + c / 8 * Block<Bits>::kLowBytes, block + b.high + 2 * c,
-                          stream_bytes, chunk * w.chunk_stride, quarter},
-                         vectors, x, sums);
+        chunk_sums<Bits>({block + b.codes_at(c), stream_bytes, chunk * w.chunk_stride, quarter},
+                         steps, x, sums);
         OMQ_UNROLL for (int p = 0; p < P; ++p) {
           const uint8_t* grid = block + b.grid + p * stream_bytes;
           OMQ_UNROLL for (int r = 0; r < R; ++r) {
@@ -247,11 +246,10 @@ void dequantize_bits(const PanelView& w, int64_t panel, float* out, int64_t ld) 
       zero[r] = vcvtq_f32_s32(zeros_at(w, block + b.grid, r));
     }
     for (int64_t v = 0; 4 * Q * v < b.cols; ++v) {
-      const High<Bits> high(block + b.high + 32 * v);
       OMQ_UNROLL for (int r = 0; r < kQuarters; ++r) {
-        const uint8x16_t codes = vld1q_u8(block + 64 * v + 16 * r);
+        const QuarterStep<Bits> codes(block + kStepBytes<Bits> * v, r);
         each<Q>([&]<int S>() __attribute__((always_inline)) {
-          const int32x4_t quad = vreinterpretq_s32_s8(unpack<Bits, S>(codes, high, r));
+          const int32x4_t quad = vreinterpretq_s32_s8(codes.template codes<S>());
           const int64_t col = 4 * (Q * v + S);
           each<4>([&]<int J>() __attribute__((always_inline)) {
             if (col + J >= b.cols) return;

@@ -24,10 +24,9 @@ namespace {
 constexpr int kQuarters = 4;
 
 // vdotq_s32 multiplies signed bytes by signed bytes, so registers hold code − offset and zero
-// points are lessened alike: code − zero stays what it is. 8 bits need 128, codes of 2 and 4 bits
-// are positive as signed bytes too, and with 4 the third bit of 3-bit codes costs least (see
-// unpack).
-OMQ_INLINE int32_t offset_of(int bits) { return bits == 8 ? 128 : bits == 3 ? 4 : 0; }
+// points are lessened alike: code − zero stays what it is. 8 bits need 128, narrower codes are
+// positive as signed bytes too.
+OMQ_INLINE int32_t offset_of(int bits) { return bits == 8 ? 128 : 0; }
 
 // body.operator()<0>() … <N − 1>(): lanes and shifts must be constants.
 template <int N, class Body> OMQ_INLINE void each(const Body& body) {
@@ -35,48 +34,41 @@ template <int N, class Body> OMQ_INLINE void each(const Body& body) {
   if constexpr (N > 1) body.template operator()<1>();
   if constexpr (N > 2) body.template operator()<2>();
   if constexpr (N > 3) body.template operator()<3>();
+  if constexpr (N > 4) {
+    static_assert(N == 8);
+    body.template operator()<4>();
+    body.template operator()<5>();
+    body.template operator()<6>();
+    body.template operator()<7>();
+  }
 }
 
 // ---- unpacking ----
 
-// The high bits of 3-bit codes in one vector, inverted, a word a quad; nothing for other widths.
-template <int Bits> struct High {
-  OMQ_INLINE explicit High(const uint8_t*) {}
-};
-template <> struct High<3> {
-  uint8x16_t word[4];
-  OMQ_INLINE explicit High(const uint8_t* at) {
-    OMQ_UNROLL for (int s = 0; s < 4; ++s) {
-      uint64_t bits;
-      __builtin_memcpy(&bits, at + 8 * s, 8);
-      word[s] = vmvnq_u8(vreinterpretq_u8_u64(vdupq_n_u64(bits)));
-    }
-  }
-};
+// A quarter of a step: 16 bytes of each of its vectors.
+template <int Bits> struct QuarterStep {
+  uint8x16_t v[kVectors<Bits>];
 
-// Quad S of a quarter, code − offset, from the quarter's 16 bytes of a vector.
-template <int Bits, int S>
-OMQ_INLINE int8x16_t unpack(uint8x16_t v, const High<Bits>& high, int quarter) {
-  if constexpr (Bits == 8) {
-    return vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
-  } else if constexpr (Bits == 4) {
-    return vreinterpretq_s8_u8(S == 0 ? vandq_u8(v, vdupq_n_u8(15)) : vshrq_n_u8(v, 4));
-  } else {
-    uint8x16_t low = v;
-    if constexpr (S > 0) low = vshrq_n_u8(v, 2 * S);
-    if constexpr (Bits == 2)
-      return vreinterpretq_s8_u8(S == 3 ? low : vandq_u8(low, vdupq_n_u8(3)));
-    if constexpr (Bits == 3) {
-      // Ones above the low two bits where the third bit is clear: low − 4 = code − 4. Where it is
-      // set: low = code − 4.
-      const uint8x16_t first = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
-      const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull));
-      const uint8x16_t source = vaddq_u8(first, vdupq_n_u8(static_cast<uint8_t>(2 * quarter)));
-      const uint8x16_t clear = vtstq_u8(vqtbl1q_u8(high.word[S], source), bit);
-      return vreinterpretq_s8_u8(vsliq_n_u8(low, clear, 2));
+  OMQ_INLINE QuarterStep(const uint8_t* step, int quarter) {
+    OMQ_UNROLL for (int i = 0; i < kVectors<Bits>; ++i) v[i] =
+        vld1q_u8(step + 64 * i + 16 * quarter);
+  }
+  // Quad S, code − offset.
+  template <int S> OMQ_INLINE int8x16_t codes() const {
+    if constexpr (Bits == 8) {
+      return vreinterpretq_s8_u8(veorq_u8(v[0], vdupq_n_u8(128)));
+    } else if constexpr (Bits == 3 && S >= 6) {
+      return vreinterpretq_s8_u8(
+          vorrq_u8(vshrq_n_u8(v[S - 6], 6), vandq_u8(vshrq_n_u8(v[2], S - 2), vdupq_n_u8(4))));
+    } else {
+      constexpr int kShift = Bits == 3 ? S % 2 * 3 : Bits * S;
+      uint8x16_t low = v[Bits == 3 ? S / 2 : 0];
+      if constexpr (kShift > 0) low = vshrq_n_u8(low, kShift);
+      if constexpr (kShift + Bits < 8) low = vandq_u8(low, vdupq_n_u8((1 << Bits) - 1));
+      return vreinterpretq_s8_u8(low);
     }
   }
-}
+};
 
 // 4 · N bytes of x, the others anything.
 template <int N> OMQ_INLINE int8x16_t load_quads(const int8_t* x) {

@@ -21,17 +21,15 @@ template <int Bits> void unpack_panel(const PanelView& w, int64_t panel, uint8_t
     const Block<Bits> b(w, g);
     for (int64_t c = 0; c < b.cols; c += w.chunk_cols) {
       const int64_t quads = min64(w.chunk_cols, b.padded - c) / 4;
-      const uint8_t* low = block + c / 8 * Block<Bits>::kLowBytes;
-      const uint8_t* high_at = block + b.high + 2 * c;
+      const uint8_t* step = block + b.codes_at(c);
       int8_t* to = reinterpret_cast<int8_t*>(out + 64);
       int32x4_t sum[kQuarters];
       OMQ_UNROLL for (int r = 0; r < kQuarters; ++r) sum[r] = vdupq_n_s32(0);
-      for (int64_t q = 0; q < quads; q += Q, low += 64, high_at += 32, to += 64 * Q) {
-        const High<Bits> high(high_at);
+      for (int64_t q = 0; q < quads; q += Q, step += kStepBytes<Bits>, to += 64 * Q) {
         OMQ_UNROLL for (int r = 0; r < kQuarters; ++r) {
-          const uint8x16_t v = vld1q_u8(low + 16 * r);
+          const QuarterStep<Bits> v(step, r);
           each<Q>([&]<int S>() __attribute__((always_inline)) {
-            const int8x16_t codes = unpack<Bits, S>(v, high, r);
+            const int8x16_t codes = v.template codes<S>();
             sum[r] = vdotq_s32(sum[r], codes, vdupq_n_s8(1));
             vst1q_s8(to + 64 * S + 16 * r, codes);
           });

@@ -22,14 +22,14 @@ constexpr int64_t kPrefetchBytes = 1536;  // ahead in each stream
 OMQ_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 OMQ_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-template <int Bits>
-inline constexpr int kQuads = Bits == 8   ? 1
-                              : Bits == 4 ? 2
-                                          : 4;  // in one 64-byte vector
+// Codes are unpacked a step at a time: one 64-byte vector, or at 3 bits three.
+template <int Bits> inline constexpr int kVectors = Bits == 3 ? 3 : 1;
+template <int Bits> inline constexpr int kQuads = 8 * kVectors<Bits> / Bits;  // in a step
+template <int Bits> inline constexpr int64_t kStepBytes = 64 * kVectors<Bits>;
 
 // Columns of a group as it is stored: whole vectors.
 OMQ_INLINE int64_t padded_cols(int bits, int64_t cols) {
-  return round_up(cols, bits == 8 ? 4 : bits == 4 ? 8 : 16);
+  return round_up(cols, bits == 8 ? 4 : bits == 4 ? 8 : bits == 3 ? 32 : 16);
 }
 OMQ_INLINE int64_t cols_of(const PanelView& w, int64_t group) {
   return group + 1 < w.groups ? w.group_cols : w.last_cols;
@@ -37,16 +37,14 @@ OMQ_INLINE int64_t cols_of(const PanelView& w, int64_t group) {
 
 // Where things are in one group of a panel.
 template <int Bits> struct Block {
-  static constexpr int64_t kLowBytes = kRows * (Bits == 3 ? 2 : Bits);  // of 8 columns
   int64_t cols, padded;
-  int64_t high;  // 3 bits: offset of the high bits
   int64_t grid;  // offset of the scales
 
+  // Of the codes from column c on, which begins a step.
+  OMQ_INLINE static int64_t codes_at(int64_t c) { return c * kRows * Bits / 8; }
+
   OMQ_INLINE Block(const PanelView& w, int64_t g)
-      : cols(cols_of(w, g)),
-        padded(padded_cols(Bits, cols)),
-        high(padded * 4),
-        grid(padded * kRows * Bits / 8) {}
+      : cols(cols_of(w, g)), padded(padded_cols(Bits, cols)), grid(codes_at(padded)) {}
 };
 
 // body(chunk, first column, columns) for every chunk of a row of x.

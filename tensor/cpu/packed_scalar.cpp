@@ -7,6 +7,7 @@
 
 #include "tensor/cpu/packed_isa.h"
 #include "tensor/numeric.h"
+#include "tensor/packed.h"
 
 namespace omq::cpu {
 
@@ -41,8 +42,7 @@ struct Block {
   Block(const PanelView& w, int64_t panel, int64_t g)
       : bytes(w.data + panel * w.panel_bytes + g * w.block_bytes),
         cols(g + 1 < w.groups ? w.group_cols : w.last_cols) {
-    const int64_t step = w.bits == 8 ? 4 : w.bits == 4 ? 8 : 16;
-    padded = (cols + step - 1) / step * step;
+    padded = PackedInt::padded_columns(cols, w.bits);
     grid = grid_at(w, bytes + padded * kRows * w.bits / 8);
   }
   // Calls f(column of the block, code of row 0, stride to the next row's) for columns [begin, end);
@@ -50,7 +50,7 @@ struct Block {
   template <class F> void for_each_column(int bits, int64_t begin, int64_t end, F&& f) const {
     for (int64_t c = begin; c < end; c += 4) {
       uint8_t codes[4 * kRows];
-      unpack_quad(bytes, bits, padded, c / 4, codes);
+      unpack_quad(bytes, bits, c / 4, codes);
       for (int64_t j = 0; j < std::min<int64_t>(4, end - c); ++j) f(c + j, codes + j);
     }
   }

@@ -60,16 +60,16 @@ size_t data_of(const std::string& file, const std::string& tensor) {
   return 8 + header + j[tensor]["data_offsets"][0].get<size_t>();
 }
 
-// The code of column c (of n in its group, rounded up) and row r (of 16), as packed.h draws it.
-int drawn_code(const std::string& file, size_t block, int bits, size_t n, size_t r, size_t c) {
+// The code of column c and row r (of 16), as packed.h draws it.
+int drawn_code(const std::string& file, size_t block, int bits, size_t r, size_t c) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(file[block + i]); };
   const size_t j = c % 4;
   if (bits == 8) return byte(c / 4 * 64 + 4 * r + j);
   if (bits == 4) return byte(c / 8 * 64 + 4 * r + j) >> (c % 8 / 4 * 4) & 15;
-  const int low = byte(c / 16 * 64 + 4 * r + j) >> (c % 16 / 4 * 2) & 3;
-  if (bits == 2) return low;
-  const size_t bit = 4 * r + j;  // of the 64-bit word of columns 4u … 4u + 3
-  return low | (byte(4 * n + c / 4 * 8 + bit / 8) >> (bit % 8) & 1) << 2;
+  if (bits == 2) return byte(c / 16 * 64 + 4 * r + j) >> (c % 16 / 4 * 2) & 3;
+  const size_t at = c / 32 * 192 + 4 * r + j, quad = c % 32 / 4;
+  if (quad < 6) return byte(at + quad / 2 * 64) >> (quad % 2 * 3) & 7;
+  return byte(at + (quad - 6) * 64) >> 6 | (byte(at + 128) >> quad & 1) << 2;
 }
 
 // Bytes of the trace at its places in the file, and the codes that the drawing finds there.
@@ -105,8 +105,7 @@ void check_file(const json& t, const std::filesystem::path& model) {
   for (size_t c = 0; c < codes["q"].size(); ++c) {
     CAPTURE(c);
     const int code = codes["q"][c].get<int>();
-    CHECK(drawn_code(file, block, bits, number("padded_columns"), number("row_in_panel"), c) ==
-          code);
+    CHECK(drawn_code(file, block, bits, number("row_in_panel"), c) == code);
     int by_bits = 0;
     for (size_t k = 0; k < bytes["bits"][c].size(); ++k) {
       const json& p = bytes["bits"][c][k];
