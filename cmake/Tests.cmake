@@ -82,6 +82,31 @@ if(OMQ_ISA_FILES AND TARGET omq_tensor AND NOT OMQ_SANITIZE)
            $<TARGET_OBJECTS:omq_tensor> COMMAND_EXPAND_LISTS)
 endif()
 
+# The packed kernels of AVX-512 and AMX once more, with their intrinsics in plain C++: every machine
+# tests them. Compiled by way of files that include them, for the sources themselves carry the flags
+# of their instruction sets.
+if(OMQ_ARCH STREQUAL "x86_64" AND TARGET omq AND NOT OMQ_SANITIZE)
+  file(GLOB emulated_kernels CONFIGURE_DEPENDS tensor/cpu/packed_avx512*.cpp
+       tensor/cpu/packed_amx*.cpp)
+  set(emulated_sources "")
+  foreach(source IN LISTS emulated_kernels)
+    get_filename_component(name "${source}" NAME)
+    set(wrapper "${CMAKE_BINARY_DIR}/emulated/${name}")
+    file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"${source}\"\n" @ONLY)
+    list(APPEND emulated_sources "${wrapper}")
+  endforeach()
+  add_library(omq_emulated OBJECT ${emulated_sources})
+  target_include_directories(omq_emulated BEFORE PRIVATE tests/support/emulated)
+  target_link_libraries(omq_emulated PUBLIC omq_flags ${OMQ_FMT})
+  # Intel's register types may alias others, those in plain C++ may not.
+  target_compile_options(omq_emulated PRIVATE -fno-strict-aliasing
+                         $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi>)
+  add_executable(omq-test-emulated tests/support/emulated/runs_test.cpp tests/tensor/packed_test.cpp
+                 tests/tensor/packed_rows_test.cpp ${support_sources})
+  target_link_libraries(omq-test-emulated PRIVATE omq_emulated omq)  # in front of the library's own
+  omq_add_test(emulated NO_SLOW)
+endif()
+
 # With a GPU back end: the tests of the layers that run on it, in one program that is carried to the
 # machine with the GPU (run from the root of the tree there, with OMQ_SOURCE_DIR=.).
 if(OMQ_HAVE_CUDA)
