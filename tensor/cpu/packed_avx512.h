@@ -53,17 +53,18 @@ template <int Bits, bool Scaled> OMQ_INLINE void unpack(const uint8_t* step, __m
     quad[2] = _mm512_and_si512(v4, even);
     quad[3] = _mm512_and_si512(Scaled ? v4 : _mm512_srli_epi16(v, 6), odd);
   } else {
-    const __m512i third[3] = {v, _mm512_loadu_si512(step + 64), _mm512_loadu_si512(step + 128)};
+    const __m512i vectors[3] = {v, _mm512_loadu_si512(step + 64), _mm512_loadu_si512(step + 128)};
     OMQ_UNROLL for (int i = 0; i < 3; ++i) {
-      quad[2 * i] = _mm512_and_si512(third[i], mask(7));
-      quad[2 * i + 1] = Scaled ? _mm512_and_si512(third[i], mask(7 << 3))
-                               : _mm512_and_si512(_mm512_srli_epi16(third[i], 3), mask(7));
+      quad[2 * i] = _mm512_and_si512(vectors[i], mask(7));
+      quad[2 * i + 1] = Scaled ? _mm512_and_si512(vectors[i], mask(7 << 3))
+                               : _mm512_and_si512(_mm512_srli_epi16(vectors[i], 3), mask(7));
     }
     OMQ_UNROLL for (int s = 6; s < 8; ++s) {
       const int up = Scaled && s == 7 ? 3 : 0;
-      const __m512i top = _mm512_and_si512(_mm512_srli_epi16(third[2], s - 2 - up), mask(4 << up));
+      const __m512i top =
+          _mm512_and_si512(_mm512_srli_epi16(vectors[2], s - 2 - up), mask(4 << up));
       // low & mask | top
-      quad[s] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(third[s - 6], 6 - up), mask(3 << up),
+      quad[s] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(vectors[s - 6], 6 - up), mask(3 << up),
                                           top, 0xea);
     }
   }
