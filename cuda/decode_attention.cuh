@@ -4,6 +4,7 @@
 
 #include "cuda/decode_cache.cuh"
 #include "cuda/packed_kernels.cuh"
+#include "cuda/prepared_row.cuh"
 #include "tensor/decode_kernels.h"
 
 namespace omq::cuda {
@@ -29,6 +30,8 @@ struct AttentionArgs {
   int group;                               // query heads of a key head
   uint32_t inverse_group, inverse_splits;  // for quotient()
   float scale;
+  char* prepared;      // where y is left as prepared_row.cuh has it, or null,
+  int padded;          // in so many columns
   const char* next;    // weights that are wanted in the L2 cache,
   uint32_t next_each;  // so many bytes by each block
 };
@@ -260,9 +263,12 @@ __device__ __forceinline__ Sums<1> attend(const AttentionArgs& a, AttentionMemor
 // The head's result, element by element.
 __device__ __forceinline__ void write_head(const AttentionArgs& a, const Sums<1>& all, int head,
                                            int row) {
-  if (static_cast<int>(threadIdx.x) >= a.dim) return;
-  a.y[(static_cast<int64_t>(row) * a.heads + head) * a.dim + threadIdx.x] =
-      all.value[0] / all.weight;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= a.dim) return;
+  const float v = all.value[0] / all.weight;
+  a.y[(static_cast<int64_t>(row) * a.heads + head) * a.dim + i] = v;
+  if (a.prepared)  // one sequence, heads of 32·n: whole warps get here
+    PreparedRow(a.prepared, a.padded).put(head * a.dim + i, v);
 }
 
 // Joins the splits of a head through device memory: the last of its blocks to arrive does.

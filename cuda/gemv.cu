@@ -4,6 +4,7 @@
 
 #include "cuda/code_bytes.cuh"
 #include "cuda/packed.h"
+#include "cuda/prepared_row.cuh"
 
 namespace omq::cuda {
 namespace {
@@ -13,6 +14,15 @@ const float* vector_of(const char* op, const Tensor& t, int64_t n) {
   check(t.numel() == n && t.dtype() == DType::F32 && t.is_contiguous(),
         "{}: a vector {}, {} wanted", op, t.shape(), n);
   return t.data<float>();
+}
+
+// The memory of a prepared row of so many columns.
+char* prepared_memory(const char* op, const Tensor& row, int64_t cols) {
+  check(row.dtype() == DType::U8 && row.is_contiguous() && aligned16(row.raw()) &&
+            row.numel() == prepared_row_bytes(cols),
+        "{}: a prepared row {} of {}, {} bytes wanted", op, row.shape(), dtype_name(row.dtype()),
+        prepared_row_bytes(cols));
+  return static_cast<char*>(row.raw());
 }
 
 GemvInput input_of(const char* op, const GemvRows& r) {
@@ -33,6 +43,12 @@ GemvInput input_of(const char* op, const GemvRows& r) {
   in.eps = static_cast<float>(r.x.eps);
   in.quantise = r.x.quant.has_value();
   if (in.quantise) in.s = *r.x.quant;
+  if (r.x.prepared.defined()) {
+    check(in.rows == 1 && !in.shift && !in.quantise, "{}: a prepared row among {}", op, in.rows);
+    char* row = prepared_memory(op, r.x.prepared, in.cols);
+    in.prepared = row;
+    in.squares = PreparedRow(row, PreparedRow::padded(in.cols)).squares;
+  }
   in.by_fours = in.cols % 4 == 0 && aligned16(in.x) && aligned16(in.gain) && aligned16(in.shift);
   return in;
 }
@@ -54,7 +70,8 @@ constexpr int kThreads = 256;
 GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
                    std::span<const RowMatrix> matrices, RowOutput output) {
   check(!matrices.empty() && matrices.size() <= kMaxMatrices &&
-            (output != RowOutput::SiluMul || matrices.size() == 2),
+            (output != RowOutput::SiluMul || matrices.size() == 2) &&
+            (output != RowOutput::Add || matrices.size() == 1),
         "{}: {} matrices at once", op, matrices.size());
   GemvArgs a;
   a.in = input_of(op, x);
@@ -68,6 +85,12 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
     a.m[i].bias = vector_of(op, matrices[i].bias, rows);
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
+  }
+  if (x.next && x.next->row.defined()) {
+    const int64_t columns = row_count(matrices[0]);
+    check(x.rows == 1, "{}: {} rows cannot be left prepared", op, x.rows);
+    a.next = {prepared_memory(op, x.next->row, columns), vector_of(op, x.next->gain, columns),
+              PreparedRow::padded(static_cast<int>(columns))};
   }
   return a;
 }
@@ -91,10 +114,9 @@ SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
 void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
           RowOutput output) {
   const GemvArgs a = arguments(op, y, x, matrices, output);
-  if (std::holds_alternative<PackedInt>(matrices[0].weight))
-    packed_gemv(y, a, matrices);
-  else
-    dense_gemv(y, a, matrices);
+  if (std::holds_alternative<PackedInt>(matrices[0].weight)) return packed_gemv(y, a, matrices);
+  check(!a.in.prepared && !a.next.memory, "{}: dense weights take and leave no prepared row", op);
+  dense_gemv(y, a, matrices);
 }
 
 void codes_to_numbers(Tensor& y, const QuantizedRows& x) {

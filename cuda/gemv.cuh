@@ -1,8 +1,9 @@
 // What the kernels for a few rows of activations share: the rows on their way into shared memory,
 // normed and rounded where that is asked for, and the rows of the result on their way out.
 //
-// Every block prepares all of x that it needs by itself: a few KiB from the L2 cache cost less than
-// a kernel of their own and the wait for it.
+// Every block prepares all of x that it needs by itself, as a few KiB from the L2 cache cost less
+// than a kernel of their own and the wait for it; but for one row that the kernel in front has left
+// ready (prepared_row.cuh).
 #pragma once
 
 #include "cuda/packed.h"
@@ -16,7 +17,9 @@ constexpr int kMaxMatrices = 3;
 struct GemvInput {
   const float* x = nullptr;        // [rows, cols], or
   const uint8_t* codes = nullptr;  // the same as codes, with
-  const float2* grid = nullptr;    // scale and zero of each row
+  const float2* grid = nullptr;    // scale and zero of each row; or
+  const char* prepared = nullptr;  // the one row, times the gain, as prepared_row.cuh has it,
+  const float* squares = nullptr;  // and its sums of squares
   const float *gain = nullptr, *shift = nullptr;
   float eps = 0;
   int rows = 0, cols = 0;
@@ -34,8 +37,17 @@ struct GemvMatrix {
   int rows = 0, panels = 0;  // 0: no matrix
 };
 
+// Where the one row of results is left for the next product, times its gain, as prepared_row.cuh
+// has it; memory null: nowhere.
+struct GemvNext {
+  char* memory = nullptr;
+  const float* gain = nullptr;
+  int padded = 0;  // columns
+};
+
 struct GemvArgs {
   GemvInput in;
+  GemvNext next;
   GemvMatrix m[kMaxMatrices];
   int matrices = 0;
   RowOutput output = RowOutput::Store;
@@ -43,10 +55,12 @@ struct GemvArgs {
   int work = 0;            // panels (or row pairs) of all matrices; pairs of panels for SiluMul
   int each = 0, more = 0;  // of it a block has `each`, the first `more` blocks one more
   int per_round = 0;       // panels whose sums fit the shared memory together
+  int neighbours = 0;      // log2 of the panels (or pairs) of a unit of work: 0 or 1
   int spans = 0;           // of a panel (packed_row.cu), or turns of a row (dense_gemv.cu)
   uint32_t inverse = 0;    // of spans, for quotient()
   int units = 0, units_per_group = 1, groups = 1, x_stride = 0, x_units = 0;
   int group_shift = -1;  // log2 units_per_group; −1: that is no power of two
+  int padded = 0;        // columns of a prepared row
   // Of shared memory for the gains, and for x's row where packed kernels stage rows one by one,
   // each; 0: none.
   int row_floats = 0;
@@ -407,6 +421,12 @@ template <int kThreads> struct RowsSideBySide {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
+// The panel (or pair of panels) of all matrices that is a block's i-th: they stand side by side.
+__device__ __forceinline__ int panel_of_block(const GemvArgs& a, int i) {
+  const int block = static_cast<int>(blockIdx.x);
+  return ((block * a.each + min(block, a.more)) << a.neighbours) + i;
+}
+
 // Which matrix and which of its panels (or rows) stands at `at` among all of them.
 __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
   const int first = a.m[0].panels, two = first + a.m[1].panels;
@@ -417,14 +437,14 @@ __device__ __forceinline__ int find_matrix(const GemvArgs& a, int& at) {
 }
 
 // The 16 rows of results that a block's panel of a round gives, or, for SiluMul, its pair of
-// panels. p0: the round's first panel; i: which one behind it.
+// panels. output: a.output, which may be known to the compiler; p0: the round's first panel; i:
+// which one behind it.
 struct ResultPanel {
   int matrix, row;  // its first row in the matrix; for SiluMul in both
-  __device__ __forceinline__ ResultPanel(const GemvArgs& a, int p0, int i) {
-    const bool pairs = a.output == RowOutput::SiluMul;
-    int at =
-        static_cast<int>(blockIdx.x) + ((pairs ? p0 / 2 : p0) + i) * static_cast<int>(gridDim.x);
-    matrix = pairs ? 0 : find_matrix(a, at);
+  __device__ __forceinline__ ResultPanel(const GemvArgs& a, RowOutput output, int p0, int i) {
+    const bool pairs = output == RowOutput::SiluMul;
+    int at = panel_of_block(a, (pairs ? p0 / 2 : p0) + i);
+    matrix = output == RowOutput::Store ? find_matrix(a, at) : 0;
     row = at * 16;
   }
 };

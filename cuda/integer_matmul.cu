@@ -18,14 +18,12 @@ namespace {
 constexpr int kThreads = 256;
 
 // A block a panel: its 16 rows of y [N, K] as signed bytes, and their sums. A warp takes every
-// eighth unit; a lane's bytes of a row stand together and are stored at most 16 at a time.
+// eighth unit; a lane stores eight neighbouring bytes of a row at a time.
 template <int kBits, int kUnit>
 __global__ void __launch_bounds__(kThreads)
     signed_units_kernel(uint8_t* y, int32_t* sums, PackedView v) {
   constexpr int kWords = unit_words(kBits, kUnit), kFours = kUnit / 16;
   constexpr uint32_t kFlip = kBits == 8 ? 0x80808080u : 0;
-  using Store = std::conditional_t<kFours == 2, uint2, uint4>;
-  constexpr int kEach = sizeof(Store) / 4;  // fours of a store
   __shared__ int parts[16][kThreads / 32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int r = lane / 4, q = lane % 4, panel = static_cast<int>(blockIdx.x);
@@ -38,7 +36,6 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
       words[i] = units[k * (kWords * 32) + word_offset(kWords, i, lane)];
-    const int col = k * kUnit + q * (kUnit / 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = panel * 16 + r + 8 * half;
@@ -46,13 +43,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int f = 0; f < kFours; ++f) four[f] = four_codes<kBits, kUnit>(words, half, f) ^ kFlip;
 #pragma unroll
-      for (int f = 0; f < kFours; f += kEach) {
-        if (row >= v.rows || col + 4 * f >= v.cols) continue;
-        Store out;
-        memcpy(&out, four + f, sizeof out);
-        *reinterpret_cast<Store*>(y + static_cast<int64_t>(row) * v.cols + col + 4 * f) = out;
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) sum[half] = byte_sum(four[f + e], sum[half]);
+      for (int f = 0; f < kFours; f += 2) {
+        const int col = k * kUnit + four_column(q, f);
+        if (row >= v.rows || col >= v.cols) continue;
+        *reinterpret_cast<uint2*>(y + static_cast<int64_t>(row) * v.cols + col) =
+            make_uint2(four[f], four[f + 1]);
+        sum[half] = byte_sum(four[f + 1], byte_sum(four[f], sum[half]));
       }
     }
   }

@@ -22,7 +22,8 @@ int64_t rows_at_once(const RowMatrix& m, int64_t cols, RowOutput output, Device 
 }
 
 void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRows* codes,
-              std::span<const RowMatrix> matrices, RowOutput output) {
+              std::span<const RowMatrix> matrices, RowOutput output,
+              const DecodeNext* next = nullptr) {
   const int64_t rows = codes ? codes->codes.dim(0) : x.x.dim(0);
   const int64_t cols = codes ? codes->cols : x.x.dim(1);
   const int64_t at_once = rows_at_once(matrices[0], cols, output, y.device());
@@ -38,7 +39,7 @@ void few_rows(const char* op, Tensor& y, const DecodeInput& x, const QuantizedRo
     const int64_t left = rows - first;
     const bool splits = split.most > 0 && left >= split.fewest;
     n = splits ? std::max(share(left, split.most), split.fewest) : share(left, at_once);
-    gemv(op, y, {x, codes, first, n}, matrices, output);
+    gemv(op, y, {x, codes, first, n, next}, matrices, output);
   }
 }
 
@@ -139,8 +140,8 @@ const char* unsupported(std::span<const RowMatrix> matrices, RowOutput output) {
   return nullptr;
 }
 
-void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
-              RowOutput output) {
+// Calls f(matrices of one form, column of y where their results begin, columns of those).
+template <class F> void each_form(std::span<const RowMatrix> matrices, RowOutput output, F&& f) {
   int64_t column = 0;
   for (size_t begin = 0; begin < matrices.size();) {
     size_t end = begin + 1;
@@ -148,11 +149,32 @@ void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matric
     while (end < matrices.size() && same_form(matrices[begin], matrices[end]))
       columns += row_count(matrices[end++]);
     if (output == RowOutput::SiluMul) columns /= 2;
-    Tensor part = y.alias({y.dim(0), columns}, {y.stride(0), 1}, column);
-    few_rows("decode", part, x, nullptr, matrices.subspan(begin, end - begin), output);
+    f(matrices.subspan(begin, end - begin), column, columns);
     column += columns;
     begin = end;
   }
+}
+
+void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
+              RowOutput output, const DecodeNext& next) {
+  each_form(matrices, output,
+            [&](std::span<const RowMatrix> those, int64_t column, int64_t columns) {
+              Tensor part = y.alias({y.dim(0), columns}, {y.stride(0), 1}, column);
+              few_rows("decode", part, x, nullptr, those, output, &next);
+            });
+}
+
+int64_t prepared_bytes(const RowStage& from, const RowStage& to) {
+  const auto takes = [](const RowStage& s, bool leaves) {
+    bool all = true;
+    each_form(s.matrices, s.output, [&](std::span<const RowMatrix> those, int64_t, int64_t) {
+      all = all && std::holds_alternative<PackedInt>(those[0].weight) &&
+            packed_row_takes(those, s.output, leaves);
+    });
+    return all;
+  };
+  if (to.matrices.empty() || !takes(to, false) || !takes(from, true)) return 0;
+  return prepared_row_bytes(std::get<PackedInt>(to.matrices[0].weight).cols);
 }
 
 }  // namespace
@@ -162,7 +184,7 @@ namespace omq {
 
 const DecodeKernels* cuda_decode_kernels() {
   static const DecodeKernels table{cuda::products, cuda::decode_attention, cuda::choose,
-                                   cuda::unsupported};
+                                   cuda::unsupported, cuda::prepared_bytes};
   return &table;
 }
 

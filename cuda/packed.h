@@ -14,6 +14,7 @@ struct GemvRows {
   const DecodeInput& x;
   const QuantizedRows* codes;
   int64_t first, rows;
+  const DecodeNext* next = nullptr;
 };
 
 // y [M, …] of those rows; matrices are all packed in one layout, or all dense of one dtype.
@@ -28,6 +29,11 @@ SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
 // Rows that one launch of any other kernel takes; 0: a device's shared memory does not hold one.
 int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device);
 int64_t dense_gemv_rows(int64_t cols, int device);
+
+// One row that one product leaves for the next (prepared_row.cuh): its bytes, and whether the
+// kernel for one row takes matrices of one form; leaves: and can leave its results so.
+int64_t prepared_row_bytes(int64_t cols);
+bool packed_row_takes(std::span<const RowMatrix> matrices, RowOutput output, bool leaves);
 
 inline int64_t row_count(const RowMatrix& m) {
   if (const auto* p = std::get_if<PackedInt>(&m.weight)) return p->rows;

@@ -44,14 +44,15 @@ __global__ void arrange_codes_kernel(uint32_t* out, PanelSource s, PackedView v)
     const int lane = static_cast<int>(at % 32), i = static_cast<int>(at / 32 % words);
     const int64_t unit = at / 32 / words;
     const int panel = static_cast<int>(unit / v.units), k = static_cast<int>(unit % v.units);
-    const int r = lane / 4, q = lane % 4, first = k * v.unit + q * (v.unit / 4);
+    const int r = lane / 4, q = lane % 4;
     uint32_t word = 0;
     for (int half = 0; half < 2; ++half)
       for (int f = 0; f < v.unit / 16; ++f) {
         const CodePlace place = code_place(v.bits, v.unit, half, f);
         if (place.word != i && place.third != i) continue;
         for (int c = 0; c < 4; ++c) {
-          const uint32_t code = panel_code(s, panel, r + 8 * half, first + 4 * f + c);
+          const uint32_t code =
+              panel_code(s, panel, r + 8 * half, k * v.unit + four_column(q, f) + c);
           const uint32_t here = place.third < 0 ? code : code & 3;
           if (place.word == i) word |= here << (place.bit + 8 * c);
           if (place.third == i) word |= (code >> 2) << (place.third_bit + 8 * c);
@@ -124,7 +125,7 @@ __global__ void dequantize_kernel(Operand y, PackedView v, bool wide) {
         for (int j = 0; j < 4; ++j)
           value[f % 2 * 4 + j] = (static_cast<float>(codes >> (8 * j) & 255) - zero) * scale;
         if (f % 2 == 0) continue;
-        const int col = k * kUnit + q * (kUnit / 4) + 4 * (f - 1);
+        const int col = k * kUnit + four_column(q, f - 1);
         if (wide && col < v.cols) {
           Pack p;
 #pragma unroll
@@ -143,7 +144,8 @@ __global__ void dequantize_kernel(Operand y, PackedView v, bool wide) {
 // cover whole lines.
 template <int kBits, int kUnit>
 __global__ void __launch_bounds__(kThreads) dequantize_halves_kernel(__half* y, PackedView v) {
-  constexpr int kRowBytes = 2 * kUnit + 16;  // 16 more: rows begin in different banks
+  // Two rows' stores of a quarter of a warp meet different banks.
+  constexpr int kRowBytes = 2 * kUnit + (kUnit == 32 ? 0 : 64);
   __shared__ __align__(16) char tiles[kThreads / 32][16 * kRowBytes];
   const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
   char* tile = tiles[threadIdx.x / 32];
@@ -159,14 +161,16 @@ __global__ void __launch_bounds__(kThreads) dequantize_halves_kernel(__half* y, 
       const GridWord g = grid[r + 8 * half];
       const float scale = grid_scale(g), zero = static_cast<float>(grid_zero(g));
 #pragma unroll
-      for (int f = 0; f < kUnit / 16; ++f) {
-        const uint32_t codes = four_codes<kBits, kUnit>(unit.words, half, f);
-        const auto value = [&](int j) {
-          return (static_cast<float>(codes >> (8 * j) & 255) - zero) * scale;
+      for (int f = 0; f < kUnit / 16; f += 2) {
+        const auto pair = [&](int four, int j) {
+          const uint32_t codes = four_codes<kBits, kUnit>(unit.words, half, four);
+          const auto value = [&](int i) {
+            return (static_cast<float>(codes >> (8 * i) & 255) - zero) * scale;
+          };
+          return two_16bit(value(j), value(j + 1), DType::F16);
         };
-        *reinterpret_cast<uint2*>(tile + (r + 8 * half) * kRowBytes + q * (kUnit / 2) + 8 * f) =
-            make_uint2(two_16bit(value(0), value(1), DType::F16),
-                       two_16bit(value(2), value(3), DType::F16));
+        *reinterpret_cast<uint4*>(tile + (r + 8 * half) * kRowBytes + 2 * four_column(q, f)) =
+            make_uint4(pair(f, 0), pair(f, 2), pair(f + 1, 0), pair(f + 1, 2));
       }
     }
     __syncwarp();
@@ -207,7 +211,7 @@ __global__ void packed_embedding_kernel(float* y, PackedView v, const int32_t* i
                      codes = row < 8 ? upper : lower;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int col = k * kUnit + q * (kUnit / 4) + 4 * f + j;
+        const int col = k * kUnit + four_column(q, f) + j;
         if (col < v.cols)
           y[i * v.cols + col] = (static_cast<float>(codes >> (8 * j) & 255) - zero) * scale;
       }

@@ -1,7 +1,7 @@
 // Packed weights times up to eight rows of activations: decoding. The limit is the memory's: every
 // byte of the codes is read once, 4.25 bits a weight at 4 bits and groups of 128.
 //
-//   block    16 warps, one block a processor; its panels are blockIdx, + gridDim, + 2 gridDim …
+//   block    16 warps, one block a processor; its panels stand side by side
 //   warp     slots w, w + 16, … (two neighbouring units or one) of all of the block's panels,
 //            through a ring in shared memory that copies fill ahead: no register waits for memory,
 //            no warp for another
@@ -37,7 +37,7 @@ struct Place {
   __device__ __forceinline__ Place(const GemvArgs& a, int i, int p0) {
     row = i % 16, local = i / 16, n = 0;
     if (a.in.rows > 1) n = local % a.in.rows, local /= a.in.rows;
-    const ResultPanel panel(a, p0, local);
+    const ResultPanel panel(a, a.output, p0, local);
     matrix = panel.matrix;
     out = panel.row + row;
     if (out < a.m[matrix].rows) y = a.m[matrix].y + n * a.y_stride + out;
@@ -259,8 +259,9 @@ int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device) {
   return rows_that_fit({packed_view(w, nullptr), 1}, output, device);
 }
 
-void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
+PackedView packed_arguments(GemvArgs& a, std::span<const RowMatrix> matrices) {
   const PackedView v = view_of("packed_matmul", std::get<PackedInt>(matrices[0].weight));
+  a.work = 0;
   for (size_t i = 0; i < matrices.size(); ++i) {
     const PackedView m = view_of("packed_matmul", std::get<PackedInt>(matrices[i].weight));
     a.m[i].data = m.codes;
@@ -274,7 +275,14 @@ void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
   while ((1 << (a.group_shift + 1)) <= a.units_per_group) ++a.group_shift;
   if (1 << a.group_shift != a.units_per_group) a.group_shift = -1;
   if (v.groups == 1) a.group_shift = 31;
-  if (packed_row(y, a, v) || packed_rows(y, a, v)) return;
+  return v;
+}
+
+void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
+  const PackedView v = packed_arguments(a, matrices);
+  if (packed_row(y, a, v)) return;
+  check(!a.in.prepared && !a.next.memory, "packed_matmul: no kernel takes a prepared row");
+  if (packed_rows(y, a, v)) return;
   const bool integers = a.in.codes || a.in.quantise, two_tiles = a.in.rows > kTileRows;
   // As many units to a slot as usual where the rows leave room for it.
   const int usual = slot_units(v.bits), device = y.device().index;

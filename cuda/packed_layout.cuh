@@ -2,11 +2,12 @@
 // warp multiplies them, so that a lane loads 16 bytes at a time and every byte once.
 //
 // A panel of 16 rows is cut into units of U columns (128, 64 or 32, dividing the group), one warp's
-// work at a time: U / 32 integer products m16n8k32 with the codes as the 16-row operand. Which
-// columns are called k = 0 … 31 in a product is free as long as x is read in the same order. So
-// lane (r, q), r = lane / 4 and q = lane % 4, holds of rows r and r + 8 the columns q·U/4 … (q +
-// 1)·U/4 − 1, in fours: product s takes fours 2s and 2s + 1. A four is a register of four bytes,
-// and comes out of a word with one mask and at most one shift:
+// work at a time: U / 32 integer products m16n8k32 with the codes as the 16-row operand. Product s
+// has columns 32 s … 32 s + 31 of the unit, so that a run of 32 columns of x may have a scale of
+// its own; in which order they are called k = 0 … 31 is free as long as x is read in the same. Lane
+// (r, q), r = lane / 4 and q = lane % 4, holds of rows r and r + 8 columns 8q … 8q + 7 of each
+// product, in fours: product s takes fours 2s and 2s + 1. A four is a register of four bytes, and
+// comes out of a word with one mask and at most one shift:
 //
 //   8 bits   a word is a four
 //   4 bits   a word holds fours f and f + 2 of a row, in the low and the high halves of its bytes
@@ -47,6 +48,12 @@ __device__ __forceinline__ float grid_scale(GridWord g) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(g)));
 }
 __device__ __forceinline__ int grid_zero(GridWord g) { return static_cast<int>(g >> 16); }
+
+// The first column of lane (r, q)'s four number f, in its unit; f even: the next four stands
+// behind.
+constexpr __host__ __device__ int four_column(int q, int f) {
+  return f / 2 * 32 + q * 8 + f % 2 * 4;
+}
 
 // A lane's words of a unit.
 constexpr __host__ __device__ int unit_words(int bits, int unit) {
@@ -130,16 +137,14 @@ __device__ __forceinline__ uint32_t four_codes(const uint32_t (&w)[unit_words(kB
 
 // ---- codes that stay where they are ----
 //
-// Codes that are multiplied at bit b of their bytes give 2ᵇ times their sum: one shift of a sum
-// instead of one for every four. Products of one place, the fours' own bit, have sums of their own;
-// product s is of place s % code_places.
-constexpr __host__ __device__ int code_places(int bits, int unit) {
-  return unit == 32 ? 1 : unit == 128 && bits == 2 ? 4 : 2;
+// Codes that are multiplied at bit b of their bytes give 2ᵇ times their sum, so that no four is
+// shifted, but the sum's scale divided. Both fours of a product stand at one place, nearly always.
+
+// The bit of a product's codes, in words of row r (half 0) or r + 8 (half 1).
+constexpr __host__ __device__ int place_bit(int bits, int unit, int half, int product) {
+  return code_place(bits, unit, half, 2 * product).bit;
 }
-// The bit of a place, in words of row r (half 0) or r + 8 (half 1).
-constexpr __host__ __device__ int place_bit(int bits, int unit, int half, int place) {
-  return code_place(bits, unit, half, 2 * place).bit;
-}
+constexpr int kHighestPlace = 6;
 
 // ---- x ----
 //
@@ -149,14 +154,14 @@ constexpr __host__ __device__ int place_bit(int bits, int unit, int half, int pl
 constexpr int kTileRows = 4;
 constexpr int kPackedRows = 2 * kTileRows;  // of a launch of packed_gemv.cu, at most
 
-// Byte of column c of a unit (all of a unit's bytes of one row stand together): runs of 16 columns
-// (U = 32: 8), each the hi bytes of lanes q = 0 … 3, then the lo bytes, which are `lo_after`
+// Byte of column c of a unit (all of a unit's bytes of one row stand together): for each 64 columns
+// (U = 32: 32) the hi bytes of lanes q = 0 … 3, kRun each, then the lo bytes, which are `lo_after`
 // behind.
 template <int kUnit> struct PlanePlace {
   static constexpr int kRun = kUnit == 32 ? 8 : 16;
   static constexpr int lo_after = 4 * kRun;
   static __host__ __device__ __forceinline__ int hi(int c) {
-    const int q = c / (kUnit / 4), i = c % (kUnit / 4);
+    const int q = c % 32 / 8, i = c / 32 * 8 + c % 8;  // byte i of lane q's
     return i / kRun * (8 * kRun) + q * kRun + i % kRun;
   }
 };

@@ -5,6 +5,21 @@
 
 namespace omq::cuda {
 
+// Where the codes of a block's panel begin for a lane, and its grids.
+struct PanelPlace {
+  const uint8_t* codes;
+  const GridWord* grids;
+  __device__ __forceinline__ PanelPlace(const GemvArgs& a, RowOutput output, int panel,
+                                        int unit_bytes, int lane) {
+    const bool pairs = output == RowOutput::SiluMul;
+    int at = panel_of_block(a, pairs ? panel / 2 : panel);
+    const int i = pairs ? panel % 2 : output == RowOutput::Store ? find_matrix(a, at) : 0;
+    codes = static_cast<const uint8_t*>(a.m[i].data) +
+            (static_cast<int64_t>(at) * (a.units * unit_bytes) + lane * 16);
+    grids = a.m[i].grids + static_cast<int64_t>(at) * (a.groups * 16);
+  }
+};
+
 // The panels of a round, one a lane: where their codes and grids begin.
 struct RoundPanels {
   const uint8_t* codes = nullptr;
@@ -15,8 +30,7 @@ struct RoundPanels {
     if (p0 + lane >= p1) return;
     const bool pairs = a.output == RowOutput::SiluMul;
     const int panel = p0 + lane;
-    int at =
-        static_cast<int>(blockIdx.x) + (pairs ? panel / 2 : panel) * static_cast<int>(gridDim.x);
+    int at = panel_of_block(a, pairs ? panel / 2 : panel);
     const int i = pairs ? panel % 2 : find_matrix(a, at);
     codes = static_cast<const uint8_t*>(a.m[i].data) + at * panel_bytes;
     grids = a.m[i].grids + static_cast<int64_t>(at) * a.groups * 16;
@@ -31,5 +45,9 @@ template <class T> __device__ __forceinline__ const T* pointer_of(const T* p, in
 __device__ __forceinline__ int group_of(const GemvArgs& a, int unit) {
   return a.group_shift >= 0 ? unit >> a.group_shift : unit / a.units_per_group;
 }
+
+// Fills in what a product needs to know of packed matrices, all of one layout, which is returned.
+// a.output is set before.
+PackedView packed_arguments(GemvArgs& a, std::span<const RowMatrix> matrices);
 
 }  // namespace omq::cuda

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/gemv.cuh"
+#include "cuda/whole_scale.cuh"
 
 namespace omq::cuda {
 
@@ -108,11 +109,7 @@ struct FourBytes {
 template <int kTeam, int kFours>
 __device__ __forceinline__ void whole_numbers(FourBytes (&out)[kFours], const float4 (&v)[kFours],
                                               bool whole = false) {
-  // i = 256 · hi + lo, both signed: lo is the last byte of i, hi the one above it of i + 128. Added
-  // to 1.5 · 2²³ a number rounds to a whole one, which is then in the low bits.
-  constexpr float kTop = 127 * 256 + 127, kRound = 12582912;
-  constexpr uint32_t kRoundBits = 0x4b400000;
-  uint32_t top[kFours];  // bits of the largest |v|: their order is that of the values; NaN is above
+  uint32_t top[kFours];
   int sum[kFours];
 #pragma unroll
   for (int f = 0; f < kFours; ++f)
@@ -122,24 +119,24 @@ __device__ __forceinline__ void whole_numbers(FourBytes (&out)[kFours], const fl
                                       larger_or_nan(fabsf(v[f].z), fabsf(v[f].w)))));
 #pragma unroll
   for (int f = 0; f < kFours; ++f) {
-    const bool usable = top[f] - 0x00800000u < 0x7f000000u;  // neither denormal nor infinite
-    const float by = whole ? 1.0f : usable ? kTop * reciprocal_fast(__uint_as_float(top[f])) : 0.0f;
-    const auto bits = [&](float t, float round) { return __float_as_uint(fmaf(t, by, round)); };
-    const uint32_t i[4] = {bits(v[f].x, kRound), bits(v[f].y, kRound), bits(v[f].z, kRound),
-                           bits(v[f].w, kRound)},
-                   above[4] = {bits(v[f].x, kRound + 128), bits(v[f].y, kRound + 128),
-                               bits(v[f].z, kRound + 128), bits(v[f].w, kRound + 128)};
+    WholeScale to(top[f]);
+    if (whole) {
+      to.by = 1;
+      if (top[f] < 0x7f800000u) to.scale = 1;
+    }
+    constexpr float kRound = WholeScale::kRound;
+    const uint32_t i[4] = {to.bits(v[f].x, kRound), to.bits(v[f].y, kRound),
+                           to.bits(v[f].z, kRound), to.bits(v[f].w, kRound)},
+                   above[4] = {to.bits(v[f].x, kRound + 128), to.bits(v[f].y, kRound + 128),
+                               to.bits(v[f].z, kRound + 128), to.bits(v[f].w, kRound + 128)};
     const auto pick = [](const uint32_t(&from)[4], uint32_t which) {
       return __byte_perm(__byte_perm(from[0], from[1], which), __byte_perm(from[2], from[3], which),
                          0x5410);
     };
     out[f].lo = pick(i, 0x0040);
     out[f].hi = pick(above, 0x0051);
-    sum[f] = static_cast<int>(i[0] + i[1] + (i[2] + i[3]) - 4 * kRoundBits);
-    // Infinite or not a number: so is the result.
-    out[f].unit.scale = top[f] >= 0x7f800000u ? __int_as_float(0x7fc00000)
-                        : whole               ? 1.0f
-                                              : __uint_as_float(top[f]) * (1 / kTop);
+    sum[f] = static_cast<int>(i[0] + i[1] + (i[2] + i[3]) - 4 * WholeScale::kRoundBits);
+    out[f].unit.scale = to.scale;
   }
 #pragma unroll
   for (int f = 0; f < kFours; ++f)

@@ -113,6 +113,28 @@ __device__ __forceinline__ void store_in_cluster([[maybe_unused]] uint32_t addre
 #endif
 }
 
+// 16 (8) bytes of shared memory where `where` says so; else the words stay as they are. The moves
+// are none in the end: without them ptxas makes a branch of the predicate.
+__device__ __forceinline__ void load_shared_where(uint32_t& a, uint32_t& b, uint32_t& c,
+                                                  uint32_t& d, uint32_t address, bool where) {
+  asm volatile(
+      "{.reg .pred p;\n.reg .b32 a, b, c, d;\nsetp.ne.u32 p, %5, 0;\n"
+      "mov.b32 a, %0;\nmov.b32 b, %1;\nmov.b32 c, %2;\nmov.b32 d, %3;\n"
+      "@p ld.shared.v4.u32 {a, b, c, d}, [%4];\n"
+      "mov.b32 %0, a;\nmov.b32 %1, b;\nmov.b32 %2, c;\nmov.b32 %3, d;}"
+      : "+r"(a), "+r"(b), "+r"(c), "+r"(d)
+      : "r"(address), "r"(static_cast<uint32_t>(where))
+      : "memory");
+}
+__device__ __forceinline__ void load_shared_where(uint32_t (&v)[2], uint32_t address, bool where) {
+  asm volatile(
+      "{.reg .pred p;\n.reg .b32 a, b;\nsetp.ne.u32 p, %3, 0;\nmov.b32 a, %0;\nmov.b32 b, %1;\n"
+      "@p ld.shared.v2.u32 {a, b}, [%2];\nmov.b32 %0, a;\nmov.b32 %1, b;}"
+      : "+r"(v[0]), "+r"(v[1])
+      : "r"(address), "r"(static_cast<uint32_t>(where))
+      : "memory");
+}
+
 // Four 8 × 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

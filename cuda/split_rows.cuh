@@ -120,7 +120,7 @@ struct SplitPlace {
     sum = 4 * (i - own * (4 * a.in.rows));
     n = sum / 16;
     panel = a.output == RowOutput::SiluMul ? 2 * one : one;
-    const ResultPanel of(a, p0, one);
+    const ResultPanel of(a, a.output, p0, one);
     matrix = of.matrix;
     out = of.row + sum % 16;
     there = min(a.m[matrix].rows - out, 4);

@@ -20,10 +20,13 @@ namespace {
 struct Product {
   std::vector<RowMatrix> matrices;
   std::optional<RowQuant> quant;
+  Tensor prepared = {};  // where the stage in front leaves the row, or undefined
   Product(std::initializer_list<const nn::Linear*> linears)
       : quant((*linears.begin())->input_quant) {
     for (const nn::Linear* l : linears) matrices.push_back(row_matrix(*l));
   }
+  // Whether its row is plain: not quantised, and not shifted by the norm in front of it.
+  bool plain(const nn::RMSNorm* norm) const { return !quant && !(norm && norm->bias.defined()); }
 };
 
 struct Layer {
@@ -66,8 +69,12 @@ class DevicePlan final : public DecodePlan::Impl {
   void set_state(std::span<const int32_t> tokens, int64_t at);
   int32_t told(int64_t at, int64_t sequence) const;  // waits for the token behind position `at`
   DecodeAttentionStage attention(const nn::Attention& a, const nn::KVCache& cache) const;
+  void prepare_rows();
   DecodeInput behind(const nn::RMSNorm& n, const Product& p) const {
-    return {x_, n.weight, n.bias, n.eps, p.quant};
+    return {x_, n.weight, n.bias, n.eps, p.quant, p.prepared};
+  }
+  DecodeInput plain_input(const Tensor& x, const Product& p) const {
+    return {.x = x, .quant = p.quant, .prepared = p.prepared};
   }
 
   const Model& model_;
@@ -127,6 +134,32 @@ DevicePlan::DevicePlan(const Model& m, int64_t capacity, int64_t B)
   host_ = empty_pinned(logits_.shape(), DType::F32, device_);
   told_ = empty_pinned({16 * B}, DType::U8, device_);
   numbers_ = to(Tensor::zeros({B, capacity}, DType::F64), device_);
+  if (B == 1) prepare_rows();
+}
+
+// Finds out which stages leave their row prepared for the next.
+void DevicePlan::prepare_rows() {
+  Tensor x, attended, gated;  // rows on their way; those of equal stages are the same memory
+  const auto room = [&](Tensor& row, const RowStage& from, const RowStage& next) {
+    const int64_t bytes = kernels_.prepared_bytes(from, next);
+    if (bytes > 0 && !row.defined()) row = Tensor::zeros({bytes}, DType::U8, device_);
+    return bytes > 0 ? row : Tensor{};
+  };
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& l = layers_[i];
+    const LlamaBlock& b = *l.block;
+    const RowStage o{l.o.matrices, RowOutput::Add}, gate_up{l.gate_up.matrices, RowOutput::SiluMul},
+        down{l.down.matrices, RowOutput::Add};
+    const bool plain_o = l.o.plain(nullptr), plain_down = l.down.plain(nullptr),
+               plain_gate_up = l.gate_up.plain(&b.post_attention_layernorm);
+    if (plain_o && b.self_attn.head_dim % 32 == 0) l.o.prepared = room(attended, {}, o);
+    if (plain_o && plain_gate_up) l.gate_up.prepared = room(x, o, gate_up);
+    if (plain_gate_up && plain_down) l.down.prepared = room(gated, gate_up, down);
+    if (i + 1 == layers_.size()) break;
+    Layer& behind = layers_[i + 1];
+    if (plain_down && behind.qkv.plain(&behind.block->input_layernorm))
+      behind.qkv.prepared = room(x, down, {behind.qkv.matrices, RowOutput::Store});
+  }
 }
 
 DevicePlan::~DevicePlan() {
@@ -179,16 +212,25 @@ void DevicePlan::run() {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& l = layers_[i];
     const LlamaBlock& b = *l.block;
-    kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store);
+    const auto next = [](const Product& p, const Tensor& gain) {
+      return p.prepared.defined() ? DecodeNext{p.prepared, gain} : DecodeNext{};
+    };
+    kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store, {});
     DecodeAttentionStage stage = attention(b.self_attn, (*bound_)[i]);
+    stage.prepared = l.o.prepared;
     stage.next = l.o.matrices.front().stored();
     kernels_.attention(stage);
-    kernels_.products(x_, {.x = attended_, .quant = l.o.quant}, l.o.matrices, RowOutput::Add);
+    kernels_.products(x_, plain_input(attended_, l.o), l.o.matrices, RowOutput::Add,
+                      next(l.gate_up, b.post_attention_layernorm.weight));
     kernels_.products(gated_, behind(b.post_attention_layernorm, l.gate_up), l.gate_up.matrices,
-                      RowOutput::SiluMul);
-    kernels_.products(x_, {.x = gated_, .quant = l.down.quant}, l.down.matrices, RowOutput::Add);
+                      RowOutput::SiluMul, next(l.down, {}));
+    const bool last = i + 1 == layers_.size();
+    kernels_.products(x_, plain_input(gated_, l.down), l.down.matrices, RowOutput::Add,
+                      last
+                          ? DecodeNext{}
+                          : next(layers_[i + 1].qkv, layers_[i + 1].block->input_layernorm.weight));
   }
-  kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store);
+  kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store, {});
 }
 
 void DevicePlan::step(std::span<const int32_t> tokens, int64_t at,

@@ -22,6 +22,21 @@ struct DecodeInput {
   Tensor gain = {}, shift = {};  // F32 [K] or undefined
   double eps = 0;
   std::optional<RowQuant> quant = {};
+  // U8 or undefined: x times the gain, and its squares, as the stage in front has left them
+  // (DecodeNext). x is given all the same.
+  Tensor prepared = {};
+};
+// Where a stage leaves its one row of results, times gain, as the next stage's products take it:
+// computed once, where every block of the next stage would have to. Filled with zeros when made;
+// row undefined: nowhere.
+struct DecodeNext {
+  Tensor row = {};   // U8 [DecodeKernels::prepared_bytes]
+  Tensor gain = {};  // F32 or undefined: of the next stage's RMSNorm
+};
+// The products of a stage.
+struct RowStage {
+  std::span<const RowMatrix> matrices = {};
+  RowOutput output = RowOutput::Store;
 };
 // Neighbouring elements of a head that a lane of attention takes; heads are multiples of it, up to
 // 256.
@@ -49,6 +64,7 @@ struct DecodeAttentionStage {
   Tensor parts;              // F32 [rows, H, splits, d + 2], scratch
   Tensor arrived;            // I32 [rows, H], zeros before and after
   Tensor y;                  // F32 [rows, H·d]
+  Tensor prepared = {};      // where y is left for the next stage, as in DecodeNext; heads of 32·n
   Tensor next = {};  // weights that the stage behind reads: asked for early, as memory is idle
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
@@ -74,7 +90,7 @@ inline constexpr int32_t kChosenNaN = -1, kChosenNothing = -2;
 struct DecodeKernels {
   // y: F32; Store: [rows, Σ N]; Add, SiluMul: [rows, N]. Matrices of one form share a launch.
   void (*products)(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matrices,
-                   RowOutput output);
+                   RowOutput output, const DecodeNext& next);
   void (*attention)(const DecodeAttentionStage& s);
   // For each row of logits [rows, V], to which the bias is added in place, the id of a token: state
   // (I32 [2, rows]: tokens, positions) becomes it and the next position; word (position % 2, row)
@@ -82,6 +98,9 @@ struct DecodeKernels {
   void (*choose)(Tensor& state, Tensor& told, Tensor& logits, const TokenChoice& by);
   // Why no kernel takes such matrices together; null when one does.
   const char* (*unsupported)(std::span<const RowMatrix> matrices, RowOutput output);
+  // Bytes of a row that products `from` (none: attention) leave for products `to`, where x is of
+  // one row and neither shifted nor quantised; 0: they cannot.
+  int64_t (*prepared_bytes)(const RowStage& from, const RowStage& to);
 };
 
 // Of x's device; null where there are none (the CPU, a build without CUDA).

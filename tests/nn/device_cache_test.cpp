@@ -8,9 +8,7 @@
 #include "nn/attention.h"
 #include "nn/linear_input.h"
 #include "tensor/decode_kernels.h"
-#include "tests/support/close.h"
-#include "tests/support/devices.h"
-#include "tests/support/property.h"
+#include "tests/support/device_packed.h"
 
 namespace omq::nn {
 namespace {
@@ -55,7 +53,24 @@ void check_attention(const Case& c, Device device) {
   s.arrived = Tensor::zeros({B, H}, DType::I32, device);
   s.y = y;
   s.heads = H, s.kv_heads = K, s.head_dim = d;
-  decode_kernels(device)->attention(s);
+  const DecodeKernels& kernels = *decode_kernels(device);
+  RowMatrix behind;  // takes y as F32, and prepared
+  if (B == 1 && d % 32 == 0) {
+    behind.weight = random_packed(rng, 48, H * d, {.bits = 2, .group_size = 32}, device).device;
+    const int64_t bytes = kernels.prepared_bytes({}, {{&behind, 1}, RowOutput::Store});
+    REQUIRE(bytes > 0);
+    s.prepared = Tensor::zeros({bytes}, DType::U8, device);
+  }
+  kernels.attention(s);
+  if (s.prepared.defined()) {
+    Tensor from_floats = Tensor::empty({1, 48}, DType::F32, device),
+           from_prepared = Tensor::empty({1, 48}, DType::F32, device);
+    kernels.products(from_floats, {.x = y}, {&behind, 1}, RowOutput::Store, {});
+    const Tensor unread = Tensor::full({1, H * d}, NAN, DType::F32, device);
+    kernels.products(from_prepared, {.x = unread, .prepared = s.prepared}, {&behind, 1},
+                     RowOutput::Store, {});
+    CHECK(close(from_prepared, from_floats, 1e-12));  // the same whole numbers
+  }
   cache.advance(1);
 
   const Positions at = positions(c.past, 1, tables);

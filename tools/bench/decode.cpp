@@ -23,6 +23,7 @@
 #include "autograd/ops.h"
 #include "models/decode_plan.h"
 #include "models/sampler.h"
+#include "tensor/decode_kernels.h"
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 #include "tensor/parallel.h"
@@ -289,18 +290,11 @@ struct Matrices {
   }
 };
 
-// Bytes a second of weights [rows, cols], in products of `batch` rows of x with each of them. On a
-// GPU the products are recorded, so that the host's time for a launch is not measured.
-double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t rows, int64_t cols) {
-  const Tensor x = Tensor::full({batch, cols}, 0.5, DType::F32, b.device);
-  Tensor y = Tensor::empty({batch, rows}, DType::F32, b.device);
-  const PackedKernels& kernels = packed_on(x);
+// Bytes a second of the weights that `product` reads, called with each of them. On a GPU the
+// products are recorded, so that the host's time for a launch is not measured.
+template <class F> double bytes_per_second(const Bench& b, const Matrices& w, F&& product) {
   StepGraph products(b.device, [&] {
-    for (const nn::Weight& each : w.all)
-      if (const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&each))
-        kernels.packed_matmul(y, x, dynamic_cast<const nn::PackedIntWeight&>(**packed).packed());
-      else
-        kernels.dense_matmul(y, x, std::get<Tensor>(each));
+    for (const nn::Weight& each : w.all) product(each);
   });
   products.run();
   products.run();
@@ -312,6 +306,48 @@ double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t ro
     times.push_back(s / (4 * static_cast<double>(w.all.size())));
   }
   return static_cast<double>(w.bytes) / median(times);
+}
+
+const PackedInt* packed_of(const nn::Weight& w) {
+  const auto* packed = std::get_if<std::shared_ptr<nn::PackedWeight>>(&w);
+  return packed ? &dynamic_cast<const nn::PackedIntWeight&>(**packed).packed() : nullptr;
+}
+
+// Of products of `batch` rows of F32 x with weights [rows, cols].
+double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t rows, int64_t cols) {
+  const Tensor x = Tensor::full({batch, cols}, 0.5, DType::F32, b.device);
+  Tensor y = Tensor::empty({batch, rows}, DType::F32, b.device);
+  return bytes_per_second(b, w, [&](const nn::Weight& each) {
+    if (const PackedInt* packed = packed_of(each))
+      packed_on(x).packed_matmul(y, x, *packed);
+    else
+      packed_on(x).dense_matmul(y, x, std::get<Tensor>(each));
+  });
+}
+
+// The same of a row that the stage in front has left prepared, as most are in a model on a GPU; NaN
+// where none is.
+double prepared_rate(const Bench& b, const Form& f, const Matrices& w, int64_t rows, int64_t cols) {
+  const DecodeKernels* kernels = decode_kernels(b.device);
+  if (!kernels || !packed_of(w.all[0]) || f.abits < 16) return NAN;
+  constexpr int64_t kInFront = 256;  // columns
+  const auto stage = [](const nn::Weight& weight) { return RowMatrix{*packed_of(weight), {}}; };
+  const nn::Weight front =
+      std::get<std::shared_ptr<nn::PackedWeight>>(Maker(f).matrix(cols, kInFront))
+          ->on_device(b.device);
+  const RowMatrix in_front = stage(front), first = stage(w.all[0]);
+  const int64_t bytes =
+      kernels->prepared_bytes({{&in_front, 1}, RowOutput::Add}, {{&first, 1}, RowOutput::Store});
+  if (bytes == 0) return NAN;
+  const Tensor row = Tensor::zeros({bytes}, DType::U8, b.device),
+               x = Tensor::full({1, kInFront}, 0.5, DType::F32, b.device);
+  Tensor y = Tensor::empty({1, rows}, DType::F32, b.device),
+         between = Tensor::zeros({1, cols}, DType::F32, b.device);
+  kernels->products(between, {.x = x}, {&in_front, 1}, RowOutput::Add, {row, {}});
+  return bytes_per_second(b, w, [&](const nn::Weight& each) {
+    const RowMatrix m = stage(each);
+    kernels->products(y, {.x = between, .prepared = row}, {&m, 1}, RowOutput::Store, {});
+  });
 }
 
 int run(int argc, char** argv) {
@@ -350,10 +386,11 @@ int run(int argc, char** argv) {
   b.sampling.validate(s->vocab);
   b.copy_rate = b.measure_copy();
   fmt::print("{}: copy {:.0f} GB/s\n", cli::device_text(b.device), b.copy_rate / 1e9);
-  // down: a product of the batch's rows with 4096 × 11008 weights by itself; up: with 11008 × 4096.
-  fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8} {:>11} {:>8}\n", "weights",
-             "batch", "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s", "down GB/s",
-             "of copy", "up GB/s", "of copy");
+  // down: a product of the batch's rows with 4096 × 11008 weights by itself; up: with 11008 × 4096;
+  // row: of one row that was prepared by the stage in front, as in a model.
+  fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8} {:>11} {:>8} {:>9} {:>9}\n",
+             "weights", "batch", "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s",
+             "down GB/s", "of copy", "up GB/s", "of copy", "down row", "up row");
   nlohmann::json rows = nlohmann::json::array();
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
@@ -368,14 +405,17 @@ int run(int argc, char** argv) {
     for (const int64_t n : batches) {
       const double step = decode_seconds(b, m, n);
       const double down = product_rate(b, for_down, n, kHidden, kWide),
-                   up = product_rate(b, for_up, n, kWide, kHidden);
+                   up = product_rate(b, for_up, n, kWide, kHidden),
+                   down_row = n == 1 ? prepared_rate(b, f, for_down, kHidden, kWide) : NAN,
+                   up_row = n == 1 ? prepared_rate(b, f, for_up, kWide, kHidden) : NAN;
       const double tokens = static_cast<double>(n) / step,
                    rate = static_cast<double>(size.token_bytes) / step;
       fmt::print(
           "{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}% {:11.0f} "
-          "{:7.0f}%\n",
+          "{:7.0f}% {:8.0f}% {:8.0f}%\n",
           f.name, n, tokens, step * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
-          down / 1e9, 100 * down / b.copy_rate, up / 1e9, 100 * up / b.copy_rate);
+          down / 1e9, 100 * down / b.copy_rate, up / 1e9, 100 * up / b.copy_rate,
+          100 * down_row / b.copy_rate, 100 * up_row / b.copy_rate);
       rows.push_back({{"shape", s->name},
                       {"weights", f.name},
                       {"batch", n},
@@ -387,7 +427,9 @@ int run(int argc, char** argv) {
                       {"decode_share", rate / b.copy_rate},
                       {"prompt_ts", prompt_rate},
                       {"down_share", down / b.copy_rate},
-                      {"up_share", up / b.copy_rate}});
+                      {"up_share", up / b.copy_rate},
+                      {"down_row_share", down_row / b.copy_rate},
+                      {"up_row_share", up_row / b.copy_rate}});
       std::fflush(stdout);
     }
   }

@@ -1,0 +1,118 @@
+// What a warp of packed_row.cu does at a time: four neighbouring units of a panel against one row
+// of x.
+#pragma once
+
+#include "cuda/packed_unit.cuh"
+#include "cuda/prepared_row.cuh"
+
+namespace omq::cuda {
+
+constexpr int kSpan = 4;  // units
+constexpr int unit_bytes(int bits, int unit) { return unit_words(bits, unit) * 128; }
+constexpr int span_bytes(int bits, int unit) { return kSpan * (unit_bytes(bits, unit) + 64); }
+// Of a prepared row: a span's columns, and its scales.
+constexpr int columns_bytes(int unit) { return kSpan * 2 * unit; }
+constexpr int scales_bytes(int unit) {
+  return kSpan * unit / kScaleColumns * static_cast<int>(sizeof(RowScale));
+}
+constexpr int span_slot_bytes(bool prepared, int bits, int unit) {
+  return span_bytes(bits, unit) + (prepared ? columns_bytes(unit) + scales_bytes(unit) : 0);
+}
+
+// A span of a prepared row into shared memory, asynchronously, by a warp: columns, then scales.
+template <int kUnit>
+__device__ __forceinline__ void copy_span(uint32_t to, const char* row, int padded, int span,
+                                          int lane) {
+  constexpr int kColumns = columns_bytes(kUnit), kScales = scales_bytes(kUnit);
+  const char* columns = row + span * kColumns + lane * 16;
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 512)
+    if (i + 512 <= kColumns || i + lane * 16 < kColumns)
+      copy_async16(to + i + lane * 16, columns + i, true);
+  if (lane * 16 < kScales)
+    copy_async16(to + kColumns + lane * 16, row + 2 * padded + span * kScales + lane * 16, true);
+}
+
+// A span's columns of x as the products' other operand. A lane holds those of unit lane / 8: its
+// registers of the other units are zero from the beginning, and never loaded. Loads of eight lanes
+// are short, and what a processor's shared memory can give is the limit here (below).
+template <int kUnit> class SpanOfRow {
+ public:
+  uint32_t b[kSpan][kUnit / 16] = {};
+
+  __device__ __forceinline__ explicit SpanOfRow(int lane) : unit_(lane / 8) {
+    const int first = kUnit == 32 ? unit_ / 2 * 128 + unit_ % 2 * 8 : unit_ * (2 * kUnit);
+    inside_ = static_cast<uint32_t>(first + lane / 4 % 2 * PreparedRow::kLoAfter + lane % 4 * 16);
+  }
+  // columns: where the span's begin in shared memory.
+  __device__ __forceinline__ void load(uint32_t columns) {
+    const uint32_t at = columns + inside_;
+#pragma unroll
+    for (int u = 0; u < kSpan; ++u)
+      if constexpr (kUnit == 32)
+        load_shared_where(b[u], at, unit_ == u);
+      else
+#pragma unroll
+        for (int i = 0; i < kUnit / 16; i += 4)
+          load_shared_where(b[u][i], b[u][i + 1], b[u][i + 2], b[u][i + 3], at + i * 32,
+                            unit_ == u);
+  }
+
+ private:
+  int unit_;
+  uint32_t inside_;  // a lane's place in a span
+};
+
+// Four units against x. The lane's sums are those of unit lane % 4, rows lane / 4 and lane / 4 + 8.
+//
+// What a processor's shared memory moves for a span at 2 bits, in passes of 128 bytes: codes 16 in
+// and 16 out, x 8, scales 10. With zeros loaded for the lanes of the other units x took 32, and 16
+// warps 1 180 passes in the 1 230 cycles of a span.
+template <int kBits, int kUnit>
+__device__ __forceinline__ float2 multiply_span(const char* slot, SpanOfRow<kUnit>& x,
+                                                uint32_t columns, const RowScale* scales,
+                                                int lane) {
+  constexpr int kProducts = kUnit / kScaleColumns;
+  const auto bit = [](int half, int product) { return place_bit(kBits, kUnit, half, product); };
+  int32_t sums[kProducts][4] = {};
+  x.load(columns);
+#pragma unroll
+  for (int u = 0; u < kSpan; ++u) {
+    uint32_t w[unit_words(kBits, kUnit)];
+    load_words<kBits, kUnit>(w, slot + u * unit_bytes(kBits, kUnit), lane);
+#pragma unroll
+    for (int s = 0; s < kProducts; ++s) {
+      const auto codes = [&](int half, int f) {
+        return four_codes<kBits, kUnit>(w, half, f, bit(half, s));
+      };
+      const uint32_t a[4] = {codes(0, 2 * s), codes(1, 2 * s), codes(0, 2 * s + 1),
+                             codes(1, 2 * s + 1)};
+      multiply_bytes(sums[s], a, x.b[u][2 * s], x.b[u][2 * s + 1]);
+    }
+  }
+  // Σ code · x of 32 columns in whole numbers of x.
+  constexpr int64_t kMost = int64_t{kScaleColumns} * ((1 << kBits) - 1) * (127 * 256 + 127);
+  static_assert(kMost << kHighestPlace < int64_t{1} << 31);
+  scales += lane % 4 * kProducts;
+  float dot[2] = {}, minus_sum = 0;
+#pragma unroll
+  for (int s = 0; s < kProducts; ++s) {
+    const RowScale scale = scales[s];
+    minus_sum += scale.minus_sum;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Codes at bit b of their bytes gave 2ᵇ times the sum.
+      const float by = scale.scale * (1.0f / static_cast<float>(1 << bit(half, s)));
+      dot[half] += static_cast<float>(sums[s][2 * half] * 256 + sums[s][2 * half + 1]) * by;
+    }
+  }
+  const auto* grid = reinterpret_cast<const GridWord*>(slot + kSpan * unit_bytes(kBits, kUnit)) +
+                     lane % 4 * 16 + lane / 4;
+  const GridWord upper = grid[0], lower = grid[8];
+  const auto scaled = [&](float sum, GridWord g) {
+    return fmaf(static_cast<float>(grid_zero(g)), minus_sum, sum) * grid_scale(g);
+  };
+  return {scaled(dot[0], upper), scaled(dot[1], lower)};
+}
+
+}  // namespace omq::cuda
