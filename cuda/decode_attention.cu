@@ -105,11 +105,9 @@ AttentionArgs attention_args(const DecodeAttentionStage& s) {
   a.y = s.y.data<float>();
   if (s.prepared.defined()) {
     const int64_t columns = s.heads * s.head_dim;
-    check(rows == 1 && s.head_dim % kScaleColumns == 0 &&
-              s.prepared.numel() == prepared_row_bytes(columns),
-          "decode attention: {} heads of {} of {} rows cannot be left prepared in {} bytes",
-          s.heads, s.head_dim, rows, s.prepared.numel());
-    a.prepared = static_cast<char*>(s.prepared.raw());
+    check(rows == 1 && s.head_dim % kScaleColumns == 0,
+          "decode attention: heads of {} of {} rows cannot be left prepared", s.head_dim, rows);
+    a.prepared = prepared_memory("decode attention", s.prepared, columns);
     a.padded = PreparedRow::padded(static_cast<int>(columns));
   }
   a.heads = static_cast<int>(s.heads);

@@ -16,15 +16,6 @@ const float* vector_of(const char* op, const Tensor& t, int64_t n) {
   return t.data<float>();
 }
 
-// The memory of a prepared row of so many columns.
-char* prepared_memory(const char* op, const Tensor& row, int64_t cols) {
-  check(row.dtype() == DType::U8 && row.is_contiguous() && aligned16(row.raw()) &&
-            row.numel() == prepared_row_bytes(cols),
-        "{}: a prepared row {} of {}, {} bytes wanted", op, row.shape(), dtype_name(row.dtype()),
-        prepared_row_bytes(cols));
-  return static_cast<char*>(row.raw());
-}
-
 GemvInput input_of(const char* op, const GemvRows& r) {
   GemvInput in;
   in.rows = static_cast<int>(r.rows);
@@ -98,6 +89,14 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
 }  // namespace
 
 // ---- launchers ----
+
+char* prepared_memory(const char* op, const Tensor& row, int64_t cols) {
+  check(row.dtype() == DType::U8 && row.is_contiguous() && aligned16(row.raw()) &&
+            row.numel() == prepared_row_bytes(cols),
+        "{}: a prepared row {} of {}, {} bytes wanted", op, row.shape(), dtype_name(row.dtype()),
+        prepared_row_bytes(cols));
+  return static_cast<char*>(row.raw());
+}
 
 SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
                         std::span<const RowMatrix> matrices, RowOutput output) {

@@ -30,9 +30,11 @@ SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
 int64_t packed_gemv_rows(const PackedInt& w, RowOutput output, int device);
 int64_t dense_gemv_rows(int64_t cols, int device);
 
-// One row that one product leaves for the next (prepared_row.cuh): its bytes, and whether the
-// kernel for one row takes matrices of one form; leaves: and can leave its results so.
+// One row that a stage leaves for the next (prepared_row.cuh): its bytes; and its memory, with an
+// Error unless `row` is one of so many columns.
 int64_t prepared_row_bytes(int64_t cols);
+char* prepared_memory(const char* op, const Tensor& row, int64_t cols);
+// Whether the kernel for one row takes matrices of one form; leaves: and can leave its results so.
 bool packed_row_takes(std::span<const RowMatrix> matrices, RowOutput output, bool leaves);
 
 inline int64_t row_count(const RowMatrix& m) {

@@ -2,12 +2,10 @@
 // columns to a scale. A block can make it of F32 itself; where the kernel in front is one of ours,
 // that leaves it ready, so that 132 blocks need not make the same 11 008 numbers.
 //
-//   bytes    for each 64 columns the hi bytes, then the lo bytes (v = scale · (256 hi + lo)), both
-//   as
-//            PlanePlace has them: 16 of lane q = 0 … 3, columns 8q … 8q + 7 of either 32
-//   scales   one for every 32 columns, with minus the sum of their values, which zero points meet
-//   squares  for every 32 columns the sum of squares before the gain, where an RMSNorm stands
-//   between
+//   bytes    hi bytes of 64 columns, then their lo bytes (v = scale · (256 hi + lo)): each as in
+//            PlanePlace, 16 of lane q = 0 … 3, columns 8q … 8q + 7 of either 32
+//   scales   of every 32 columns, with minus the sum of their values, which zero points meet
+//   squares  of every 32 columns, summed before the gain, where an RMSNorm stands between
 //
 // Columns are padded with zeros to a multiple of what a warp multiplies at a time.
 #pragma once

@@ -198,7 +198,6 @@ TEST_CASE("devices: what is no number in a prepared row spoils the results behin
              got = Tensor::zeros({1, 32}, DType::F32, d);
       Stage plain = first;
       plain.device[0].bias = {};
-      plain.cpu[0].bias = {};
       kernels.products(y, {.x = uploaded(x, d)}, plain.device, RowOutput::Add, {row, {}});
       // F32 that is finite: what is no number can only come from the row.
       const Tensor finite_x = Tensor::zeros({1, 96}, DType::F32, d);
