@@ -391,6 +391,9 @@ int run(int argc, char** argv) {
   fmt::print("{:10} {:>5} {:>10} {:>9} {:>8} {:>8} {:>12} {:>11} {:>8} {:>11} {:>8} {:>9} {:>9}\n",
              "weights", "batch", "decode t/s", "ms/step", "GB/s", "of copy", "prompt t/s",
              "down GB/s", "of copy", "up GB/s", "of copy", "down row", "up row");
+  const auto share = [&](double rate) {  // NaN: was not measured
+    return std::isnan(rate) ? "–" : fmt::format("{:.0f}%", 100 * rate / b.copy_rate);
+  };
   nlohmann::json rows = nlohmann::json::array();
   std::stringstream list(weights);
   for (std::string text; std::getline(list, text, ',');) {
@@ -411,11 +414,11 @@ int run(int argc, char** argv) {
       const double tokens = static_cast<double>(n) / step,
                    rate = static_cast<double>(size.token_bytes) / step;
       fmt::print(
-          "{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:7.0f}% {:12.0f} {:11.0f} {:7.0f}% {:11.0f} "
-          "{:7.0f}% {:8.0f}% {:8.0f}%\n",
-          f.name, n, tokens, step * 1e3, rate / 1e9, 100 * rate / b.copy_rate, prompt_rate,
-          down / 1e9, 100 * down / b.copy_rate, up / 1e9, 100 * up / b.copy_rate,
-          100 * down_row / b.copy_rate, 100 * up_row / b.copy_rate);
+          "{:10} {:5} {:10.1f} {:9.3f} {:8.0f} {:>8} {:>12} {:11.0f} {:>8} {:11.0f} {:>8} {:>9} "
+          "{:>9}\n",
+          f.name, n, tokens, step * 1e3, rate / 1e9, share(rate),
+          std::isnan(prompt_rate) ? "–" : fmt::format("{:.0f}", prompt_rate), down / 1e9,
+          share(down), up / 1e9, share(up), share(down_row), share(up_row));
       rows.push_back({{"shape", s->name},
                       {"weights", f.name},
                       {"batch", n},
