@@ -8,7 +8,7 @@
 //            which have a scale of x. A warp takes spans that stand one behind another, through the
 //            panels of a round
 //   sums     stay in registers to the end of a panel, and meet those of the other warps in shared
-//            memory, [panel][warp][row]
+//            memory, [panel][warp][row]; a thread adds them up for a result
 //   x        comes prepared (prepared_row.cuh): each span's columns are copied into the span's slot
 //            of the ring, and no warp waits for another; or it is F32, which stays in registers
 //            until it is whole numbers in shared memory (RowInRegisters)
@@ -34,7 +34,17 @@ constexpr int kStages = 2;
 // % slower so).
 constexpr bool fill_behind_x(int bits) { return bits == 4; }
 
-constexpr int kPanelSums = kWarps * 16;
+// What the compiler is not to make anew wherever it is needed.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+__device__ __forceinline__ const char* kept(const char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+// Of the warps' sums of a panel; its neighbour's begin in the other half of the banks.
+constexpr int kPanelSums = kWarps * 16 + 16;
 
 // ---- x ----
 
@@ -43,17 +53,16 @@ constexpr int kPanelSums = kWarps * 16;
 // which stands in each of its places; its sum in the first.
 template <int kUnit> struct RowBytes {
   static constexpr int kTeam = kUnit / 4;  // lanes that hold a unit
-  static constexpr int kTurnColumns = 4 * kThreads, kTurnScales = kTurnColumns / kScaleColumns;
+  static constexpr int kTurnColumns = 4 * kThreads, kTurnBytes = PreparedRow::bytes(kTurnColumns);
   static_assert(kTurnColumns % 128 == 0);
-  char* bytes;
-  RowScale* scale;
-  int left;  // scales from there on
+  char *bytes, *scale;
+  int left;  // columns from there on
 
   __device__ __forceinline__ RowBytes(const PreparedRow& x, int padded) {
-    const int column = static_cast<int>(threadIdx.x) * 4, own = column / kScaleColumns;
-    bytes = x.bytes + PreparedRow::hi(column);
-    scale = x.scales + own;
-    left = padded / kScaleColumns - own;
+    const unsigned column = threadIdx.x * 4;
+    bytes = x.records + PreparedRow::hi(column);
+    scale = x.records + PreparedRow::scale(column);
+    left = padded - static_cast<int>(column);
   }
   __device__ __forceinline__ void put(int turn, const float4 (&v)[2]) const {
     FourBytes out[2];
@@ -61,13 +70,13 @@ template <int kUnit> struct RowBytes {
     const unsigned lane = threadIdx.x % kTeam;
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
-      if ((turn + f) * kTurnScales >= left) continue;
-      char* at = bytes + (turn + f) * (2 * kTurnColumns);
-      *reinterpret_cast<uint32_t*>(at) = out[f].hi;
-      *reinterpret_cast<uint32_t*>(at + PreparedRow::kLoAfter) = out[f].lo;
+      if ((turn + f) * kTurnColumns >= left) continue;
+      const int at = (turn + f) * kTurnBytes;
+      *reinterpret_cast<uint32_t*>(bytes + at) = out[f].hi;
+      *reinterpret_cast<uint32_t*>(bytes + at + PreparedRow::kLoAfter) = out[f].lo;
       const UnitScale u = out[f].unit;
       if (lane % 8 == 0)
-        scale[(turn + f) * kTurnScales] = {
+        *reinterpret_cast<RowScale*>(scale + at) = {
             u.scale, lane == 0 ? static_cast<float>(u.minus_sum) * u.scale : 0.0f};
     }
   }
@@ -75,7 +84,7 @@ template <int kUnit> struct RowBytes {
 
 // Of shared memory, for a row that does not come by spans: it has no squares.
 __host__ __device__ constexpr int row_room(bool prepared, int padded) {
-  return prepared ? 0 : 2 * padded + padded / kScaleColumns * static_cast<int>(sizeof(RowScale));
+  return prepared ? 0 : PreparedRow::bytes(padded);
 }
 
 // The sums of squares that a prepared row came with. The first are asked for early.
@@ -108,93 +117,68 @@ class RowSquares {
 
 // ---- results ----
 
-__device__ __forceinline__ int outputs_of(RowOutput output, int count) {
-  return (output == RowOutput::SiluMul ? count / 2 : count) * 16;
-}
-
-// Where output i of a round goes; null: there is no such row.
-struct RowPlace {
-  int matrix, out;
-  float* y = nullptr;
-  __device__ __forceinline__ RowPlace(const GemvArgs& a, RowOutput output, int i, int p0) {
-    const ResultPanel panel(a, output, p0, i / 16);
-    matrix = panel.matrix;
-    out = panel.row + (i & 15);
-    if (out < a.m[matrix].rows) y = a.m[matrix].y + out;
-  }
-};
-
-constexpr int kLanes = 4;  // to an output, each for a quarter of the warps
-
-// What this thread's first output of a round is added to.
-__device__ __forceinline__ float addend(const GemvArgs& a, RowOutput output, int p0, int count) {
-  const int i = static_cast<int>(threadIdx.x / kLanes);
-  if (output != RowOutput::Add || i >= outputs_of(output, count)) return 0;
-  const RowPlace at(a, output, i, p0);
-  return at.y ? __ldcg(at.y) : 0.0f;
-}
-
-// What this thread's result of a round is multiplied by for the next product.
-__device__ __forceinline__ float next_gain(const GemvArgs& a, RowOutput output, int p0, int count) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (!a.next.gain || i >= outputs_of(output, count)) return 1;
-  return __ldg(a.next.gain + RowPlace(a, output, i, p0).out);
-}
-
 __device__ __forceinline__ float quad_sum(float v) {
   v += __shfl_xor_sync(0xffffffffu, v, 1);
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-// results: room for a round's, where they are left for the next product too.
-__device__ __forceinline__ void write_outputs(const GemvArgs& a, RowOutput output,
-                                              const float* parts, float* results, float scale,
-                                              float before, int p0, int count) {
-  static_assert(kWarps % kLanes == 0);
-  const bool pairs = output == RowOutput::SiluMul;
-  const int outputs = outputs_of(output, count), quarter = static_cast<int>(threadIdx.x % kLanes);
-  const auto sum_of = [&](int panel, int row) {
-    const float* from = parts + panel * kPanelSums + quarter * 16 + row;
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; w += kLanes) sum += from[w * 16];
-    return quad_sum(sum) * scale;
-  };
-  // Whole warps: eight outputs each.
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x / kLanes); i < outputs; i += kThreads / kLanes) {
-    const int panel = i / 16, row = i % 16;
-    float v = sum_of(pairs ? 2 * panel : panel, row), up = 0;
-    if (pairs) up = sum_of(2 * panel + 1, row);
-    const RowPlace at(a, output, i, p0);
-    if (quarter != 0 || !at.y) continue;
-    if (const float* bias = a.m[at.matrix].bias) v += bias[at.out];
-    if (pairs) {
-      if (const float* bias = a.m[1].bias) up += bias[at.out];
-      v = silu(v) * up;
-    }
-    if (output == RowOutput::Add) v += i < kThreads / kLanes ? before : __ldcg(at.y);
-    *at.y = v;
-    if (a.next.memory) results[i] = v;
+__device__ __forceinline__ int outputs_of(RowOutput output, int count) {
+  return (output == RowOutput::SiluMul ? count / 2 : count) * 16;
+}
+
+// A thread's result of a round: where it goes, and what it meets there. All of it is looked up
+// before the products, but for what a kernel in front may write.
+struct RowResult {
+  int panel, row;      // of the round, behind panel 0; in the panel
+  int out;             // which of its matrix
+  float* y = nullptr;  // null: there is none
+  float bias = 0, up_bias = 0, gain = 1, before = 0;
+
+  __device__ __forceinline__ RowResult(const GemvArgs& a, RowOutput output, int p0, int count) {
+    const int i = static_cast<int>(threadIdx.x);
+    panel = i / 16, row = i % 16;
+    if (i >= outputs_of(output, count)) return;
+    const ResultPanel at(a, output, p0, panel);
+    out = at.row + row;
+    const GemvMatrix& m = a.m[at.matrix];
+    if (out >= m.rows) return;
+    y = m.y + out;
+    if (m.bias) bias = __ldg(m.bias + out);
+    if (output == RowOutput::SiluMul && a.m[1].bias) up_bias = __ldg(a.m[1].bias + out);
+    if (a.next.gain) gain = __ldg(a.next.gain + out);
   }
-}
+  // Once the kernel in front has ended.
+  __device__ __forceinline__ void ask_before(RowOutput output) {
+    if (output == RowOutput::Add && y) before = __ldcg(y);
+  }
+  // The sums are complete, and are to be multiplied by `factor`. Whole warps call, where the result
+  // is left for the next product.
+  __device__ __forceinline__ void write(const GemvArgs& a, RowOutput output, const float* parts,
+                                        float factor) const {
+    if (!y) return;
+    const auto sum_of = [&](int p) {
+      const float* from = parts + p * kPanelSums + row;
+      float sums[4] = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sums[w % 4] += from[w * 16];
+      return ((sums[0] + sums[1]) + (sums[2] + sums[3])) * factor;
+    };
+    float v;
+    if (output == RowOutput::SiluMul)
+      v = silu(sum_of(2 * panel) + bias) * (sum_of(2 * panel + 1) + up_bias);
+    else
+      v = sum_of(panel) + bias + before;
+    *y = v;
+    if (!a.next.memory) return;
+    const PreparedRow to(a.next.memory, a.next.padded);
+    to.put(out, v * gain);
+    if (!a.next.gain) return;
+    const float squares = team_sum<32>(v * v);
+    if (out % kScaleColumns == 0) to.squares[out / kScaleColumns] = squares;
+  }
+};
 
-// A round's results for the next product, a warp 32 of them; behind a barrier.
-__device__ __forceinline__ void leave_prepared(const GemvArgs& a, RowOutput output,
-                                               const float* results, float gain, int p0,
-                                               int count) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= outputs_of(output, count)) return;  // whole warps
-  const PreparedRow to(a.next.memory, a.next.padded);
-  const int out = RowPlace(a, output, i, p0).out;
-  const float v = results[i];
-  to.put(out, v * gain);
-  if (!a.next.gain) return;
-  const float squares = team_sum<32>(v * v);
-  if (i % 32 == 0) to.squares[out / kScaleColumns] = squares;
-}
-
-constexpr int kMostPanels = 32;  // of a round: leave_prepared has a thread for each result
+constexpr int kMostPanels = 32;  // of a round: a thread for each result
 static_assert(kMostPanels * 16 <= kThreads);
 
 // kTurns, kGain: of RowInRegisters; 0 turns: x comes prepared, and kOutput is a.output. What a warp
@@ -203,19 +187,17 @@ template <int kBits, int kUnit, int kTurns, bool kGain, int kOutput>
 __global__ void __launch_bounds__(kThreads, 1)
     packed_row_kernel(const __grid_constant__ GemvArgs a) {
   constexpr bool kPrepared = kTurns == 0;
-  constexpr int kUnitBytes = unit_bytes(kBits, kUnit), kInSlot = span_bytes(kBits, kUnit),
-                kSlot = span_slot_bytes(kPrepared, kBits, kUnit);
+  using Copy = SpanCopy<kBits, kUnit>;
+  constexpr int kUnitBytes = unit_bytes(kBits, kUnit),
+                kSlot = span_slot_bytes(kPrepared, kBits, kUnit), kRowBytes = span_row_bytes(kUnit);
   const RowOutput output = kPrepared ? static_cast<RowOutput>(kOutput) : a.output;
   extern __shared__ __align__(128) char memory[];
-  // Otherwise the address is made anew, from a special register, wherever it is needed.
-  uint32_t address = shared_address(memory);
-  asm volatile("" : "+r"(address));
-  char* shared = static_cast<char*>(__cvta_shared_to_generic(address));
-  __shared__ float squares[kWarps], results[kMostPanels * 16];
+  char* shared = static_cast<char*>(__cvta_shared_to_generic(kept(shared_address(memory))));
+  __shared__ float squares[kPrepared ? 1 : kWarps];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int spans = a.spans;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
-  const uint32_t ring_address = shared_address(ring) + lane * 16;
+  const uint32_t ring_address = kept(shared_address(ring) + lane * 16);
   const int padded = a.padded;
   char* row_memory = shared + kWarps * kStages * kSlot;
   const PreparedRow x(row_memory, padded);  // where it does not come in slots
@@ -233,37 +215,40 @@ __global__ void __launch_bounds__(kThreads, 1)
               first = warp * most;
     int left = min(most, all - first), panel = quotient(first, a.inverse),
         span = first - panel * spans;
-    int ahead_left = left, ahead_panel = panel, ahead = span;
-    PanelPlace of(a, output, p0 + panel, kUnitBytes, lane);
-    const auto fill = [&](int slot, auto with_row) {
-      if (ahead_left > 0) {
-        uint32_t to = ring_address + slot * kSlot;
-        const int unit = ahead * kSpan, units = a.units - unit;
-        const uint8_t* at = of.codes + unit * kUnitBytes;
-        asm("" : "+l"(at), "+r"(to));  // added up once, not for every unit
-#pragma unroll
-        for (int u = 0; u < kSpan; ++u)
-          if (u < units)
-            copy_unit<kBits, kUnit>(at + u * kUnitBytes, to + u * kUnitBytes, lane, policy);
-        if (lane < 4 * kSpan)  // a unit's grid by four lanes; behind the panel's end the last
-          copy_async_once<16>(
-              to + kSpan * kUnitBytes,
-              of.grids + (min(unit + lane / 4, a.units - 1) >> a.group_shift) * 16 + lane % 4 * 4,
-              policy);
+    int ahead_panel = panel, ahead = span;
+    const auto place = [&](int of_round) {
+      PanelPlace of(a, output, p0 + of_round, kUnitBytes, lane);
+      of.grids += lane % 4 * 4;
+      return of;
+    };
+    PanelPlace of = place(panel);
+    const char* prepared = kept(a.in.prepared + (lane - Copy::kGridLanes) * 16);
+    const auto row_of = [&](int i) {
+      return prepared +
+             uint64_t{static_cast<unsigned>(i)} * kRowBytes;  // unsigned: one instruction
+    };
+    // The next span into the slot `at` bytes from the ring's begin, where there is `one`.
+    const auto fill = [&](int at, bool one, auto with_row) {
+      if (one) {
+        const uint32_t to = ring_address + at;
+        const int unit = ahead * kSpan;
+        Copy::codes(to, of.codes + int64_t{ahead} * (kSpan * kUnitBytes), a.units - unit, lane,
+                    policy);
+        // Behind the panel's end the last.
+        const GridWord* grid =
+            of.grids + int64_t{min(unit + lane / 4, a.units - 1) >> a.group_shift} * 16;
         if constexpr (kPrepared && with_row.value)
-          copy_span<kUnit>(to - lane * 16 + kInSlot, a.in.prepared, padded, ahead, lane);
-        --ahead_left;
-        if (++ahead == spans) {
-          ahead = 0, ++ahead_panel;
-          if (ahead_left > 0) of = PanelPlace(a, output, p0 + ahead_panel, kUnitBytes, lane);
-        }
+          Copy::grids_and_row(to, grid, row_of(ahead), lane, policy);
+        else
+          Copy::grids(to, grid, lane, policy);
+        if (++ahead == spans) ahead = 0, of = place(++ahead_panel);
       }
       copy_async_commit();
     };
-    fill(0, std::false_type{});
+    fill(0, left > 0, std::false_type{});
     const auto fill_others = [&] {
 #pragma unroll 1
-      for (int s = 1; s < kStages; ++s) fill(s, std::true_type{});
+      for (int s = 1; s < kStages; ++s) fill(s * kSlot, left > s, std::true_type{});
     };
     if (p0 > 0)
       __syncthreads();  // the last round's sums have been read
@@ -271,15 +256,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int i = lane; i < count * 4; i += 32)
       reinterpret_cast<float4*>(parts + i / 4 * kPanelSums + warp * 16)[i % 4] = float4{};
-    const float gain = next_gain(a, output, p0, count);
+    RowResult result(a, output, p0, count);
+    const bool writes =
+        static_cast<int>(threadIdx.x / 32 * 32) < outputs_of(output, count);  // the warp
     float sum = 0;
     if constexpr (kPrepared) {
       if (p0 == 0) wait_for_previous();
-      if (left > 0)
-        copy_span<kUnit>(ring_address - lane * 16 + kInSlot, a.in.prepared, padded, span, lane);
+      if (left > 0) Copy::row(ring_address, row_of(span), lane);
       copy_async_commit();
       fill_others();
-      if (p0 == 0) row_squares = RowSquares(a.in);
+      if (writes) row_squares = RowSquares(a.in);
     } else if (p0 == 0) {
       Row row(a.in);
       const RowBytes<kUnit> to(x, padded);
@@ -293,29 +279,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       fill_others();
     }
-    const float before = addend(a, output, p0, count);
+    result.ask_before(output);
     if (!kPrepared && p0 == 0) {
       __syncthreads();
       Row::store_squares(squares, sum);  // needed at the end
     }
-    int slot = 0;
+    int at = 0;  // the slot
     float2 sums{};
     SpanOfRow<kUnit> columns(lane);
 #pragma unroll 1
     while (left > 0) {
       copy_async_wait<kStages - 1>();
       __syncwarp();
-      const char* from = ring + slot * kSlot;
-      const char* row = kPrepared ? from + kInSlot : x.bytes + span * columns_bytes(kUnit);
-      const char* scales =
-          kPrepared ? row + columns_bytes(kUnit)
-                    : reinterpret_cast<const char*>(x.scales) + span * scales_bytes(kUnit);
-      const float2 more = multiply_span<kBits, kUnit>(
-          from, columns, shared_address(row), reinterpret_cast<const RowScale*>(scales), lane);
+      const char* from = ring + at;
+      const char* row = kPrepared ? from + Copy::kRowAt : x.records + span * kRowBytes;
+      const float2 more = multiply_span<kBits, kUnit>(from, columns, row, lane);
       sums.x += more.x, sums.y += more.y;
       __syncwarp();
-      fill(slot, std::true_type{});
-      slot = slot + 1 < kStages ? slot + 1 : 0;
+      fill(at, left > kStages, std::true_type{});
+      at = kStages == 2 ? kSlot - at : at + kSlot < kStages * kSlot ? at + kSlot : 0;
       --left;
       if (++span < spans && left > 0) continue;
       sums.x = quad_sum(sums.x), sums.y = quad_sum(sums.y);
@@ -326,20 +308,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     copy_async_wait<0>();
     __syncthreads();
+    if (!writes) continue;
     float factor;
     if constexpr (kPrepared)
       factor = row_squares.factor(a.in);
     else
       factor = Row::factor(a.in, squares);
-    write_outputs(a, output, parts, results, factor, before, p0, count);
-    if (!a.next.memory) continue;
-    __syncthreads();
-    leave_prepared(a, output, results, gain, p0, count);
+    result.write(a, output, parts, factor);
   }
 }
 
 // Of shared memory, in bytes.
-constexpr int kStatic = 3072;  // what the kernel declares, at most
+constexpr int kStatic = 1024;  // what the kernel declares, at most
 
 // How a product is launched.
 struct RowLaunch {
