@@ -126,8 +126,8 @@ __device__ __forceinline__ int outputs_of(RowOutput output, int count) {
   return (output == RowOutput::SiluMul ? count / 2 : count) * 16;
 }
 
-// A thread's result of a round: where it goes, and what it meets there. All of it is looked up
-// before the products, but for what a kernel in front may write.
+// A thread's result of a round: where it goes, and what it meets there. To be looked up once the
+// kernel in front has ended.
 struct RowResult {
   int panel, row;      // of the round, behind panel 0; in the panel
   int out;             // which of its matrix
@@ -136,7 +136,7 @@ struct RowResult {
 
   __device__ __forceinline__ RowResult(const GemvArgs& a, RowOutput output, int p0, int count) {
     const int i = static_cast<int>(threadIdx.x);
-    panel = i / 16, row = i % 16;
+    panel = static_cast<int>(threadIdx.x / 16), row = static_cast<int>(threadIdx.x % 16);
     if (i >= outputs_of(output, count)) return;
     const ResultPanel at(a, output, p0, panel);
     out = at.row + row;
@@ -146,10 +146,7 @@ struct RowResult {
     if (m.bias) bias = __ldg(m.bias + out);
     if (output == RowOutput::SiluMul && a.m[1].bias) up_bias = __ldg(a.m[1].bias + out);
     if (a.next.gain) gain = __ldg(a.next.gain + out);
-  }
-  // Once the kernel in front has ended.
-  __device__ __forceinline__ void ask_before(RowOutput output) {
-    if (output == RowOutput::Add && y) before = __ldcg(y);
+    if (output == RowOutput::Add) before = __ldcg(y);
   }
   // The sums are complete, and are to be multiplied by `factor`. Whole warps call, where the result
   // is left for the next product.
@@ -158,9 +155,9 @@ struct RowResult {
     if (!y) return;
     const auto sum_of = [&](int p) {
       const float* from = parts + p * kPanelSums + row;
-      float sums[4] = {};
+      float sums[4] = {from[0], from[16], from[32], from[48]};
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sums[w % 4] += from[w * 16];
+      for (int w = 4; w < kWarps; ++w) sums[w % 4] += from[w * 16];
       return ((sums[0] + sums[1]) + (sums[2] + sums[3])) * factor;
     };
     float v;
@@ -207,8 +204,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t policy = read_once();
   using Row = RowInRegisters<kThreads, kPrepared ? 2 : kTurns, kGain>;
   RowSquares row_squares;
+  int p0 = 0;  // the round's first panel; no block is without one
 #pragma unroll 1
-  for (int p0 = 0; p0 < panels; p0 += a.per_round) {
+  do {
     const int count = min(panels - p0, a.per_round);
     // The warp's spans of the round, and which of which panel is multiplied and fetched next.
     const int all = count * spans, most = static_cast<int>((all + kWarps - 1u) / kWarps),
@@ -250,22 +248,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int s = 1; s < kStages; ++s) fill(s * kSlot, left > s, std::true_type{});
     };
-    if (p0 > 0)
-      __syncthreads();  // the last round's sums have been read
-                        // A warp zeroes its own sums.
-#pragma unroll 1
-    for (int i = lane; i < count * 4; i += 32)
-      reinterpret_cast<float4*>(parts + i / 4 * kPanelSums + warp * 16)[i % 4] = float4{};
-    RowResult result(a, output, p0, count);
-    const bool writes =
-        static_cast<int>(threadIdx.x / 32 * 32) < outputs_of(output, count);  // the warp
     float sum = 0;
     if constexpr (kPrepared) {
       if (p0 == 0) wait_for_previous();
       if (left > 0) Copy::row(ring_address, row_of(span), lane);
       copy_async_commit();
       fill_others();
-      if (writes) row_squares = RowSquares(a.in);
     } else if (p0 == 0) {
       Row row(a.in);
       const RowBytes<kUnit> to(x, padded);
@@ -279,7 +267,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       fill_others();
     }
-    result.ask_before(output);
+    // All that can wait, while what was asked for is on its way.
+    const bool writes =
+        static_cast<int>(threadIdx.x / 32 * 32) < outputs_of(output, count);  // the warp
+    if (kPrepared && writes) row_squares = RowSquares(a.in);
+    const RowResult result(a, output, p0, count);
+    if (p0 > 0) __syncthreads();  // the last round's sums have been read
+#pragma unroll 1
+    for (int i = lane; i < count * 4; i += 32)  // a warp's own sums
+      reinterpret_cast<float4*>(parts + i / 4 * kPanelSums + warp * 16)[i % 4] = float4{};
     if (!kPrepared && p0 == 0) {
       __syncthreads();
       Row::store_squares(squares, sum);  // needed at the end
@@ -315,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     else
       factor = Row::factor(a.in, squares);
     result.write(a, output, parts, factor);
-  }
+  } while ((p0 += a.per_round) < panels);
 }
 
 // Of shared memory, in bytes.

@@ -131,7 +131,7 @@ __device__ __forceinline__ float2 multiply_span(const char* slot, SpanOfRow<kUni
   for (int s = 0; s < kProducts; ++s) {
     const RowScale scale =
         reinterpret_cast<const RowScale*>(scales + s / 2 * PreparedRow::kRecord)[s % 2];
-    minus_sum += scale.minus_sum;
+    minus_sum = s == 0 ? scale.minus_sum : minus_sum + scale.minus_sum;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Codes at bit b of their bytes gave 2ᵇ times the sum.
