@@ -58,6 +58,21 @@ __global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid,
 
 constexpr int kThreads = 256;
 
+// What of the next stage's weights may be asked for: packed ones'.
+void ask_ahead(const char* op, GemvArgs& a, std::span<const RowMatrix> weights) {
+  check(weights.size() <= kMaxMatrices, "{}: {} matrices behind it", op, weights.size());
+  for (const RowMatrix& m : weights) {
+    const auto* packed = std::get_if<PackedInt>(&m.weight);
+    if (!packed || !aligned16(packed->data.raw())) continue;
+    const PackedView v = packed_view(*packed, packed->data.data<uint8_t>());
+    const auto *codes = reinterpret_cast<const char*>(v.codes),
+               *grids = reinterpret_cast<const char*>(v.grids);
+    a.ahead[a.aheads++] = {codes, grids - codes};
+    a.ahead[a.aheads++] = {
+        grids, int64_t{v.panels} * v.groups * kPanelRows * static_cast<int64_t>(sizeof(GridWord))};
+  }
+}
+
 GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
                    std::span<const RowMatrix> matrices, RowOutput output) {
   check(!matrices.empty() && matrices.size() <= kMaxMatrices &&
@@ -77,6 +92,7 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
   }
+  if (x.next) ask_ahead(op, a, x.next->weights);
   if (x.next && x.next->row.defined()) {
     const int64_t columns = row_count(matrices[0]);
     check(x.rows == 1, "{}: {} rows cannot be left prepared", op, x.rows);

@@ -45,9 +45,19 @@ struct GemvNext {
   int padded = 0;  // columns
 };
 
+// Memory that the next product reads: its codes, or its grids. Each warp of this one asks for the
+// first `each` bytes of its `stride` in the L2 cache.
+struct GemvAhead {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+  uint32_t stride = 0, each = 0;
+};
+
 struct GemvArgs {
   GemvInput in;
   GemvNext next;
+  GemvAhead ahead[2 * kMaxMatrices];
+  int aheads = 0;
   GemvMatrix m[kMaxMatrices];
   int matrices = 0;
   RowOutput output = RowOutput::Store;

@@ -178,6 +178,33 @@ struct RowResult {
 constexpr int kMostPanels = 32;  // of a round: a thread for each result
 static_assert(kMostPanels * 16 <= kThreads);
 
+// ---- the next product ----
+
+// Of its weights, in bytes, as much as memory gives between two kernels (H200; predicted 2 points
+// of a product alone, got 1.5 to 3): twice as much delays what this one has asked for.
+constexpr int64_t kAskedAhead = int64_t{5} << 19;
+
+// Shares them among the warps of a launch, evenly over the matrices: for the next product's warps
+// take their spans from everywhere.
+void share_ahead(GemvArgs& a, int blocks) {
+  int64_t all = 0;
+  for (int i = 0; i < a.aheads; ++i) all += a.ahead[i].bytes;
+  const int64_t warps = int64_t{blocks} * kWarps;
+  for (int i = 0; i < a.aheads; ++i) {
+    GemvAhead& r = a.ahead[i];
+    const int64_t stride = r.bytes / warps / 16 * 16,
+                  each = all > kAskedAhead ? stride * kAskedAhead / all / 16 * 16 : stride;
+    r.stride = static_cast<uint32_t>(stride), r.each = static_cast<uint32_t>(each);
+  }
+}
+
+__device__ __forceinline__ void ask_for_next(const GemvArgs& a, int warp, int lane) {
+  if (lane >= a.aheads) return;
+  const GemvAhead& r = a.ahead[lane];
+  const int64_t of = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (r.each > 0) prefetch_to_l2(r.at + of * r.stride, r.each);
+}
+
 // kTurns, kGain: of RowInRegisters; 0 turns: x comes prepared, and kOutput is a.output. What a warp
 // does once costs as much as what it does in its few spans.
 template <int kBits, int kUnit, int kTurns, bool kGain, int kOutput>
@@ -210,7 +237,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int count = min(panels - p0, a.per_round);
     // The warp's spans of the round, and which of which panel is multiplied and fetched next.
     const int all = count * spans, most = static_cast<int>((all + kWarps - 1u) / kWarps),
-              first = warp * most;
+              // Not all blocks ask for the same columns of x at once.
+        first = static_cast<int>((warp + 5 * blockIdx.x) % kWarps) * most;
     int left = min(most, all - first), panel = quotient(first, a.inverse),
         span = first - panel * spans;
     int ahead_panel = panel, ahead = span;
@@ -280,6 +308,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
       Row::store_squares(squares, sum);  // needed at the end
     }
+    const bool last_round = p0 + a.per_round >= panels;
+    const auto ask_ahead = [&] {
+      if (last_round) ask_for_next(a, warp, lane);
+    };
+    if (left <= kStages) ask_ahead();
     int at = 0;  // the slot
     float2 sums{};
     SpanOfRow<kUnit> columns(lane);
@@ -293,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       sums.x += more.x, sums.y += more.y;
       __syncwarp();
       fill(at, left > kStages, std::true_type{});
+      if (left == kStages + 1) ask_ahead();  // that was the last one
       at = kStages == 2 ? kSlot - at : at + kSlot < kStages * kSlot ? at + kSlot : 0;
       --left;
       if (++span < spans && left > 0) continue;
@@ -371,6 +405,7 @@ bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
   a.neighbours = a.next.memory ? 1 : 0;
   const RowLaunch how(a, v, a.in.prepared != nullptr, y.device().index);
   if (!how.fits) return false;
+  share_ahead(a, how.blocks);
   const auto shared = static_cast<size_t>(how.shared);
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;

@@ -213,7 +213,7 @@ void DevicePlan::run() {
     const Layer& l = layers_[i];
     const LlamaBlock& b = *l.block;
     const auto next = [](const Product& p, const Tensor& gain) {
-      return p.prepared.defined() ? DecodeNext{p.prepared, gain} : DecodeNext{};
+      return DecodeNext{p.prepared, p.prepared.defined() ? gain : Tensor{}, p.matrices};
     };
     kernels_.products(qkv_, behind(b.input_layernorm, l.qkv), l.qkv.matrices, RowOutput::Store, {});
     DecodeAttentionStage stage = attention(b.self_attn, (*bound_)[i]);
@@ -227,7 +227,7 @@ void DevicePlan::run() {
     const bool last = i + 1 == layers_.size();
     kernels_.products(x_, plain_input(gated_, l.down), l.down.matrices, RowOutput::Add,
                       last
-                          ? DecodeNext{}
+                          ? next(head_, {})
                           : next(layers_[i + 1].qkv, layers_[i + 1].block->input_layernorm.weight));
   }
   kernels_.products(logits_, behind(model_.ends.norm, head_), head_.matrices, RowOutput::Store, {});

@@ -26,12 +26,15 @@ struct DecodeInput {
   // (DecodeNext). x is given all the same.
   Tensor prepared = {};
 };
-// Where a stage leaves its one row of results, times gain, as the next stage's products take it:
-// computed once, where every block of the next stage would have to. Filled with zeros when made;
-// row undefined: nowhere.
+// The next stage. Where a stage leaves its one row of results, times gain, as the next stage's
+// products take it: computed once, where every block of the next stage would have to. Filled with
+// zeros when made; row undefined: nowhere.
 struct DecodeNext {
   Tensor row = {};   // U8 [DecodeKernels::prepared_bytes]
   Tensor gain = {};  // F32 or undefined: of the next stage's RMSNorm
+  // What the next stage multiplies: some of it is asked for early, as memory is idle between two
+  // stages.
+  std::span<const RowMatrix> weights = {};
 };
 // The products of a stage.
 struct RowStage {

@@ -81,7 +81,8 @@ void check_stages(Rng& rng, std::span<const Stage> stages, const std::vector<boo
     gain = more && norms[i] ? random_tensor(rng, {N}, DType::F32, 0.5, 1.5) : Tensor{};
     device_gain = gain.defined() ? uploaded(gain, d) : Tensor{};
     kernels.products(y.tensor, in, s.device, s.output,
-                     more ? DecodeNext{next.tensor, device_gain} : DecodeNext{});
+                     more ? DecodeNext{next.tensor, device_gain, stages[i + 1].device}
+                          : DecodeNext{.weights = stages[0].device});
     CHECK(close(y.tensor, want, 1e-7));
     CHECK(y.untouched());
     CHECK(next.untouched());

@@ -325,8 +325,8 @@ double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t ro
   });
 }
 
-// The same of a row that the stage in front has left prepared, as most are in a model on a GPU; NaN
-// where none is.
+// The same of a row that the stage in front has left prepared, as most are in a model on a GPU,
+// where a product also knows the next one's weights; NaN where none is.
 double prepared_rate(const Bench& b, const Form& f, const Matrices& w, int64_t rows, int64_t cols) {
   const DecodeKernels* kernels = decode_kernels(b.device);
   if (!kernels || !packed_of(w.all[0]) || f.abits < 16) return NAN;
@@ -345,8 +345,10 @@ double prepared_rate(const Bench& b, const Form& f, const Matrices& w, int64_t r
          between = Tensor::zeros({1, cols}, DType::F32, b.device);
   kernels->products(between, {.x = x}, {&in_front, 1}, RowOutput::Add, {row, {}});
   return bytes_per_second(b, w, [&](const nn::Weight& each) {
-    const RowMatrix m = stage(each);
-    kernels->products(y, {.x = between, .prepared = row}, {&m, 1}, RowOutput::Store, {});
+    const size_t i = static_cast<size_t>(&each - w.all.data());
+    const RowMatrix m = stage(each), behind = stage(w.all[(i + 1) % w.all.size()]);
+    kernels->products(y, {.x = between, .prepared = row}, {&m, 1}, RowOutput::Store,
+                      {{}, {}, {&behind, 1}});
   });
 }
 
