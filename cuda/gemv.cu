@@ -58,17 +58,16 @@ __global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid,
 
 constexpr int kThreads = 256;
 
-// What of the next stage's weights may be asked for: packed ones'.
-void ask_ahead(const char* op, GemvArgs& a, std::span<const RowMatrix> weights) {
-  check(weights.size() <= kMaxMatrices, "{}: {} matrices behind it", op, weights.size());
+// Where the next stage's packed weights are, as many as there is room for.
+void find_next_bytes(const char* op, GemvArgs& a, std::span<const RowMatrix> weights) {
   for (const RowMatrix& m : weights) {
     const auto* packed = std::get_if<PackedInt>(&m.weight);
-    if (!packed || !aligned16(packed->data.raw())) continue;
-    const PackedView v = packed_view(*packed, packed->data.data<uint8_t>());
+    if (!packed || a.next_count + 2 > 2 * kMaxMatrices) continue;
+    const PackedView v = view_of(op, *packed);
     const auto *codes = reinterpret_cast<const char*>(v.codes),
                *grids = reinterpret_cast<const char*>(v.grids);
-    a.ahead[a.aheads++] = {codes, grids - codes};
-    a.ahead[a.aheads++] = {
+    a.next_bytes[a.next_count++] = {codes, grids - codes};
+    a.next_bytes[a.next_count++] = {
         grids, int64_t{v.panels} * v.groups * kPanelRows * static_cast<int64_t>(sizeof(GridWord))};
   }
 }
@@ -92,7 +91,7 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
   }
-  if (x.next) ask_ahead(op, a, x.next->weights);
+  if (x.next) find_next_bytes(op, a, x.next->weights);
   if (x.next && x.next->row.defined()) {
     const int64_t columns = row_count(matrices[0]);
     check(x.rows == 1, "{}: {} rows cannot be left prepared", op, x.rows);

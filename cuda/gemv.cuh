@@ -45,9 +45,9 @@ struct GemvNext {
   int padded = 0;  // columns
 };
 
-// Memory that the next product reads: its codes, or its grids. Each warp of this one asks for the
-// first `each` bytes of its `stride` in the L2 cache.
-struct GemvAhead {
+// Memory that the next stage reads: codes or grids. Each warp of this launch asks for the first
+// `each` bytes of its `stride` in the L2 cache.
+struct GemvNextBytes {
   const char* at = nullptr;
   int64_t bytes = 0;
   uint32_t stride = 0, each = 0;
@@ -56,8 +56,8 @@ struct GemvAhead {
 struct GemvArgs {
   GemvInput in;
   GemvNext next;
-  GemvAhead ahead[2 * kMaxMatrices];
-  int aheads = 0;
+  GemvNextBytes next_bytes[2 * kMaxMatrices];
+  int next_count = 0;
   GemvMatrix m[kMaxMatrices];
   int matrices = 0;
   RowOutput output = RowOutput::Store;

@@ -160,7 +160,9 @@ void products(Tensor& y, const DecodeInput& x, std::span<const RowMatrix> matric
   each_form(matrices, output,
             [&](std::span<const RowMatrix> those, int64_t column, int64_t columns) {
               Tensor part = y.alias({y.dim(0), columns}, {y.stride(0), 1}, column);
-              few_rows("decode", part, x, nullptr, those, output, &next);
+              DecodeNext behind = next;
+              if (&those.back() != &matrices.back()) behind.weights = {};  // not the last launch
+              few_rows("decode", part, x, nullptr, those, output, &behind);
             });
 }
 

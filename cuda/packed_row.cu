@@ -26,8 +26,8 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 // Slots of a warp's ring. One is filled before the kernel in front has ended: with none a token
-// takes 5 to 9 % longer (H200, 2 to 4 bits). A third, asked for behind x with the second, gives
-// nothing at 2 bits and takes 4 % at 3.
+// takes 5 to 9 % longer (H200, 2 to 4 bits). A third, asked for behind x with the second, costs 2
+// %; asked for once x is there, 0.5 to 1 %.
 constexpr int kStages = 2;
 // Where x is F32 the other slot is filled while x is on its way, or once it is whole numbers: fewer
 // bits are bound by instructions, not by what is under way (H200: 4 bits 2 % faster, 3 and 2 bits 1
@@ -43,8 +43,8 @@ __device__ __forceinline__ const char* kept(const char* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
-// Of the warps' sums of a panel; its neighbour's begin in the other half of the banks.
-constexpr int kPanelSums = kWarps * 16 + 16;
+
+constexpr int kPanelSums = kWarps * 16;
 
 // ---- x ----
 
@@ -129,8 +129,8 @@ __device__ __forceinline__ int outputs_of(RowOutput output, int count) {
 // A thread's result of a round: where it goes, and what it meets there. To be looked up once the
 // kernel in front has ended.
 struct RowResult {
-  int panel, row;      // of the round, behind panel 0; in the panel
-  int out;             // which of its matrix
+  int panel, row;      // which panel of the round, or pair of panels (SiluMul); row of that
+  int out = 0;         // which of its matrix
   float* y = nullptr;  // null: there is none
   float bias = 0, up_bias = 0, gain = 1, before = 0;
 
@@ -153,11 +153,13 @@ struct RowResult {
   __device__ __forceinline__ void write(const GemvArgs& a, RowOutput output, const float* parts,
                                         float factor) const {
     if (!y) return;
+    // The other half of a warp reads the warps' sums in another order: from other banks.
+    const int odd = panel % 2 * 16;
     const auto sum_of = [&](int p) {
-      const float* from = parts + p * kPanelSums + row;
-      float sums[4] = {from[0], from[16], from[32], from[48]};
+      const float *from = parts + p * kPanelSums + row, *even = from + odd, *uneven = from - odd;
+      float sums[4] = {even[0], uneven[16], even[32], uneven[48]};
 #pragma unroll
-      for (int w = 4; w < kWarps; ++w) sums[w % 4] += from[w * 16];
+      for (int w = 4; w < kWarps; ++w) sums[w % 4] += (w % 2 == 0 ? even : uneven)[w * 16];
       return ((sums[0] + sums[1]) + (sums[2] + sums[3])) * factor;
     };
     float v;
@@ -178,29 +180,29 @@ struct RowResult {
 constexpr int kMostPanels = 32;  // of a round: a thread for each result
 static_assert(kMostPanels * 16 <= kThreads);
 
-// ---- the next product ----
+// ---- the next stage ----
 
-// Of its weights, in bytes, as much as memory gives between two kernels (H200; predicted 2 points
-// of a product alone, got 1.5 to 3): twice as much delays what this one has asked for.
-constexpr int64_t kAskedAhead = int64_t{5} << 19;
+// Of its weights, in bytes, for memory is idle between two kernels (H200: 0.2, 0.7 and 0.9 % more
+// tokens a second at 2, 3 and 4 bits). Twice as much delays what is multiplied now.
+constexpr int64_t kAskedOfNext = int64_t{5} << 19;
 
-// Shares them among the warps of a launch, evenly over the matrices: for the next product's warps
-// take their spans from everywhere.
-void share_ahead(GemvArgs& a, int blocks) {
+// Shares them among the warps of a launch, evenly over the matrices: the next stage's warps take
+// their spans from everywhere. In lines of the cache, and sectors.
+void share_next_bytes(GemvArgs& a, int blocks) {
   int64_t all = 0;
-  for (int i = 0; i < a.aheads; ++i) all += a.ahead[i].bytes;
+  for (int i = 0; i < a.next_count; ++i) all += a.next_bytes[i].bytes;
   const int64_t warps = int64_t{blocks} * kWarps;
-  for (int i = 0; i < a.aheads; ++i) {
-    GemvAhead& r = a.ahead[i];
-    const int64_t stride = r.bytes / warps / 16 * 16,
-                  each = all > kAskedAhead ? stride * kAskedAhead / all / 16 * 16 : stride;
+  for (int i = 0; i < a.next_count; ++i) {
+    GemvNextBytes& r = a.next_bytes[i];
+    const int64_t stride = r.bytes / warps / 128 * 128,
+                  each = all > kAskedOfNext ? stride * kAskedOfNext / all / 32 * 32 : stride;
     r.stride = static_cast<uint32_t>(stride), r.each = static_cast<uint32_t>(each);
   }
 }
 
 __device__ __forceinline__ void ask_for_next(const GemvArgs& a, int warp, int lane) {
-  if (lane >= a.aheads) return;
-  const GemvAhead& r = a.ahead[lane];
+  if (lane >= a.next_count) return;
+  const GemvNextBytes& r = a.next_bytes[lane];
   const int64_t of = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (r.each > 0) prefetch_to_l2(r.at + of * r.stride, r.each);
 }
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t policy = read_once();
   using Row = RowInRegisters<kThreads, kPrepared ? 2 : kTurns, kGain>;
   RowSquares row_squares;
-  int p0 = 0;  // the round's first panel; no block is without one
+  int p0 = 0;  // the round's first panel; a block without one does nothing in it
 #pragma unroll 1
   do {
     const int count = min(panels - p0, a.per_round);
@@ -248,7 +250,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       return of;
     };
     PanelPlace of = place(panel);
-    const char* prepared = kept(a.in.prepared + (lane - Copy::kGridLanes) * 16);
+    const char* prepared = nullptr;  // of this lane, see SpanCopy
+    if constexpr (kPrepared) prepared = kept(a.in.prepared + (lane - Copy::kGridLanes) * 16);
     const auto row_of = [&](int i) {
       return prepared +
              uint64_t{static_cast<unsigned>(i)} * kRowBytes;  // unsigned: one instruction
@@ -267,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           Copy::grids_and_row(to, grid, row_of(ahead), lane, policy);
         else
           Copy::grids(to, grid, lane, policy);
+        // There may be no such panel; then nothing is read there.
         if (++ahead == spans) ahead = 0, of = place(++ahead_panel);
       }
       copy_async_commit();
@@ -298,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // All that can wait, while what was asked for is on its way.
     const bool writes =
         static_cast<int>(threadIdx.x / 32 * 32) < outputs_of(output, count);  // the warp
-    if (kPrepared && writes) row_squares = RowSquares(a.in);
+    if (kPrepared && p0 == 0 && writes) row_squares = RowSquares(a.in);
     const RowResult result(a, output, p0, count);
     if (p0 > 0) __syncthreads();  // the last round's sums have been read
 #pragma unroll 1
@@ -309,10 +313,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       Row::store_squares(squares, sum);  // needed at the end
     }
     const bool last_round = p0 + a.per_round >= panels;
-    const auto ask_ahead = [&] {
+    const auto last_asked = [&] {
       if (last_round) ask_for_next(a, warp, lane);
     };
-    if (left <= kStages) ask_ahead();
+    if (left <= kStages) last_asked();
     int at = 0;  // the slot
     float2 sums{};
     SpanOfRow<kUnit> columns(lane);
@@ -326,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       sums.x += more.x, sums.y += more.y;
       __syncwarp();
       fill(at, left > kStages, std::true_type{});
-      if (left == kStages + 1) ask_ahead();  // that was the last one
+      if (left == kStages + 1) last_asked();
       at = kStages == 2 ? kSlot - at : at + kSlot < kStages * kSlot ? at + kSlot : 0;
       --left;
       if (++span < spans && left > 0) continue;
@@ -405,7 +409,7 @@ bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
   a.neighbours = a.next.memory ? 1 : 0;
   const RowLaunch how(a, v, a.in.prepared != nullptr, y.device().index);
   if (!how.fits) return false;
-  share_ahead(a, how.blocks);
+  share_next_bytes(a, how.blocks);
   const auto shared = static_cast<size_t>(how.shared);
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;

@@ -19,7 +19,7 @@ constexpr int span_slot_bytes(bool prepared, int bits, int unit) {
 // A slot holds codes, grids, then the columns of x. Copies into it are made by a warp, all of it,
 // asynchronously. slot, codes: where they begin, and 16 bytes a lane further; grid: 16 bytes of
 // unit lane / 4's, for lanes below kGridLanes; row: where the span's columns begin, and 16 bytes
-// further for each lane behind those.
+// further for each lane behind kGridLanes, so below that in front of them.
 template <int kBits, int kUnit> struct SpanCopy {
   static constexpr int kUnitBytes = unit_bytes(kBits, kUnit), kGridLanes = 4 * kSpan,
                        kGridsAt = kSpan * kUnitBytes, kRowAt = span_bytes(kBits, kUnit);
@@ -47,6 +47,7 @@ template <int kBits, int kUnit> struct SpanCopy {
   static __device__ __forceinline__ void grids_and_row(uint32_t slot, const GridWord* grid,
                                                        const char* row, int lane, uint64_t policy) {
     const char* from = lane < kGridLanes ? reinterpret_cast<const char*>(grid) : row;
+    // The few pieces of x may leave the L2 cache early: all blocks read them within a microsecond.
     if (lane < kGridLanes + kWithGrids) copy_async_once<16>(slot + kGridsAt, from, policy);
     pieces(slot + kRowAt, row, kWithGrids, lane);
   }
@@ -95,8 +96,8 @@ template <int kUnit> class SpanOfRow {
 // 4 and lane / 4 + 8.
 //
 // What a processor's shared memory moves for a span at 2 bits, in passes of 128 bytes: codes 16 in
-// and 16 out, x 8, scales 10. With zeros loaded for the lanes of the other units x took 32, and 16
-// warps 1 180 passes in the 1 230 cycles of a span.
+// and 16 out, x 9 in and 8 out, scales 10. With zeros loaded for the lanes of the other units x
+// took 32 instead of 8, and 16 warps 1 180 passes in the 1 230 cycles of a span.
 template <int kBits, int kUnit>
 __device__ __forceinline__ float2 multiply_span(const char* slot, SpanOfRow<kUnit>& x,
                                                 const char* row, int lane) {

@@ -2,9 +2,8 @@
 // columns to a scale. A block can make it of F32 itself; where the kernel in front is one of ours,
 // that leaves it ready, so that 132 blocks need not make the same 11 008 numbers.
 //
-//   records  of 64 columns each: their hi bytes, then their lo bytes (v = scale · (256 hi + lo)),
-//   as
-//            in PlanePlace, 16 of lane q = 0 … 3, columns 8q … 8q + 7 of either 32; then the scale
+//   records  of 64 columns each: hi bytes, then lo bytes (v = scale · (256 hi + lo)), each as in
+//            PlanePlace, 16 of lane q = 0 … 3, columns 8q … 8q + 7 of either 32; then the scale
 //            of either 32, with minus the sum of their values, which zero points meet
 //   squares  of every 32 columns, summed before the gain, where an RMSNorm stands between
 //

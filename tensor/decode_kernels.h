@@ -26,14 +26,15 @@ struct DecodeInput {
   // (DecodeNext). x is given all the same.
   Tensor prepared = {};
 };
-// The next stage. Where a stage leaves its one row of results, times gain, as the next stage's
-// products take it: computed once, where every block of the next stage would have to. Filled with
-// zeros when made; row undefined: nowhere.
+// What a stage knows of the next one.
 struct DecodeNext {
-  Tensor row = {};   // U8 [DecodeKernels::prepared_bytes]
+  // Where the one row of results is left, times gain, as the next stage's products take it:
+  // computed once, where every block of the next stage would have to. U8
+  // [DecodeKernels::prepared_bytes], filled with zeros when made; undefined: nowhere.
+  Tensor row = {};
   Tensor gain = {};  // F32 or undefined: of the next stage's RMSNorm
-  // What the next stage multiplies: some of it is asked for early, as memory is idle between two
-  // stages.
+  // What it multiplies. Kernels of one row ask for some of it early, where it is packed, as memory
+  // is idle between two stages; others take no notice.
   std::span<const RowMatrix> weights = {};
 };
 // The products of a stage.

@@ -177,6 +177,45 @@ TEST_CASE("devices: prepared rows as wide as a large model's, and results by sev
       check_stages(rng,
                    std::array{stage(64, 64, RowOutput::Add), stage(40000, 64, RowOutput::Store)},
                    {true}, d);
+      check_stages(rng,
+                   std::array{stage(640, 64, RowOutput::Add), stage(40000, 640, RowOutput::SiluMul),
+                              stage(32, 40000, RowOutput::Add)},
+                   {true, false}, d);
+      const auto fine = [&](int64_t rows, int64_t cols, RowOutput output) {
+        return random_stage(rng, rows, cols, {.bits = bits, .group_size = 32}, output, d);
+      };
+      check_stages(rng,
+                   std::array{fine(160, 64, RowOutput::Add), fine(40000, 160, RowOutput::SiluMul),
+                              fine(32, 40000, RowOutput::Store)},
+                   {true, false}, d);
+    }
+  });
+}
+
+TEST_CASE("devices: a stage's results are the same whatever it knows of the next one's weights") {
+  on_stages([](Rng& rng, Device d, bool) {
+    for (const int bits : {2, 3, 4, 8}) {
+      CAPTURE(bits);
+      const auto stage = [&](int64_t rows, int64_t cols, RowOutput output) {
+        return random_stage(rng, rows, cols, {.bits = bits, .group_size = 32}, output, d);
+      };
+      const Stage s = stage(320, 192, RowOutput::Add), tiny = stage(16, 32, RowOutput::Add),
+                  large = stage(3000, 4096, RowOutput::Store);
+      std::vector<RowMatrix> many = large.device;
+      many.insert(many.end(), large.device.begin(), large.device.end());
+      many.push_back({Tensor::full({64, 64}, 1, DType::F16, d), {}});
+      const std::vector<RowMatrix> dense = {many.back()};
+      const Tensor x = uploaded(random_tensor(rng, {1, 192}, DType::F32, -2, 2), d);
+      const auto results = [&](std::span<const RowMatrix> weights) {
+        Tensor y = Tensor::full({1, 320}, 0.25, DType::F32, d);
+        decode_kernels(d)->products(y, {.x = x}, s.device, s.output, {.weights = weights});
+        return y.to_vector<float>();
+      };
+      const std::vector<float> want = results({});
+      for (const auto& weights : {tiny.device, large.device, many, dense})
+        CHECK(results(weights) == want);
+      CHECK_THROWS_WITH_AS(results(large.cpu), doctest::Contains("not in the order of a GPU"),
+                           Error);
     }
   });
 }

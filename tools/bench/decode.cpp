@@ -325,8 +325,8 @@ double product_rate(const Bench& b, const Matrices& w, int64_t batch, int64_t ro
   });
 }
 
-// The same of a row that the stage in front has left prepared, as most are in a model on a GPU,
-// where a product also knows the next one's weights; NaN where none is.
+// The same of a row that the stage in front has left prepared, as most are in a model on a GPU; as
+// there, each product knows the next one's weights, and asks for some. NaN where none is prepared.
 double prepared_rate(const Bench& b, const Form& f, const Matrices& w, int64_t rows, int64_t cols) {
   const DecodeKernels* kernels = decode_kernels(b.device);
   if (!kernels || !packed_of(w.all[0]) || f.abits < 16) return NAN;
