@@ -2,7 +2,8 @@
 //
 //   gradients    of the block's loss in every learnable, in F64, against central differences of the
 //                loss with its roundings frozen (autograd/frozen.h); and those that calibration
-//                uses (F32, fused) against F64 with the same codes
+//                uses (F32, fused) against F64 with the same codes; what fails at one random point
+//                is tried at a second, since the first may lie on a kink
 //   transforms   leave the block's output as it is, for random learnables, at every site and at all
 //   rotations    likewise, part by part and all together; the rest is then audited on the rotated
 //                block

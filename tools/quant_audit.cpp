@@ -130,7 +130,7 @@ void print_check(const quant::AuditCheck& c) {
   const std::string worst = !c.fault.empty() ? "-"
                             : c.worst == 0   ? "0"
                                              : fmt::format("{:.1e}", c.worst);
-  fmt::print("  {:<32} {:<42}{:>7} {:>6.2g} {}\n", c.name, c.compared, worst, c.bound,
+  fmt::print("  {:<32} {:<41} {:>7} {:>6.2g} {}\n", c.name, c.compared, worst, c.bound,
              c.ok() ? "passed" : "FAILED");
   if (c.ok()) return;
   if (!c.where.empty()) fmt::print("      worst in {}\n", c.where);
