@@ -13,7 +13,8 @@
 //            of the ring, and no warp waits for another; or it is F32, which stays in registers
 //            until it is whole numbers in shared memory (RowInRegisters)
 //   next     results may be left prepared for the next product. A block then has panels two by two:
-//            32 rows are 32 columns of that product, and their scale
+//            32 rows are 32 columns of that product, and their scale. Some of its weights are asked
+//            for in the L2 cache, once a warp has asked for all of its own
 //
 // One slot of the ring is filled before the kernel in front has ended; the other would stand in x's
 // way, and is asked for behind it.
@@ -27,7 +28,7 @@ namespace {
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 // Slots of a warp's ring. One is filled before the kernel in front has ended: with none a token
 // takes 5 to 9 % longer (H200, 2 to 4 bits). A third, asked for behind x with the second, costs 2
-// %; asked for once x is there, 0.5 to 1 %.
+// %; asked for once x is there, 0.2 to 1 %.
 constexpr int kStages = 2;
 // Where x is F32 the other slot is filled while x is on its way, or once it is whole numbers: fewer
 // bits are bound by instructions, not by what is under way (H200: 4 bits 2 % faster, 3 and 2 bits 1

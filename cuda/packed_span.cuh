@@ -73,7 +73,8 @@ template <int kUnit> class SpanOfRow {
                                   : unit_ * PreparedRow::bytes(kUnit);
     inside_ = static_cast<uint32_t>(first + lane / 4 % 2 * PreparedRow::kLoAfter + lane % 4 * 16);
   }
-  // columns: where the span's begin in shared memory.
+  // columns: where the span's begin in shared memory. From the last unit: in this order nvcc 13.0
+  // keeps b where it stands, in the other it moves eight registers a span.
   __device__ __forceinline__ void load(uint32_t columns) {
     const uint32_t at = columns + inside_;
 #pragma unroll
