@@ -239,10 +239,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   do {
     const int count = min(panels - p0, a.per_round);
     // The warp's spans of the round, and which of which panel is multiplied and fetched next.
-    const int all = count * spans, most = static_cast<int>((all + kWarps - 1u) / kWarps),
-              // Not all blocks ask for the same columns of x at once.
-        first = static_cast<int>((warp + 5 * blockIdx.x) % kWarps) * most;
-    int left = min(most, all - first), panel = quotient(first, a.inverse),
+    // As evenly as may be: a scheduler has a quarter of the warps, and the fullest is waited for.
+    // Not all blocks ask for the same columns of x at once.
+    const unsigned all = static_cast<unsigned>(count * spans), each = all / kWarps,
+                   more = all % kWarps, share = (warp + 5 * blockIdx.x) % kWarps;
+    const int first = static_cast<int>(share * each + min(share, more));
+    int left = static_cast<int>(each + (share < more ? 1 : 0)), panel = quotient(first, a.inverse),
         span = first - panel * spans;
     int ahead_panel = panel, ahead = span;
     const auto place = [&](int of_round) {

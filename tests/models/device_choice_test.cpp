@@ -148,8 +148,9 @@ TEST_CASE("devices: tokens are drawn from rows of equal, crowded and forbidden l
 
 TEST_CASE("devices: a sampled text is the one that its logits and the sampler give") {
   const auto form = Form{.bits = 4, .group = 32};
-  for_random_writer(form, [](Generator& generator, const Model& model, const auto& prompt) {
-    GenerateOptions o = text_of(30, {});
+  const int64_t length = all_or_few(30, 8);
+  for_random_writer(form, [&](Generator& generator, const Model& model, const auto& prompt) {
+    GenerateOptions o = text_of(length, {});
     const auto text_by_logits = [&] {
       auto caches = model.new_caches(1, 64);
       DecodePlan plan(model, 64);
@@ -161,7 +162,7 @@ TEST_CASE("devices: a sampled text is the one that its logits and the sampler gi
       const Tensor h = model.forward(Tensor::from<int32_t>(prompt, {1, P}), 0, &caches);
       const auto first = model.logits(slice(h, 1, P - 1, P)).to_vector<float>();
       std::vector<int32_t> tokens{sampler.sample(first, prompt)}, history = prompt;
-      while (tokens.size() < 30) {
+      while (std::ssize(tokens) < length) {
         history.push_back(tokens.back());
         plan.step(tokens.back(), caches);
         tokens.push_back(sampler.sample(plan.logits(), history));

@@ -19,6 +19,9 @@ namespace omq {
 inline int64_t all_or_few(int64_t all, int64_t few) {
   return std::getenv("OMQ_TEST_FEW") != nullptr ? few : all;
 }
+inline std::vector<int64_t> all_or_few(std::vector<int64_t> all, std::vector<int64_t> few) {
+  return std::getenv("OMQ_TEST_FEW") != nullptr ? few : all;
+}
 
 inline const std::vector<Device>& test_devices() {
   static const std::vector<Device> devices = [] {
