@@ -47,6 +47,99 @@ __device__ __forceinline__ const char* kept(const char* p) {
 
 constexpr int kPanelSums = kWarps * 16;
 
+// ---- spans ----
+
+// The spans that a warp takes of a block's round of so many panels: as even a share as may be, for
+// a scheduler has a quarter of the warps, and the fullest is waited for.
+struct WarpSpans {
+  int count, panel, span;  // how many; the first one's panel of the round, and place in that
+  __device__ __forceinline__ WarpSpans(const GemvArgs& a, int panels, int warp) {
+    // Not all blocks ask for the same columns of x at once.
+    const unsigned all = static_cast<unsigned>(panels * a.spans), each = all / kWarps,
+                   more = all % kWarps, share = (warp + 5 * blockIdx.x) % kWarps;
+    const int first = static_cast<int>(share * each + min(share, more));
+    count = static_cast<int>(each + (share < more ? 1 : 0));
+    panel = quotient(first, a.inverse), span = first - panel * a.spans;
+  }
+};
+
+// A warp's ring of slots in shared memory, and the next span that goes into one. A warp calls
+// together.
+template <int kBits, int kUnit, bool kPrepared> class SpanRing {
+ public:
+  using Copy = SpanCopy<kBits, kUnit>;
+  static constexpr int kSlot = span_slot_bytes(kPrepared, kBits, kUnit),
+                       kRowBytes = span_row_bytes(kUnit), kUnitBytes = unit_bytes(kBits, kUnit);
+
+  // The slot behind the one `at` bytes from the first.
+  static __device__ __forceinline__ int behind(int at) {
+    return kStages == 2 ? kSlot - at : at + kSlot < kStages * kSlot ? at + kSlot : 0;
+  }
+  // slots: where they begin, and 16 bytes a lane further; p0: the round's first panel.
+  __device__ __forceinline__ SpanRing(const GemvArgs& a, RowOutput output, uint32_t slots, int p0,
+                                      const WarpSpans& take, int lane, uint64_t policy)
+      : a_(a),
+        output_(output),
+        slots_(slots),
+        p0_(p0),
+        lane_(lane),
+        policy_(policy),
+        spans_(a.spans),
+        panel_(take.panel),
+        span_(take.span),
+        of_(place(take.panel)) {
+    if constexpr (kPrepared) prepared_ = kept(a.in.prepared + (lane - Copy::kGridLanes) * 16);
+  }
+  // The next span into the slot `at` bytes from the first, where there is `one`.
+  template <bool kWithRow> __device__ __forceinline__ void fill(int at, bool one) {
+    if (one) {
+      const uint32_t to = slots_ + at;
+      const int unit = span_ * kSpan;
+      Copy::codes(to, of_.codes + int64_t{span_} * (kSpan * kUnitBytes), a_.units - unit, lane_,
+                  policy_);
+      // Behind the panel's end the last.
+      const GridWord* grid =
+          of_.grids + int64_t{min(unit + lane_ / 4, a_.units - 1) >> a_.group_shift} * 16;
+      if constexpr (kPrepared && kWithRow)
+        Copy::grids_and_row(to, grid, row_of(span_), lane_, policy_);
+      else
+        Copy::grids(to, grid, lane_, policy_);
+      // There may be no such panel; then nothing is read there.
+      if (++span_ == spans_) span_ = 0, of_ = place(++panel_);
+    }
+    copy_async_commit();
+  }
+  // Of `left` spans those that go into the slots behind the first.
+  __device__ __forceinline__ void fill_others(int left) {
+#pragma unroll 1
+    for (int s = 1; s < kStages; ++s) fill<true>(s * kSlot, left > s);
+  }
+  // The row's columns that belong to the first slot's span, where there is `one`.
+  __device__ __forceinline__ void fill_row(int span, bool one) const {
+    if (one) Copy::row(slots_, row_of(span), lane_);
+    copy_async_commit();
+  }
+
+ private:
+  __device__ __forceinline__ PanelPlace place(int of_round) const {
+    PanelPlace of(a_, output_, p0_ + of_round, kUnitBytes, lane_);
+    of.grids += lane_ % 4 * 4;
+    return of;
+  }
+  __device__ __forceinline__ const char* row_of(int i) const {
+    return prepared_ + uint64_t{static_cast<unsigned>(i)} * kRowBytes;  // unsigned: one instruction
+  }
+  const GemvArgs& a_;
+  const RowOutput output_;
+  const uint32_t slots_;
+  const int p0_, lane_;
+  const uint64_t policy_;
+  const int spans_;  // of a panel
+  int panel_, span_;
+  PanelPlace of_;
+  const char* prepared_ = nullptr;  // of this lane, see SpanCopy
+};
+
 // ---- x ----
 
 // Where a thread's fours of x stand once they are bytes. Turns of RowInRegisters are whole units
@@ -116,12 +209,27 @@ class RowSquares {
   float4 first_{};
 };
 
-// ---- results ----
+// ---- sums ----
+
+// A warp's own, of all panels of a round.
+__device__ __forceinline__ void clear_sums(float* parts, int panels, int warp, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < panels * 4; i += 32)
+    reinterpret_cast<float4*>(parts + i / 4 * kPanelSums + warp * 16)[i % 4] = float4{};
+}
 
 __device__ __forceinline__ float quad_sum(float v) {
   v += __shfl_xor_sync(0xffffffffu, v, 1);
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
+// Those of a panel, a lane's being of rows lane / 4 and lane / 4 + 8.
+__device__ __forceinline__ void store_sums(float* parts, float2 sums, int warp, int lane) {
+  sums.x = quad_sum(sums.x), sums.y = quad_sum(sums.y);
+  float* to = parts + warp * 16 + lane / 4;
+  if (lane % 4 == 0) to[0] = sums.x, to[8] = sums.y;
+}
+
+// ---- results ----
 
 __device__ __forceinline__ int outputs_of(RowOutput output, int count) {
   return (output == RowOutput::SiluMul ? count / 2 : count) * 16;
@@ -214,9 +322,8 @@ template <int kBits, int kUnit, int kTurns, bool kGain, int kOutput>
 __global__ void __launch_bounds__(kThreads, 1)
     packed_row_kernel(const __grid_constant__ GemvArgs a) {
   constexpr bool kPrepared = kTurns == 0;
-  using Copy = SpanCopy<kBits, kUnit>;
-  constexpr int kUnitBytes = unit_bytes(kBits, kUnit),
-                kSlot = span_slot_bytes(kPrepared, kBits, kUnit), kRowBytes = span_row_bytes(kUnit);
+  using Ring = SpanRing<kBits, kUnit, kPrepared>;
+  constexpr int kSlot = Ring::kSlot;
   const RowOutput output = kPrepared ? static_cast<RowOutput>(kOutput) : a.output;
   extern __shared__ __align__(128) char memory[];
   char* shared = static_cast<char*>(__cvta_shared_to_generic(kept(shared_address(memory))));
@@ -224,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int spans = a.spans;  // of a panel
   char* ring = shared + warp * (kStages * kSlot);
-  const uint32_t ring_address = kept(shared_address(ring) + lane * 16);
+  const uint32_t slots = kept(shared_address(ring) + lane * 16);
   const int padded = a.padded;
   char* row_memory = shared + kWarps * kStages * kSlot;
   const PreparedRow x(row_memory, padded);  // where it does not come in slots
@@ -238,57 +345,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   do {
     const int count = min(panels - p0, a.per_round);
-    // The warp's spans of the round, and which of which panel is multiplied and fetched next.
-    // As evenly as may be: a scheduler has a quarter of the warps, and the fullest is waited for.
-    // Not all blocks ask for the same columns of x at once.
-    const unsigned all = static_cast<unsigned>(count * spans), each = all / kWarps,
-                   more = all % kWarps, share = (warp + 5 * blockIdx.x) % kWarps;
-    const int first = static_cast<int>(share * each + min(share, more));
-    int left = static_cast<int>(each + (share < more ? 1 : 0)), panel = quotient(first, a.inverse),
-        span = first - panel * spans;
-    int ahead_panel = panel, ahead = span;
-    const auto place = [&](int of_round) {
-      PanelPlace of(a, output, p0 + of_round, kUnitBytes, lane);
-      of.grids += lane % 4 * 4;
-      return of;
-    };
-    PanelPlace of = place(panel);
-    const char* prepared = nullptr;  // of this lane, see SpanCopy
-    if constexpr (kPrepared) prepared = kept(a.in.prepared + (lane - Copy::kGridLanes) * 16);
-    const auto row_of = [&](int i) {
-      return prepared +
-             uint64_t{static_cast<unsigned>(i)} * kRowBytes;  // unsigned: one instruction
-    };
-    // The next span into the slot `at` bytes from the ring's begin, where there is `one`.
-    const auto fill = [&](int at, bool one, auto with_row) {
-      if (one) {
-        const uint32_t to = ring_address + at;
-        const int unit = ahead * kSpan;
-        Copy::codes(to, of.codes + int64_t{ahead} * (kSpan * kUnitBytes), a.units - unit, lane,
-                    policy);
-        // Behind the panel's end the last.
-        const GridWord* grid =
-            of.grids + int64_t{min(unit + lane / 4, a.units - 1) >> a.group_shift} * 16;
-        if constexpr (kPrepared && with_row.value)
-          Copy::grids_and_row(to, grid, row_of(ahead), lane, policy);
-        else
-          Copy::grids(to, grid, lane, policy);
-        // There may be no such panel; then nothing is read there.
-        if (++ahead == spans) ahead = 0, of = place(++ahead_panel);
-      }
-      copy_async_commit();
-    };
-    fill(0, left > 0, std::false_type{});
-    const auto fill_others = [&] {
-#pragma unroll 1
-      for (int s = 1; s < kStages; ++s) fill(s * kSlot, left > s, std::true_type{});
-    };
+    const WarpSpans take(a, count, warp);
+    int left = take.count, panel = take.panel, span = take.span;  // those multiplied next
+    Ring ahead(a, output, slots, p0, take, lane, policy);
+    ahead.template fill<false>(0, left > 0);
     float sum = 0;
     if constexpr (kPrepared) {
       if (p0 == 0) wait_for_previous();
-      if (left > 0) Copy::row(ring_address, row_of(span), lane);
-      copy_async_commit();
-      fill_others();
+      ahead.fill_row(span, left > 0);
+      ahead.fill_others(left);
     } else if (p0 == 0) {
       Row row(a.in);
       const RowBytes<kUnit> to(x, padded);
@@ -296,11 +361,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum = row.put(
           a.in, [&](int turn, const float4(&v)[2]) { to.put(turn, v); },
           [&] {
-            if constexpr (fill_behind_x(kBits)) fill_others();
+            if constexpr (fill_behind_x(kBits)) ahead.fill_others(left);
           });
-      if constexpr (!fill_behind_x(kBits)) fill_others();
+      if constexpr (!fill_behind_x(kBits)) ahead.fill_others(left);
     } else {
-      fill_others();
+      ahead.fill_others(left);
     }
     // All that can wait, while what was asked for is on its way.
     const bool writes =
@@ -308,9 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (kPrepared && p0 == 0 && writes) row_squares = RowSquares(a.in);
     const RowResult result(a, output, p0, count);
     if (p0 > 0) __syncthreads();  // the last round's sums have been read
-#pragma unroll 1
-    for (int i = lane; i < count * 4; i += 32)  // a warp's own sums
-      reinterpret_cast<float4*>(parts + i / 4 * kPanelSums + warp * 16)[i % 4] = float4{};
+    clear_sums(parts, count, warp, lane);
     if (!kPrepared && p0 == 0) {
       __syncthreads();
       Row::store_squares(squares, sum);  // needed at the end
@@ -328,18 +391,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       copy_async_wait<kStages - 1>();
       __syncwarp();
       const char* from = ring + at;
-      const char* row = kPrepared ? from + Copy::kRowAt : x.records + span * kRowBytes;
+      const char* row = kPrepared ? from + Ring::Copy::kRowAt : x.records + span * Ring::kRowBytes;
       const float2 more = multiply_span<kBits, kUnit>(from, columns, row, lane);
       sums.x += more.x, sums.y += more.y;
       __syncwarp();
-      fill(at, left > kStages, std::true_type{});
+      ahead.template fill<true>(at, left > kStages);
       if (left == kStages + 1) last_asked();
-      at = kStages == 2 ? kSlot - at : at + kSlot < kStages * kSlot ? at + kSlot : 0;
+      at = Ring::behind(at);
       --left;
       if (++span < spans && left > 0) continue;
-      sums.x = quad_sum(sums.x), sums.y = quad_sum(sums.y);
-      float* to = parts + panel * kPanelSums + warp * 16 + lane / 4;
-      if (lane % 4 == 0) to[0] = sums.x, to[8] = sums.y;
+      store_sums(parts + panel * kPanelSums, sums, warp, lane);
       sums = {};
       span = 0, ++panel;
     }
