@@ -287,22 +287,24 @@ std::vector<AuditCheck> checks_at(const Subject& s, uint64_t seed) {
 
 }  // namespace
 
-// A point may lie so near a kink that every step jumps over it, and F32 stands on its other side;
-// two points do not, but a wrong gradient is wrong at both. What failed at the first is therefore
-// tried at a second, and says so.
-void audit_gradients(const Subject& s, const Found& found) {
-  std::vector<AuditCheck> checks = checks_at(s, s.options.seed), second;
-  for (size_t i = 0; i < checks.size(); ++i) {
-    AuditCheck& c = checks[i];
+void at_two_points(const ChecksAt& checks_at, uint64_t seed, const Found& found) {
+  std::vector<AuditCheck> checks = checks_at(seed), second;
+  for (AuditCheck& c : checks) {
     if (!c.ok() && c.fault.empty()) {
-      if (second.empty()) second = checks_at(s, s.options.seed + 2);
-      if (i < second.size() && second[i].ok()) {
-        c = second[i];
+      if (second.empty()) second = checks_at(seed + 2);
+      const auto same = std::find_if(second.begin(), second.end(),
+                                     [&](const AuditCheck& o) { return o.name == c.name; });
+      if (same != second.end() && same->ok()) {
+        c = *same;
         c.compared += "; 2nd point";
       }
     }
     found(c);
   }
+}
+
+void audit_gradients(const Subject& s, const Found& found) {
+  at_two_points([&](uint64_t seed) { return checks_at(s, seed); }, s.options.seed, found);
 }
 
 }  // namespace omq::quant::detail

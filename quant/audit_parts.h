@@ -1,4 +1,4 @@
-// What the parts of the audit share (audit.h). Nobody else includes this.
+// What the parts of the audit share (audit.h). Nobody else but their test includes this.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +54,13 @@ struct Aim {
 void attempt(const Aim& aim, const Found& found, const std::function<void(AuditCheck&)>& body);
 // Takes `error` into the check when it is the worst so far, or no number.
 void worse(AuditCheck& check, double error, const std::string& where);
+
+// Tells the checks of one random point, each of a name of its own. A point may lie so near a kink
+// that every step jumps over it, and F32 stands on its other side; two points do not, but a wrong
+// gradient is wrong at both. What is out of bounds at the first is therefore tried at a second, and
+// says so; what could not be tried has failed.
+using ChecksAt = std::function<std::vector<AuditCheck>(uint64_t seed)>;
+void at_two_points(const ChecksAt& checks_at, uint64_t seed, const Found& found);
 
 // The largest ‖a − y‖ / ‖y − x‖ of a token: what changed, against what the block adds, so that the
 // residual stream hides nothing.

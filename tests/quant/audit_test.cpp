@@ -8,6 +8,7 @@
 #include <set>
 
 #include "autograd/ops.h"
+#include "quant/audit_parts.h"
 #include "quant/calibrate.h"
 #include "tests/quant/blocks.h"
 
@@ -221,6 +222,38 @@ TEST_CASE("audit: a gradient that is off is found, in either type") {
   CHECK(with(1.01, false, true) == by_differences + ", gradient in F32, let, gradient in F32, lwc");
   CHECK(with(1.01, true, false) == "gradient in F32, let, gradient in F32, lwc");
   CHECK(with(NAN, true, false) == "gradient in F32, let, gradient in F32, lwc");
+}
+
+TEST_CASE("audit: what fails at one random point is tried at a second, and says so") {
+  const AuditCheck fine{"a", "b", 0.5, 1, "", ""}, off{"a", "b", 2, 1, "", ""},
+      fault{"a", "b", 0, 1, "", "no memory"};
+  struct Points {
+    AuditCheck first, second;
+    int tried;
+    bool ok;
+    std::string compared;
+  };
+  for (const Points& p : {Points{fine, off, 1, true, "b"},
+                          {off, fine, 2, true, "b; 2nd point"},
+                          {off, off, 2, false, "b"},
+                          {off, fault, 2, false, "b"},
+                          {fault, fine, 1, false, "b"}}) {
+    const AuditCheck steady{"c", "d", 0.25, 1, "", ""};
+    std::vector<uint64_t> seeds;
+    Checks told;
+    detail::at_two_points(
+        [&](uint64_t seed) {
+          seeds.push_back(seed);
+          return Checks{seeds.size() == 1 ? p.first : p.second, steady};
+        },
+        7, [&](const AuditCheck& c) { told.push_back(c); });
+    CHECK(static_cast<int>(seeds.size()) == p.tried);
+    CHECK(std::set(seeds.begin(), seeds.end()).size() == seeds.size());
+    REQUIRE(told.size() == 2);
+    CHECK(told[0].ok() == p.ok);
+    CHECK(told[0].compared == p.compared);
+    CHECK(told[1].compared == "d");
+  }
 }
 
 TEST_CASE("audit: a learned transformation behind a rotation is one") {
