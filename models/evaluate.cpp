@@ -71,10 +71,9 @@ void finish(PerplexityResult& r, double sum) {
 }
 
 void check_window(const Model& model, int64_t context) {
-  check(context >= 2, "perplexity: windows of {} tokens; at least 2 are needed (-c)", context);
+  check(context >= 2, "perplexity: windows of {} tokens; at least 2 are needed", context);
   check(context <= model.context(),
-        "perplexity: windows of {} tokens, but the model is good for {}; lower -c", context,
-        model.context());
+        "perplexity: windows of {} tokens, but the model is good for {}", context, model.context());
 }
 
 PerplexityResult evaluate_documents(const Model& model, const Tokenizer& tokenizer,
@@ -179,8 +178,8 @@ PerplexityResult evaluate_windows(const Model& model, std::span<const int32_t> i
   PerplexityResult r{.context = c, .protocol = options.protocol};
   r.tokens = static_cast<int64_t>(ids.size());
   r.available = r.tokens / c;
-  check(r.available > 0, "perplexity: the text has {} tokens, less than one window of {}; lower -c",
-        r.tokens, c);
+  check(r.available > 0, "perplexity: the text has {} tokens, less than one window of {}", r.tokens,
+        c);
   r.windows = options.max_windows > 0 ? std::min(options.max_windows, r.available) : r.available;
   const bool second_half = options.protocol == Protocol::LlamaCpp;
   const int64_t from = second_half ? c / 2 : 0, scored = c - 1 - from;

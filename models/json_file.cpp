@@ -69,6 +69,10 @@ json read_json_object(const fs::path& file) {
   return value;
 }
 
+std::string json_text(const json& j, int indent) {
+  return j.dump(indent, ' ', false, json::error_handler_t::replace);
+}
+
 std::string shown(std::string_view text, size_t n) {
   std::string out;
   for (const char c : text.substr(0, n)) {

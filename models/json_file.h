@@ -23,6 +23,10 @@ nlohmann::json parse_json(std::string_view text, std::string_view name);
 // Both; the value must be an object.
 nlohmann::json read_json_object(const std::filesystem::path& file);
 
+// j as text, indented by so many columns (−1: on one line). What is not UTF-8, as a file's name
+// need not be, is replaced by U+FFFD: JSON has no other bytes.
+std::string json_text(const nlohmann::json& j, int indent = -1);
+
 // At most n characters of text for a message, control characters shown as "?" and longer text cut
 // with "…".
 std::string shown(std::string_view text, size_t n = 80);

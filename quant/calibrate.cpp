@@ -253,8 +253,9 @@ std::vector<BlockReport> quantize(nn::BlockSource& source, nn::BlockSink& sink,
   Streams streams;
   Job job{recipe, hooks, progress, data.device, {}, source.size()};
   if (streaming) {
-    check(data.ids.dim(0) >= recipe.train.batch_size, "{} calibration windows for a batch of {}",
-          data.ids.dim(0), recipe.train.batch_size);
+    check(data.ids.dim(0) >= recipe.train.batch_size,
+          "{} calibration windows, a step takes {} (--nsamples, --batch-size)", data.ids.dim(0),
+          recipe.train.batch_size);
     NoGrad off;
     streams.fp = source.embed(data.ids);
     if (!data.samples_on_host) {

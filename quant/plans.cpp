@@ -59,8 +59,10 @@ Plan rounding_plan(const Options& o) {
   t.batch_size = o.batch_size > 0 ? o.batch_size : 4;
   t.rounding = true;
   t.sign_descent = true;
-  t.lr["rounding"] = t.lr["range"] = t.lr["lwc"] = 1;  // 1 / steps
-  t.lr["let"] = t.lr["kronecker"] = t.lr["lac"] = 0.1;
+  t.lr["rounding"] = t.lr["range"] = 1;  // 1 / steps
+  t.lr["lwc"] = o.lwc_lr.value_or(1);
+  t.lr["kronecker"] = t.lr["lac"] = 0.1;
+  t.lr["let"] = o.let_lr >= 0 ? o.let_lr : 0.1;
   t.lr["grid"] = 0.01;
   t.rate_shape = RateShape::Linear;
   t.keep_best = true;
@@ -77,7 +79,7 @@ Plan kronecker_plan(const Options& o) {
   t.epochs = o.epochs >= 0 ? o.epochs : 15;
   t.batch_size = o.batch_size > 0 ? o.batch_size : 4;
   t.lr["kronecker"] = 5e-3;
-  t.lr["lwc"] = t.lr["lac"] = 5e-2;
+  t.lr["lwc"] = t.lr["lac"] = o.lwc_lr.value_or(5e-2);
   t.rate_shape = RateShape::Cosine;
   t.last_rate = 1e-3;
   t.act_clips = o.spec.activations().linear < 16;

@@ -46,7 +46,8 @@ struct Options {
   bool act_order = true;                     // of gptq
   int epochs = -1;                           // -1: the method's (paper: 20, 40 at 2 bits)
   int batch_size = 0;                        // 0: the method's
-  double lwc_lr = 1e-2, weight_decay = 0;
+  std::optional<double> lwc_lr = {};         // none: the method's
+  double weight_decay = 0;
   int aug_loss = -1;         // -1: the method's; 0 or 1
   double aug_weight = 1;     // of the augmented loss (official: 1)
   int token_loss = -1;       // TokenWeight::InverseSize (1) or Equal (0); -1: the method's

@@ -51,8 +51,10 @@ CalibrationWindows calibration(const QuantOptions& o, const CheckpointReader& re
     return w;
   }
   if (o.calib.empty()) {
-    check(!recipe.needs_text(), "method {} {} text: give --calib FILE or --calib-ids JSONL",
-          recipe.name, recipe.train.epochs > 0 ? "learns from" : "looks at");
+    if (recipe.needs_text())
+      throw cli::UsageError(fmt::format(
+          "method {} {} text: give --calib FILE or --calib-ids JSONL; --method rtn needs none",
+          recipe.name, recipe.train.epochs > 0 ? "learns from" : "looks at"));
     return {};
   }
   int64_t length = o.seqlen;
@@ -101,6 +103,11 @@ Ends plan_ends(const QuantOptions& o, const ModelConfig& config, const quant::Re
                           .qkv_clip = recipe.spec.qkv_clip,
                           .learned_clips = recipe.train.act_clips};
   e.packed.online = model.online();
+  if (const auto embed = o.keep.find("embed_tokens"), head = o.keep.find("lm_head");
+      model.tied() && embed != o.keep.end() && head != o.keep.end())
+    check(embed->second.to_string() == head->second.to_string(),
+          "--keep embed_tokens={} and lm_head={}: {} has one matrix for both; name one form",
+          embed->second.to_string(), head->second.to_string(), o.model.string());
   e.packed.untied = config.tie_word_embeddings && !model.tied();
   e.tables.emplace_back("model.embed_tokens", kept(o, "embed_tokens", config.tie_word_embeddings));
   if (!model.tied())
@@ -341,7 +348,8 @@ void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& r
   auto run = [&](std::string_view kind) {
     for (const std::string& item : o.eval)
       if (item.starts_with(kind))
-        report["evaluation"].push_back(evaluate(o, item, model, tokenizer));
+        report["evaluation"].push_back(
+            with_context("--eval " + item, [&] { return evaluate(o, item, model, tokenizer); }));
   };
   run("ppl:");
   if (!simulated) return;
@@ -392,8 +400,13 @@ int quantize_checkpoint(const cli::Args& args) {
   const CalibrationWindows data = calibration(o, *reader, recipe);
   SourceModel model(*reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe, model);
-  for (const std::string& item : o.eval)
-    read_corpus(item.substr(4));  // a missing text must not cost a whole run
+  const int64_t window = std::min(o.eval_context, reader->config().usable_context());
+  for (const std::string& item : o.eval) {  // what is wrong with a text must not cost a whole run
+    const std::string text = read_corpus(item.substr(4));
+    check(static_cast<int64_t>(text.size()) >= window,
+          "--eval {}: a text of {} bytes, less than one window of {} tokens (--eval-context)", item,
+          text.size(), window);
+  }
   if (o.method == "best")
     fmt::print(stderr, "best for {}: {}{} ({})\n", recipe.spec.to_string(), recipe.title,
                recipe.rotation && recipe.rotation->norms ? " --rotate norms" : "",

@@ -1,6 +1,7 @@
 // omq-quant audit: the proofs of quant/audit.h on blocks of the user's own model.
 //
 // One line a check on stdout; code 1 when one fails.
+#include "models/json_file.h"
 #include "quant/audit.h"
 
 #include <CLI/CLI.hpp>
@@ -179,11 +180,11 @@ int quant_audit(const cli::Args& args) {
       }
     });
   if (c.as_json)
-    fmt::print("{}\n", json{{"model", c.quant.model.string()},
-                            {"inputs", window.description},
-                            {"checks", checks},
-                            {"failed", failed}}
-                           .dump(2));
+    fmt::print("{}\n", json_text(json{{"model", c.quant.model.string()},
+                                      {"inputs", window.description},
+                                      {"checks", checks},
+                                      {"failed", failed}},
+                                 2));
   else
     fmt::print("{} checks, {}\n", tried, failed ? fmt::format("{} FAILED", failed) : "all passed");
   return failed ? 1 : 0;

@@ -75,17 +75,19 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
   app.add_option("--seed", o.seed, "which windows are taken (default 2)")
       ->type_name("N")
       ->group(group);
-  app.add_option("--epochs", o.recipe.epochs,
-                 "passes over the windows per block (default 20, at 2 bits 40; norm-tweaking 4, "
-                 "signround 50)")
+  app.add_option(
+         "--epochs", o.recipe.epochs,
+         "passes over the windows per block (default 20, omniquant at 2 bits 40; norm-tweaking "
+         "4, flatquant 15, signround 50)")
       ->type_name("N")
       ->group(group);
   app.add_option("--batch-size", o.batch_size,
-                 "windows a step (default 1; efficientqat 2, signround 4)")
+                 "windows a step (default 1; flatquant and signround 4)")
       ->type_name("N")
       ->group(group);
-  app.add_option("--lwc-lr", o.recipe.lwc_lr,
-                 "learning rate of the clipping factors (default 0.01)")
+  app.add_option(
+         "--lwc-lr", o.recipe.lwc_lr,
+         "learning rate of the clipping factors (default 0.01; flatquant 0.05, signround 1)")
       ->type_name("X")
       ->group(group);
   app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
@@ -208,7 +210,7 @@ void check_numbers(const QuantOptions& o) {
   wanted(o.seqlen >= 2, "--seqlen: at least 2");
   wanted(o.recipe.epochs >= -1, "--epochs: 0 or more");
   wanted(o.batch_size.value_or(1) >= 1, "--batch-size: at least 1");
-  wanted(o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
+  wanted(!o.recipe.lwc_lr || *o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
   wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
   wanted(o.threads >= 0, "--threads: 0 or more");
   wanted(o.eval_context >= 2 && o.eval_chunks >= 0,
@@ -322,7 +324,8 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   app.footer(
       "omq-quant audit  proves on your model what a sceptic would doubt; omq-quant audit --help\n"
       "omq-quant trace  follows one group of weights into its stored bytes; omq-quant trace "
-      "--help");
+      "--help\n"
+      "omq-quant report draws the report of a run as a page; omq-quant report --help");
   Raw raw;
   add_main_options(app, o, raw);
   add_calibration_options(app, o, raw);
@@ -332,7 +335,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   add_official_options(app, raw);
   if (!cli::parse(app, args)) return false;
   if (raw.version) {
-    fmt::print("{}\n", cli::version_text("omq-quant"));
+    fmt::print("{}", cli::version_text("omq-quant"));
     return false;
   }
   if (raw.list) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "models/json_file.h"
 #include "models/packed_model.h"
 #include "tools/quant_commands.h"
 #include "tools/quant_options.h"
@@ -63,7 +64,7 @@ int quant_trace(const cli::Args& args) {
   const quant::Recipe recipe = quant::make_recipe(c.quant.method, c.quant.recipe);
   const nlohmann::json t = trace(c.of, c.quant.model, c.packed, recipe);
   if (c.as_json)
-    fmt::print("{}\n", t.dump());
+    fmt::print("{}\n", json_text(t));
   else
     print_trace(t, c.show);
   return t["holds"].get<bool>() ? 0 : 1;

@@ -17,6 +17,9 @@ void check_page_path(const fs::path& page, const fs::path& out) {
   const fs::path folder = page.has_parent_path() ? page.parent_path() : fs::path(".");
   check(page.has_filename() && !fs::is_directory(page, error),
         "page {}: a folder; give the name of a file in it", page.string());
+  // So that no slip of the hand puts a page in the place of a model.
+  check(page.extension() == ".html" || page.extension() == ".htm",
+        "page {}: a page's name ends in .html", page.string());
   if (!out.empty() && fs::weakly_canonical(folder, error) == fs::weakly_canonical(out, error))
     return;
   check(fs::is_directory(folder, error), "page {}: there is no folder {}", page.string(),

@@ -1,5 +1,6 @@
 // See report_json.h.
 #include "tools/report_json.h"
+#include "models/json_file.h"
 
 #include <algorithm>
 #include <cmath>
@@ -58,7 +59,7 @@ bool on_one_line(const json& j) {
 
 void write(const json& j, const std::string& indent, std::string& out) {
   if (!j.is_structured() || j.empty() || on_one_line(j)) {
-    out += j.dump();
+    out += json_text(j);
     return;
   }
   const std::string inner = indent + "  ";
@@ -66,7 +67,7 @@ void write(const json& j, const std::string& indent, std::string& out) {
   bool first = true;
   for (const auto& [key, value] : j.items()) {
     out += (first ? "\n" : ",\n") + inner;
-    if (j.is_object()) out += json(key).dump() + ": ";
+    if (j.is_object()) out += json_text(key) + ": ";
     write(value, inner, out);
     first = false;
   }

@@ -17,6 +17,7 @@
 
 #include "autograd/node.h"
 #include "models/decode_plan.h"
+#include "models/json_file.h"
 #include "models/packed_model.h"
 #include "tensor/bandwidth.h"
 #include "tensor/isa.h"
@@ -299,7 +300,7 @@ void print_csv(const json& j, bool first) {
   for (const std::string& column : kColumns) {
     const std::string comma = names.empty() ? "" : ",";
     names += comma + column;
-    values += comma + (j.contains(column) ? j[column].dump() : "");
+    values += comma + (j.contains(column) ? json_text(j[column]) : "");
   }
   if (first) fmt::print("{}\n", names);
   fmt::print("{}\n", values);
@@ -308,9 +309,9 @@ void print_csv(const json& j, bool first) {
 void show(const json& j, const std::string& name, const std::string& form, bool first) {
   if (form == "md") print_md(j, name, first);
   if (form == "csv") print_csv(j, first);
-  if (form == "jsonl") fmt::print("{}\n", j.dump());
+  if (form == "jsonl") fmt::print("{}\n", json_text(j));
   if (form == "json") {
-    std::string text = "  " + j.dump(2);
+    std::string text = "  " + json_text(j, 2);
     for (size_t at = 0; (at = text.find('\n', at)) != text.npos; at += 3)
       text.replace(at, 1, "\n  ");
     fmt::print("{}{}", first ? "[\n" : ",\n", text);

@@ -4,6 +4,8 @@
 // Each turn is the whole conversation as a prompt; the generator computes only what its cache does
 // not hold yet.
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -48,7 +50,12 @@ bool parse(const cli::Args& args, Options& o) {
   add_sampling_options(app, o.sampling);
   app.add_flag("--json", o.json, "each answer as one JSON object a line, with its figures");
   app.add_flag("--no-perf", o.no_perf, "no figures at the end");
-  return cli::parse(app, args, kAliases);
+  if (!cli::parse(app, args, kAliases)) return false;
+  constexpr std::array kKnown = {"", "chatml", "llama2", "llama3", "zephyr"};
+  if (std::find(kKnown.begin(), kKnown.end(), o.chat_template) == kKnown.end())
+    throw cli::UsageError(
+        fmt::format("--chat-template {}: chatml, llama2, llama3 or zephyr", o.chat_template));
+  return true;
 }
 
 ChatTemplate open_template(const Options& o, const Tokenizer& t) {
@@ -99,7 +106,7 @@ class Conversation {
     if (o_.json) {
       nlohmann::json j = stats_json(last_, m_, options_.sampling.seed - 1);
       j["text"] = last_.text;
-      fmt::print("{}\n", j.dump());
+      fmt::print("{}\n", json_text(j));
       std::fflush(stdout);
     } else {
       fmt::print("\n");
@@ -163,7 +170,7 @@ class Conversation {
     check(!file.empty(), "/save needs a file name");
     nlohmann::json j = nlohmann::json::array();
     for (const Message& m : messages_) j.push_back({{"role", m.role}, {"content", m.content}});
-    const std::string text = j.dump(2) + "\n";
+    const std::string text = json_text(j, 2) + "\n";
     std::FILE* const out = std::fopen(file.c_str(), "w");
     check(out != nullptr, "/save: cannot write {}: {}", file, std::strerror(errno));
     const bool written = std::fwrite(text.data(), 1, text.size(), out) == text.size();

@@ -87,6 +87,8 @@ CacheType parse_cache_type(const std::string& name) {
 
 Device device_of(const ModelOptions& o) {
   const bool named = o.device != "auto";
+  if (o.gpu_layers.find_first_not_of("0123456789") != std::string::npos)
+    throw cli::UsageError(fmt::format("--gpu-layers {}: a number", o.gpu_layers));
   if (!named && o.gpu_layers == "0") return {};
   return cli::device_from(!named && !o.gpu_layers.empty() ? "cuda" : o.device);
 }
@@ -136,8 +138,8 @@ OpenModel open_model(const ModelOptions& options, int64_t context) {
   if (context == 0)
     context = default_context(c, options.caches * cache_token_bytes(c, kept), options.quiet);
   check(context <= c.usable_context(),
-        "{}: a context of {} tokens is wanted, the model was made for {}; lower -c", options.model,
-        context, c.usable_context());
+        "{}: a context of {} tokens is wanted, the model was made for {}", options.model, context,
+        c.usable_context());
   m.model = std::make_unique<Model>(Model::load(*m.reader, context));
   m.model->kept = kept;
   m.size = model_size(*m.model);

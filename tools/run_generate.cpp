@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 
+#include "models/json_file.h"
 #include "tools/run_common.h"
 
 namespace omq::run {
@@ -91,7 +92,7 @@ void show_one(const Options& o, const OpenModel& m, const GenerateResult& result
     j["text"] = result.text;
     j["tokens"] = result.tokens;
     j["model"] = o.model.model;
-    return fmt::print("{}\n", j.dump(2));
+    return fmt::print("{}\n", json_text(j, 2));
   }
   // A shell's prompt should not follow the last word; a file or pipe gets the text alone.
   if (cli::is_terminal(stdout) && !result.text.ends_with('\n')) show("\n");
@@ -110,7 +111,7 @@ void show_all(const Options& o, const OpenModel& m, const std::string& prompt,
                        {"seed", seed + i}});
     j["continuations"] = texts;
     j["model"] = o.model.model;
-    return fmt::print("{}\n", j.dump(2));
+    return fmt::print("{}\n", json_text(j, 2));
   }
   for (size_t i = 0; i < results.size(); ++i) {
     const std::string of_seed =

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 
 #include "models/hash.h"
+#include "models/json_file.h"
 #include "models/packed_model.h"
 #include "tensor/cpu/gemm.h"
 #include "tensor/isa.h"
@@ -217,7 +218,7 @@ int info(const cli::Args& args) {
   const OpenModel m = open_model(options, 16);
   const json j = describe(m, hashes);
   if (as_json)
-    fmt::print("{}\n", j.dump(2));
+    fmt::print("{}\n", json_text(j, 2));
   else
     print(j);
   return 0;

@@ -16,7 +16,7 @@ struct Options {
   ModelOptions model;
   std::string file, protocol = "gptq";
   PerplexityOptions perplexity;
-  bool json = false;
+  bool json = false, context_given = false;
 };
 
 bool parse(const cli::Args& args, Options& o) {
@@ -46,9 +46,10 @@ bool parse(const cli::Args& args, Options& o) {
   } catch (const Error& e) {
     throw cli::UsageError(fmt::format("--protocol: {}", e.what()));
   }
-  if (context->count() == 0 && p.protocol == Protocol::LlamaCpp)
+  o.context_given = context->count() > 0;
+  if (!o.context_given && p.protocol == Protocol::LlamaCpp)
     p.context = 512;  // llama.cpp's own default
-  if (context->count() == 0 && p.protocol == Protocol::Documents) p.context = 0;  // the model's
+  if (!o.context_given && p.protocol == Protocol::Documents) p.context = 0;  // the model's
   if (p.max_windows < 0 || p.skip < 0 || (context->count() > 0 && p.context < 2))
     throw cli::UsageError("--chunks and --skip are 0 or more, -c at least 2");
   return true;
@@ -93,10 +94,18 @@ void print_json(const Options& o, const PerplexityResult& r, const std::string& 
                             {"threads", num_threads()},
                             {"kernels", packed_isa_name()},
                             {"peak_memory_bytes", cli::peak_memory_bytes()}};
-  fmt::print("{}\n", j.dump(2));
+  fmt::print("{}\n", json_text(j, 2));
 }
 
 }  // namespace
+
+// Nobody asked for windows longer than the model's context.
+void shorten(Options& o) {
+  const int64_t own = open_checkpoint(o.model.model)->config().usable_context();
+  if (own >= o.perplexity.context) return;
+  o.perplexity.context = own;
+  if (!o.model.quiet) fmt::print(stderr, "windows of {} tokens: the model's context\n", own);
+}
 
 int ppl(const cli::Args& args) {
   Options o;
@@ -104,6 +113,7 @@ int ppl(const cli::Args& args) {
   apply(o.model);
   const std::string text = read_input(o.file);
   const std::string hash = sha256(text);
+  if (!o.context_given && o.perplexity.context > 0) shorten(o);
   const OpenModel m = open_model(o.model, o.perplexity.context);
   if (o.perplexity.context == 0) o.perplexity.context = m.model->context();
   cli::Progress progress("perplexity", 0, o.model.quiet);

@@ -33,18 +33,20 @@ void add_transform_options(CLI::App& app, TransformFlags& f) {
   bits("--p-bits", f.p_bits, "bits of attention probabilities (default 16: as they are)");
   option("--act-clip", f.act_clip, "X",
          "share of its range that a token's codes span at the input of matrices, above 0 to 1 "
-         "(default 1; quarot 0.9)");
+         "(default 1; quarot and flatquant 0.9)");
   app.add_flag("--learn-act-clip", f.learn_act_clip,
                "learn that share, one for each input of matrices; --act-clip is where it starts "
                "(1: at 0.98; default with flatquant)")
       ->group(group);
   app.add_flag("--no-learn-act-clip", f.no_learn_act_clip, "leave it as it is")->group(group);
-  option("--qkv-clip", f.qkv_clip, "X", "the same of q, k and v (default 1; quarot 0.95)");
+  option("--qkv-clip", f.qkv_clip, "X",
+         "the same of q, k and v (default 1; quarot and flatquant 0.95)");
   app.add_flag("--let", f.let, "learn the transformation (default when activations are quantised)")
       ->group(group);
   app.add_flag("--no-let", f.no_let, "do not")->group(group);
-  app.add_option("--let-lr", f.let_lr,
-                 "learning rate of its scales and shifts (default 0.005, at w4a4 0.001)")
+  app.add_option(
+         "--let-lr", f.let_lr,
+         "learning rate of its scales and shifts (default 0.005, at w4a4 0.001; signround 0.1)")
       ->type_name("X")
       ->group(group);
   app.add_option("--alpha", f.alpha,

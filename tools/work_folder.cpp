@@ -55,7 +55,7 @@ const std::string& field(const SafetensorsFile& file, const char* key) {
 }
 
 std::string short_text(const json& j) {
-  const std::string text = j.is_string() ? j.get<std::string>() : j.dump();
+  const std::string text = j.is_string() ? j.get<std::string>() : json_text(j);
   return text.size() > 40 ? text.substr(0, 37) + "…" : text;
 }
 
@@ -127,7 +127,7 @@ void WorkFolder::lock() {
 
 void WorkFolder::settle_manifest(const json& manifest) {
   const fs::path file = folder_ / "manifest.json";
-  const std::string text = manifest.dump(2) + "\n";
+  const std::string text = json_text(manifest, 2) + "\n";
   fingerprint_ = sha256(text);
   if (!fs::exists(file)) {
     AtomicFile out(file);
@@ -145,7 +145,7 @@ void WorkFolder::settle_manifest(const json& manifest) {
     return j;
   };
   check(
-      without_program(old) == without_program(manifest),
+      without_program(old) == without_program(json::parse(text)),
       "--work {}: belongs to another run: {}; repeat that run's command, or choose another folder",
       folder_.string(), differences(old, manifest));
   // Blocks that are finished come out the same wherever codes are chosen, and each is checked.
@@ -195,7 +195,7 @@ std::optional<quant::FinishedBlock> WorkFolder::load(int i) {
 }
 
 void WorkFolder::save(int i, const quant::FinishedBlock& block, nn::Block& packed) {
-  const std::string report = block_json(block.report).dump();
+  const std::string report = json_text(block_json(block.report));
   with_context(
       "keeping what is done so far (free space and run again: nothing before is lost)", [&] {
         SafetensorsWriter out(block_file(i), {{"report", report},

@@ -27,10 +27,10 @@ Plan clip_plan(const Options& o) {
   const bool augmented = o.aug_loss < 0 ? preset.augmented : o.aug_loss != 0;
   return {{.epochs = o.epochs >= 0 ? o.epochs : preset.epochs,
            .batch_size = o.batch_size > 0 ? o.batch_size : 1,
-           .lr = {{"lwc", o.lwc_lr},
+           .lr = {{"lwc", o.lwc_lr.value_or(1e-2)},
                   {"let", o.let_lr >= 0 ? o.let_lr : preset.let_lr},
                   {"kronecker", 5e-3},
-                  {"lac", o.lwc_lr},
+                  {"lac", o.lwc_lr.value_or(1e-2)},
                   {"grid", 1e-4},
                   {"range", 5e-3}},
            .weight_decay = o.weight_decay,

@@ -115,11 +115,11 @@ TEST_CASE("llama.cpp: the second half of each window, BOS in the place of its fi
 
 TEST_CASE("what cannot be measured is said") {
   CHECK(error_of(some_ids(15), {.context = 16}) ==
-        "perplexity: the text has 15 tokens, less than one window of 16; lower -c");
+        "perplexity: the text has 15 tokens, less than one window of 16");
   CHECK(error_of(some_ids(600), {.context = 600}) ==
-        "perplexity: windows of 600 tokens, but the model is good for 512; lower -c");
+        "perplexity: windows of 600 tokens, but the model is good for 512");
   CHECK(error_of(some_ids(5), {.context = 1}) ==
-        "perplexity: windows of 1 tokens; at least 2 are needed (-c)");
+        "perplexity: windows of 1 tokens; at least 2 are needed");
   CHECK_THROWS_WITH_AS(
       protocol_from("wikitext"),
       "perplexity protocol \"wikitext\" is not known; there are gptq, llama.cpp and documents",

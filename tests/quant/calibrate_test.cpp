@@ -230,7 +230,7 @@ TEST_CASE("calibration: batches take several windows, the remainder is left out"
 
   o.batch_size = 6;
   CHECK(has(message_of([&] { Run(make_recipe("omniquant", o), ids); }),
-            "5 calibration windows for a batch of 6"));
+            "5 calibration windows, a step takes 6"));
 }
 
 TEST_CASE("calibration: progress after every epoch, and once when a block is done") {

@@ -125,8 +125,14 @@ TEST_CASE("recipes: the transformation comes with quantised activations, or when
   CHECK(
       make_recipe("omniquant", {.spec = {}, .let = 1, .let_lr = 1e-3, .alpha = 0.75}).let->alpha ==
       0.75);
-  CHECK(make_recipe("omniquant", {.spec = {}, .let = 1, .let_lr = 1e-3}).train.lr.at("let") ==
-        1e-3);
+  for (const char* method : {"omniquant", "signround"})
+    CHECK(make_recipe(method, {.spec = {}, .let = 1, .let_lr = 1e-3}).train.lr.at("let") == 1e-3);
+  for (const auto& [method, usual] :
+       {std::pair("omniquant", 1e-2), {"flatquant", 5e-2}, {"signround", 1.0}}) {
+    CAPTURE(method);
+    CHECK(make_recipe(method, {.spec = {}}).train.lr.at("lwc") == usual);
+    CHECK(make_recipe(method, {.spec = {}, .lwc_lr = 0.5}).train.lr.at("lwc") == 0.5);
+  }
 }
 
 TEST_CASE("recipes: methods by name, settings of the papers as defaults") {

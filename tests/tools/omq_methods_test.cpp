@@ -102,7 +102,7 @@ TEST_CASE("omq-quant: lines that make no sense are code 2 and one sentence") {
   };
   for (const auto& [arguments, message] : cases)
     w.check_refused(fmt::format("-m x -o y {}", arguments), 2, message);
-  w.check_refused(fmt::format("-m {} -o {} --method gptq", w.path("model"), w.path("out")), 1,
+  w.check_refused(fmt::format("-m {} -o {} --method gptq", w.path("model"), w.path("out")), 2,
                   "method gptq looks at text: give --calib FILE");
 }
 

@@ -118,7 +118,7 @@ TEST_CASE(
   CHECK(models[0] != models[3]);
   CHECK(models[0] != models[4]);
   w.check_refused(fmt::format("-m {} -o {} --epochs 0 --clip-search", w.path("model"), w.path("n")),
-                  1, "looks at text");
+                  2, "looks at text");
 }
 
 TEST_CASE("omq-quant: the same seed gives the same bytes on one and on two threads") {
@@ -158,6 +158,35 @@ TEST_CASE("omq-quant: what was quantised once is not quantised again") {
   REQUIRE(w.quant(w.quick()).code == 0);
   w.check_refused(fmt::format("-m {} -o {} --method rtn", w.path("out"), w.path("again")), 1,
                   "is quantised already; quantise the original");
+}
+
+TEST_CASE("omq-quant: one matrix has one form") {
+  const Workshop w({.layers = 1});
+  const std::string rtn = fmt::format("--method rtn -m {} -o {} ", w.path("model"), w.path("out"));
+  w.check_refused(rtn + "--keep embed_tokens=w8 --keep lm_head=w4", 1, "has one matrix for both");
+  CHECK(w.quant(rtn + "--keep embed_tokens=w4 --keep lm_head=w4").code == 0);
+}
+
+TEST_CASE("omq-quant: names of files may be of any bytes") {
+  const Workshop w({.layers = 1});
+  fs::rename(w.dir / "model", w.dir / "mod\xe9l");
+  fs::rename(w.dir / "calib.txt", w.dir / "t\xe9xt");
+  const Outcome o =
+      w.quant(fmt::format("-m {} -o {} --calib {} --nsamples 3 --seqlen 24 "
+                          "--epochs 1 --work {}",
+                          w.path("mod\xe9l"), w.path("out"), w.path("t\xe9xt"), w.path("work")));
+  CAPTURE(o.err);
+  REQUIRE(o.code == 0);
+  CHECK(contains(w.report()["model"]["name"].get<std::string>(), "mod\uFFFDl"));
+  fs::rename(w.dir / "out", w.dir / "o\xfft");
+  for (const std::string& command :
+       {"info --json -m " + w.path("o\xfft"),
+        fmt::format("ppl --json -m {} -f {} -c 64", w.path("o\xfft"), w.path("t\xe9xt"))}) {
+    const Outcome run = run_program("omq-run", command);
+    CAPTURE(run.err);
+    CHECK(run.code == 0);
+    CHECK(json::parse(run.out).is_object());
+  }
 }
 
 TEST_CASE("omq-quant: round-to-nearest needs no text; widths, tables, GGUF") {
@@ -302,7 +331,7 @@ TEST_CASE("omq-quant: the official project's names, with _ and with -") {
 TEST_CASE("omq-quant: texts that are missing or too short cost nothing") {
   const Workshop w;
   const std::string base = fmt::format("-m {} -o {} --epochs 1 ", w.path("model"), w.path("out"));
-  w.check_refused(base, 1, "method omniquant learns from text: give --calib FILE");
+  w.check_refused(base, 2, "method omniquant learns from text: give --calib FILE");
   w.check_refused(base + "--calib /nowhere/text", 1, "/nowhere/text: no such file");
   w.check_refused(base + "--seqlen 500 --calib " + w.path("calib.txt"), 1,
                   "--seqlen 500: the model's context is 128");
@@ -311,15 +340,22 @@ TEST_CASE("omq-quant: texts that are missing or too short cost nothing") {
                   "20 tokens, one calibration window needs 65");
   w.check_refused(base + "--calib-ids /nowhere/ids", 1, "/nowhere/ids: no such file");
   w.check_refused(w.quick("--eval ppl:/nowhere/test"), 1, "/nowhere/test: no such file");
-  w.check_refused(w.quick("--batch-size 9"), 1, "3 calibration windows for a batch of 9");
+  w.check_refused(w.quick("--batch-size 9"), 1,
+                  "3 calibration windows, a step takes 9 (--nsamples, --batch-size)");
 }
 
 TEST_CASE("omq-quant: an evaluation that fails does not take the model with it") {
   const Workshop w({.layers = 1});
   write_file(w.dir / "short.txt", "only these few words");
+  w.check_refused(w.quick("--eval ppl:" + w.path("short.txt")), 1,
+                  "short.txt: a text of 20 bytes, less than one window of 128 tokens");
+  // A blank row's spaces are no text: bytes enough, but too few tokens.
+  write_file(w.dir / "short.txt", "only these few words\n" + std::string(200, ' ') + "\n");
   const Outcome o = w.quant(w.quick("--eval ppl:" + w.path("short.txt")));
+  CAPTURE(o.err);
   CHECK(o.code == 1);
   CHECK(o.out.empty());
+  CHECK(contains(o.err, "short.txt"));
   CHECK(contains(o.err, "less than one window"));
   CHECK(w.report()["blocks"].size() == 1);
   CHECK(run_program("omq-run", "info -m " + w.path("out")).code == 0);

@@ -155,9 +155,18 @@ TEST_CASE("failures: code 1, one line that says what") {
   const Outcome context = omq_run("generate " + model() + " -p a -c 100000");
   CHECK(context.code == 1);
   CHECK(has(context.err, "a context of 100000 tokens is wanted, the model was made for 256"));
-  const Outcome window = omq_run("ppl " + model() + " -f " + test_text());
+  const Outcome window = omq_run("ppl " + model() + " -c 512 -f " + test_text());
   CHECK(window.code == 1);
-  CHECK(has(window.err, "lower -c"));
+  CHECK(has(window.err, "a context of 512 tokens is wanted, the model was made for 256"));
+  const Outcome own = omq_run("ppl " + model() + " --chunks 1 -f " + test_text());
+  CHECK(own.code == 0);
+  CHECK(has(own.err, "windows of 256 tokens: the model's context"));
+  const Outcome layers = omq_run("generate " + model() + " -p a -ngl some");
+  CHECK(layers.code == 2);
+  CHECK(has(layers.err, "--gpu-layers some: a number"));
+  const Outcome form = omq_run("chat " + model() + " -p a --chat-template foo");
+  CHECK(form.code == 2);
+  CHECK(has(form.err, "--chat-template foo: chatml, llama2, llama3 or zephyr"));
 }
 
 TEST_CASE("generate: stdout is the text alone, by every way to give a prompt") {

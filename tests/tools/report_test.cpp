@@ -413,11 +413,15 @@ TEST_CASE("report: a page that cannot be written costs nothing") {
   w.check_refused(w.quick("--report " + w.path("model")), 1, "a folder; give the name of a file");
   w.check_refused(w.quick("--report " + w.path("model/")), 1, "a folder; give the name of a file");
   w.check_refused(w.quick("--report"), 2, "--report");
+  for (const std::string model : {"model/model.safetensors", "out/report.json"})
+    w.check_refused(w.quick("--report " + w.path(model)), 1, "a page's name ends in .html");
   REQUIRE(w.quant(w.quick()).code == 0);
   const std::string out = w.path("out"), page = " -o " + w.path("page.html");
   w.check_refused("report", 2, "which one? give the folder of a run");
   w.check_refused("report " + out, 2, "-o FILE.html is missing");
   w.check_refused("report " + out + page + " --outptu x", 2, "--outptu");
+  w.check_refused("report " + out + " -o " + w.path("out/model.safetensors"), 1,
+                  "a page's name ends in .html");
   w.check_refused("report " + w.path("nothing") + page, 1, "nothing: no such file");
   w.check_refused("report " + w.path("model") + page, 1, "report.json: no such file");
   w.check_refused("report " + w.path("calib.txt") + page, 1, "calib.txt: not valid JSON");
