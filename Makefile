@@ -12,7 +12,7 @@ BUILD = cmake --build $(1) --parallel $(JOBS)
 
 .DEFAULT_GOAL := programs
 .PHONY: help programs all demo test test-all test-gpu test-neon bench format format-check lint lines \
-        golden smollm2 methods ci tiny asan cuda-check embed install clean packages configure
+        golden smollm2 methods ci tiny asan cuda cuda-check embed install clean packages configure
 
 help:
 	@echo "make             the programs: build/bin/omq-quant, build/bin/omq-run"
@@ -20,6 +20,7 @@ help:
 	@echo "make test        build and run the tests"
 	@echo "make test-all    the same with the slow ones, outside projects built against an install, test-neon"
 	@echo "make test-neon   the packed kernels of 64-bit ARM, cross-built and run under qemu (build-neon)"
+	@echo "make cuda        the programs with CUDA: build-cuda/bin (CUDA_ARCH=90a-real: for one card)"
 	@echo "make test-gpu    build the test program that is carried to a machine with a GPU"
 	@echo "                 (CUDA_ARCH=90a-real: for one architecture only)"
 	@echo "make bench       run the benchmarks"
@@ -30,6 +31,7 @@ help:
 	@echo "make tiny        small static programs and libomq.a in build-tiny, and what they weigh"
 	@echo "make asan        build with sanitizers and run the fast tests"
 	@echo "make ci          what .ci/run does: format, test, tiny, embed, CUDA compile check, asan"
+	@echo "make embed       build and run the C example; make cuda-check: compile the CUDA code"
 	@echo "make install     to PREFIX=$(PREFIX) (DESTDIR is honoured);  make clean"
 
 packages:
@@ -59,6 +61,13 @@ test-neon:
 
 embed: all
 	@scripts/run-tests.sh build -L install
+
+cuda: packages
+	@command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || \
+	  { echo "cuda: no nvcc here; NVIDIA's CUDA toolkit brings it" >&2; exit 1; }
+	@scripts/configure.sh cuda $(if $(CUDA_ARCH),-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH))
+	@$(call BUILD,build-cuda) --target programs
+	@ls -l build-cuda/bin/omq-quant build-cuda/bin/omq-run
 
 test-gpu: packages
 	@if ls cuda/*.cu >/dev/null 2>&1; then \

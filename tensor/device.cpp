@@ -135,7 +135,7 @@ const DeviceApi& device_api(Device d) {
   if (d.type == DeviceType::CPU) return kCpuApi;
   const DeviceApi* api = cuda_device_api();
   check(api != nullptr,
-        "device {} asked for, but this build has no CUDA back end; configure with --preset cuda",
+        "device {} asked for, but this build has no CUDA back end; `make cuda` makes one that has",
         to_string(d));
   return *api;
 }

@@ -30,7 +30,7 @@ const PackedKernels& cpu_packed_kernels() {
 namespace {
 template <class Table> const Table& present(const Table* table, const Tensor& x) {
   check(table != nullptr,
-        "tensor is on {} but this build has no CUDA back end; configure with --preset cuda",
+        "tensor is on {} but this build has no CUDA back end; `make cuda` makes one that has",
         to_string(x.device()));
   return *table;
 }

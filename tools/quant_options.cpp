@@ -212,7 +212,7 @@ void check_numbers(const QuantOptions& o) {
   wanted(o.batch_size.value_or(1) >= 1, "--batch-size: at least 1");
   wanted(!o.recipe.lwc_lr || *o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
   wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
-  wanted(o.threads >= 0, "--threads: 0 or more");
+  wanted(o.threads >= 0 && o.threads <= 1024, "--threads: 0 to 1024");
   wanted(o.eval_context >= 2 && o.eval_chunks >= 0,
          "--eval-context: at least 2; --eval-chunks: 0 or more");
 }

@@ -142,16 +142,16 @@ TEST_CASE("memory that cannot be had is an error, and is not counted") {
 
 TEST_CASE("a device without a back end says what to do") {
   if (cuda_device_api()) return;
-  CHECK_THROWS_WITH_AS(
-      Tensor::empty({1}, DType::F32, {DeviceType::CUDA, 0}),
-      "device cuda:0 asked for, but this build has no CUDA back end; configure with --preset cuda",
-      Error);
+  CHECK_THROWS_WITH_AS(Tensor::empty({1}, DType::F32, {DeviceType::CUDA, 0}),
+                       "device cuda:0 asked for, but this build has no CUDA back end; `make cuda` "
+                       "makes one that has",
+                       Error);
   static float byte;
   const Tensor x =
       Tensor::view(Storage::borrow(&byte, 4, {DeviceType::CUDA, 1}, nullptr), 0, {1}, DType::F32);
   CHECK_THROWS_WITH_AS(
       on(x),
-      "tensor is on cuda:1 but this build has no CUDA back end; configure with --preset cuda",
+      "tensor is on cuda:1 but this build has no CUDA back end; `make cuda` makes one that has",
       Error);
   CHECK_THROWS_AS(packed_on(x), Error);
   CHECK_THROWS_WITH_AS(on(Tensor{}), "kernel: undefined tensor", Error);
