@@ -403,7 +403,8 @@ int quantize_checkpoint(const cli::Args& args) {
   const int64_t window = std::min(o.eval_context, reader->config().usable_context());
   for (const std::string& item : o.eval) {  // what is wrong with a text must not cost a whole run
     const std::string text = read_corpus(item.substr(4));
-    check(static_cast<int64_t>(text.size()) >= window,
+    // A byte is a token at most, and a line's end becomes two.
+    check(2 * static_cast<int64_t>(text.size()) >= window,
           "--eval {}: a text of {} bytes, less than one window of {} tokens (--eval-context)", item,
           text.size(), window);
   }

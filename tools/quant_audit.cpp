@@ -1,13 +1,13 @@
 // omq-quant audit: the proofs of quant/audit.h on blocks of the user's own model.
 //
 // One line a check on stdout; code 1 when one fails.
-#include "models/json_file.h"
 #include "quant/audit.h"
 
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <nlohmann/json.hpp>
 
+#include "models/json_file.h"
 #include "models/model.h"
 #include "models/packed_model.h"
 #include "tensor/parallel.h"

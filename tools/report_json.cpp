@@ -1,10 +1,10 @@
 // See report_json.h.
 #include "tools/report_json.h"
-#include "models/json_file.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "models/json_file.h"
 #include "tensor/error.h"
 
 namespace omq {

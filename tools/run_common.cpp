@@ -87,8 +87,10 @@ CacheType parse_cache_type(const std::string& name) {
 
 Device device_of(const ModelOptions& o) {
   const bool named = o.device != "auto";
-  if (o.gpu_layers.find_first_not_of("0123456789") != std::string::npos)
-    throw cli::UsageError(fmt::format("--gpu-layers {}: a number", o.gpu_layers));
+  // As llama.cpp takes them: −1 and "all" are all.
+  if (o.gpu_layers != "-1" && o.gpu_layers != "all" &&
+      o.gpu_layers.find_first_not_of("0123456789") != std::string::npos)
+    throw cli::UsageError(fmt::format("--gpu-layers {}: a number, or all", o.gpu_layers));
   if (!named && o.gpu_layers == "0") return {};
   return cli::device_from(!named && !o.gpu_layers.empty() ? "cuda" : o.device);
 }
