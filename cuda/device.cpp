@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda/stream.h"
+#include "cuda/weights_ahead.h"
 #include "tensor/device.h"
 #include "tensor/error.h"
 
@@ -34,7 +35,8 @@ struct State {
   cudaMemPool_t pool = nullptr;
   std::mutex mutex;  // of use
   MemoryUse use;
-  size_t limit = SIZE_MAX;  // of use.now
+  size_t limit = SIZE_MAX;        // of use.now
+  WeightsAhead* ahead = nullptr;  // of the recording under way
 };
 
 constexpr int kMaxDevices = 128;  // Device::index is 8 bits wide
@@ -222,13 +224,13 @@ void cuda_set_memory_limit(size_t bytes, int index) {
   s.limit = bytes;
 }
 
-// The stream's work as a graph. What body allocates and frees becomes part of it, with addresses of
-// its own; so body must not free what was allocated before, nor keep what it allocates.
-void* cuda_record(const std::function<void()>& body, int index) {
-  static const bool wanted =
-      set("OMQ_GRAPH", true) && !set("OMQ_SYNC", false) && !set("OMQ_PROFILE", false);
-  if (!wanted) return nullptr;
-  State& s = use(index);
+struct GraphDeleter {
+  void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
+};
+using Graph = std::unique_ptr<CUgraph_st, GraphDeleter>;
+
+// What body puts on the stream.
+Graph capture(State& s, const std::function<void()>& body) {
   cudaGraph_t graph = nullptr;
   OMQ_CUDA(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed));
   try {
@@ -240,24 +242,54 @@ void* cuda_record(const std::function<void()>& body, int index) {
     throw;
   }
   OMQ_CUDA(cudaStreamEndCapture(s.stream, &graph));
+  return Graph(graph);
+}
+
+struct Recording {
   cudaGraphExec_t executable = nullptr;
-  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
-  cudaGraphDestroy(graph);
-  OMQ_CUDA(status);
+  std::unique_ptr<WeightsAhead> ahead;  // null: it asks for nothing
+};
+
+// The stream's work as a graph. What body allocates and frees becomes part of it, with addresses of
+// its own; so body must not free what was allocated before, nor keep what it allocates. It may be
+// called twice.
+void* cuda_record(const std::function<void()>& body, int index) {
+  static const bool wanted =
+      set("OMQ_GRAPH", true) && !set("OMQ_SYNC", false) && !set("OMQ_PROFILE", false);
+  if (!wanted) return nullptr;
+  State& s = use(index);
+  auto recording = std::make_unique<Recording>();
+  auto ahead = std::make_unique<WeightsAhead>(s.info.sms);
+  struct Listening {
+    WeightsAhead*& place;
+    ~Listening() { place = nullptr; }
+  } listening{s.ahead};
+  if (s.info.major >= 9) s.ahead = ahead.get();
+  Graph graph = capture(s, body);
+  if (ahead->has_stages()) {
+    graph = capture(s, [&] {
+      ahead->begin(s.stream);
+      body();
+      ahead->end(s.stream);
+    });
+    recording->ahead = std::move(ahead);
+  }
+  OMQ_CUDA(cudaGraphInstantiate(&recording->executable, graph.get(), 0));
   // What the same work used when it ran unrecorded would lie idle beside the recording's own.
   OMQ_CUDA(cudaStreamSynchronize(s.stream));
   OMQ_CUDA(cudaMemPoolTrimTo(s.pool, 0));
-  return executable;
+  return recording.release();
 }
 
 void cuda_replay(void* recorded, int index) {
-  OMQ_CUDA(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recorded), use(index).stream));
+  OMQ_CUDA(cudaGraphLaunch(static_cast<Recording*>(recorded)->executable, use(index).stream));
 }
 
 void cuda_forget(void* recorded, int index) {
+  const std::unique_ptr<Recording> recording(static_cast<Recording*>(recorded));
   try {
     OMQ_CUDA(cudaStreamSynchronize(use(index).stream));
-    OMQ_CUDA(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recorded)));
+    OMQ_CUDA(cudaGraphExecDestroy(recording->executable));
     OMQ_CUDA(cudaDeviceGraphMemTrim(index));
   } catch (const Error&) {  // called by destructors
   }
@@ -335,6 +367,7 @@ const DeviceApi kCudaApi{.alloc = cuda_alloc,
 
 const DeviceInfo& device_info(int index) { return use(index).info; }
 cudaStream_t stream_of(int index) { return use(index).stream; }
+WeightsAhead* weights_ahead(int index) { return use(index).ahead; }
 
 void check_status(cudaError_t status, const char* call, const char* file, int line) {
   if (status == cudaSuccess) return;

@@ -2,6 +2,8 @@
 // need around a dense product.
 #include "cuda/gemv.cuh"
 
+#include <vector>
+
 #include "cuda/code_bytes.cuh"
 #include "cuda/packed.h"
 #include "cuda/prepared_row.cuh"
@@ -58,18 +60,19 @@ __global__ void scale_rows_kernel(Operand y, const float* x, const float2* grid,
 
 constexpr int kThreads = 256;
 
-// Where the next stage's packed weights are, as many as there is room for.
-void find_next_bytes(const char* op, GemvArgs& a, std::span<const RowMatrix> weights) {
-  for (const RowMatrix& m : weights) {
+// Codes and grids of the packed ones of these matrices, as many as there is room for.
+std::vector<AheadRange> ranges_of(const char* op, std::span<const RowMatrix> matrices) {
+  std::vector<AheadRange> all;
+  for (const RowMatrix& m : matrices) {
     const auto* packed = std::get_if<PackedInt>(&m.weight);
-    if (!packed || a.next_count + 2 > 2 * kMaxMatrices) continue;
+    if (!packed || all.size() + 2 > WeightsAhead::kMostRanges) continue;
     const PackedView v = view_of(op, *packed);
     const auto *codes = reinterpret_cast<const char*>(v.codes),
                *grids = reinterpret_cast<const char*>(v.grids);
-    a.next_bytes[a.next_count++] = {codes, grids - codes};
-    a.next_bytes[a.next_count++] = {
-        grids, int64_t{v.panels} * v.groups * kPanelRows * static_cast<int64_t>(sizeof(GridWord))};
+    all.push_back({codes, grids - codes});
+    all.push_back({grids, int64_t{v.panels} * v.groups * kPanelRows * int64_t{sizeof(GridWord)}});
   }
+  return all;
 }
 
 GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
@@ -91,7 +94,6 @@ GemvArgs arguments(const char* op, const Tensor& y, const GemvRows& x,
     a.m[i].y = y.data<float>() + x.first * a.y_stride + column;
     if (output != RowOutput::SiluMul) column += rows;
   }
-  if (x.next) find_next_bytes(op, a, x.next->weights);
   if (x.next && x.next->row.defined()) {
     const int64_t columns = row_count(matrices[0]);
     check(x.rows == 1, "{}: {} rows cannot be left prepared", op, x.rows);
@@ -128,7 +130,10 @@ SplitRows rows_to_split(const char* op, const Tensor& y, const GemvRows& x,
 void gemv(const char* op, Tensor& y, const GemvRows& x, std::span<const RowMatrix> matrices,
           RowOutput output) {
   const GemvArgs a = arguments(op, y, x, matrices, output);
-  if (std::holds_alternative<PackedInt>(matrices[0].weight)) return packed_gemv(y, a, matrices);
+  if (std::holds_alternative<PackedInt>(matrices[0].weight))
+    return packed_gemv(y, a, matrices,
+                       x.next ? ranges_of(op, x.next->weights) : std::vector<AheadRange>{});
+  if (WeightsAhead* ahead = weights_ahead(y.device().index)) ahead->close();  // 128 registers
   check(!a.in.prepared && !a.next.memory, "{}: dense weights take and leave no prepared row", op);
   dense_gemv(y, a, matrices);
 }

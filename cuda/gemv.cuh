@@ -8,6 +8,7 @@
 
 #include "cuda/packed.h"
 #include "cuda/packed_kernels.cuh"
+#include "cuda/weights_ahead.h"
 #include "tensor/row_quant.h"
 
 namespace omq::cuda {
@@ -45,19 +46,10 @@ struct GemvNext {
   int padded = 0;  // columns
 };
 
-// Memory that the next stage reads: codes or grids. Each warp of this launch asks for the first
-// `each` bytes of its `stride` in the L2 cache.
-struct GemvNextBytes {
-  const char* at = nullptr;
-  int64_t bytes = 0;
-  uint32_t stride = 0, each = 0;
-};
-
 struct GemvArgs {
   GemvInput in;
   GemvNext next;
-  GemvNextBytes next_bytes[2 * kMaxMatrices];
-  int next_count = 0;
+  AheadMark mark;
   GemvMatrix m[kMaxMatrices];
   int matrices = 0;
   RowOutput output = RowOutput::Store;
@@ -461,12 +453,14 @@ struct ResultPanel {
 
 // y of packed (all of one layout) or dense (all of one dtype) matrices; rows first … of x.
 // Those that give a bool do nothing and give false where they are not made for the product.
-bool packed_row(Tensor& y, GemvArgs a, const PackedView& v);
+// behind: what the next stage reads.
+bool packed_row(Tensor& y, GemvArgs a, const PackedView& v, std::span<const AheadRange> behind);
 bool packed_rows(Tensor& y, const GemvArgs& a, const PackedView& v);
 SplitRows packed_rows_taken(const PackedView& v, RowOutput output, int device);
 bool dense_rows(Tensor& y, GemvArgs a, DType type);
 SplitRows dense_rows_taken(GemvArgs a, DType type, int device);
-void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
+void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices,
+                 std::span<const AheadRange> behind);
 void dense_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices);
 
 }  // namespace omq::cuda

@@ -278,9 +278,10 @@ PackedView packed_arguments(GemvArgs& a, std::span<const RowMatrix> matrices) {
   return v;
 }
 
-void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices) {
+void packed_gemv(Tensor& y, GemvArgs a, std::span<const RowMatrix> matrices,
+                 std::span<const AheadRange> behind) {
   const PackedView v = packed_arguments(a, matrices);
-  if (packed_row(y, a, v)) return;
+  if (packed_row(y, a, v, behind)) return;
   check(!a.in.prepared && !a.next.memory, "packed_matmul: no kernel takes a prepared row");
   if (packed_rows(y, a, v)) return;
   const bool integers = a.in.codes || a.in.quantise, two_tiles = a.in.rows > kTileRows;

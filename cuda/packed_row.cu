@@ -13,8 +13,7 @@
 //            of the ring, and no warp waits for another; or it is F32, which stays in registers
 //            until it is whole numbers in shared memory (RowInRegisters)
 //   next     results may be left prepared for the next product. A block then has panels two by two:
-//            32 rows are 32 columns of that product, and their scale. Some of its weights are asked
-//            for in the L2 cache, once a warp has asked for all of its own
+//            32 rows are 32 columns of that product, and their scale
 //
 // One slot of the ring is filled before the kernel in front has ended; the other would stand in x's
 // way, and is asked for behind it.
@@ -188,29 +187,10 @@ static_assert(kMostPanels * 16 <= kThreads);
 
 // ---- the next stage ----
 
-// Of its weights, in bytes, for memory is idle between two kernels (H200: 0.2, 0.7 and 0.9 % more
-// tokens a second at 2, 3 and 4 bits). Twice as much delays what is multiplied now.
-constexpr int64_t kAskedOfNext = int64_t{5} << 19;
-
-// Shares them among the warps of a launch, evenly over the matrices: the next stage's warps take
-// their spans from everywhere. In lines of the cache, and sectors.
-void share_next_bytes(GemvArgs& a, int blocks) {
-  int64_t all = 0;
-  for (int i = 0; i < a.next_count; ++i) all += a.next_bytes[i].bytes;
-  const int64_t warps = int64_t{blocks} * kWarps;
-  for (int i = 0; i < a.next_count; ++i) {
-    GemvNextBytes& r = a.next_bytes[i];
-    const int64_t stride = r.bytes / warps / 128 * 128,
-                  each = all > kAskedOfNext ? stride * kAskedOfNext / all / 32 * 32 : stride;
-    r.stride = static_cast<uint32_t>(stride), r.each = static_cast<uint32_t>(each);
-  }
-}
-
-__device__ __forceinline__ void ask_for_next(const GemvArgs& a, int warp, int lane) {
-  if (lane >= a.next_count) return;
-  const GemvNextBytes& r = a.next_bytes[lane];
-  const int64_t of = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (r.each > 0) prefetch_to_l2(r.at + of * r.stride, r.each);
+// This block has asked for all of its weights, and with it all do, more or less.
+__device__ __forceinline__ void say_all_asked(const AheadMark& mark) {
+  if (mark.said && blockIdx.x == 0 && threadIdx.x == 0)
+    *static_cast<volatile uint32_t*>(mark.said) = mark.stage;
 }
 
 // kTurns, kGain: of RowInRegisters; 0 turns: x comes prepared, and kOutput is a.output. What a warp
@@ -277,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const bool last_round = p0 + a.per_round >= panels;
     const auto last_asked = [&] {
-      if (last_round) ask_for_next(a, warp, lane);
+      if (last_round) say_all_asked(a.mark);
     };
     if (left <= kStages) last_asked();
     int at = 0;  // the slot
@@ -364,13 +344,13 @@ bool packed_row_takes(std::span<const RowMatrix> matrices, RowOutput output, boo
   return RowLaunch(a, v, true, device).fits && (!leaves || RowLaunch(b, v, false, device).fits);
 }
 
-bool packed_row(Tensor& y, GemvArgs a, const PackedView& v) {
+bool packed_row(Tensor& y, GemvArgs a, const PackedView& v, std::span<const AheadRange> behind) {
   if (!a.in.prepared && !row_in_registers(a.in)) return false;
   if (a.next.memory && !leaves_whole_scales(a, v)) return false;
   a.neighbours = a.next.memory ? 1 : 0;
   const RowLaunch how(a, v, a.in.prepared != nullptr, y.device().index);
   if (!how.fits) return false;
-  share_next_bytes(a, how.blocks);
+  if (WeightsAhead* ahead = weights_ahead(y.device().index)) a.mark = ahead->add(behind);
   const auto shared = static_cast<size_t>(how.shared);
   with_layout(v, [&](auto bits, auto unit) {
     constexpr int kBits = decltype(bits)::value, kUnit = decltype(unit)::value;

@@ -33,8 +33,8 @@ struct DecodeNext {
   // [DecodeKernels::prepared_bytes], filled with zeros when made; undefined: nowhere.
   Tensor row = {};
   Tensor gain = {};  // F32 or undefined: of the next stage's RMSNorm
-  // What it multiplies. Kernels of one row ask for some of it early, where it is packed, as memory
-  // is idle between two stages; others take no notice.
+  // What it multiplies. Where it is packed, as this stage is, and the step is recorded, some of it
+  // is asked for early, as memory is idle between two stages.
   std::span<const RowMatrix> weights = {};
 };
 // The products of a stage.

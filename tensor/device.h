@@ -42,9 +42,10 @@ struct DeviceApi {
   void (*sync)(int index);
   MemoryUse (*memory)(int index);
   void (*reset_memory_peak)(int index);  // the peak starts again from the present
-  // Runs body, recording what it asks of the device instead of doing it; null when this device
-  // cannot record, and then body did not run. What was recorded is done by replay, any number of
-  // times, in order with all other work, and given back by forget. See tensor/step_graph.h.
+  // Runs body, maybe twice, recording what it asks of the device instead of doing it; null when
+  // this device cannot record, and then body did not run. What was recorded is done by replay, any
+  // number of times, in order with all other work, and given back by forget. See
+  // tensor/step_graph.h.
   void* (*record)(const std::function<void()>& body, int index);
   void (*replay)(void* recorded, int index);
   void (*forget)(void* recorded, int index);

@@ -2,10 +2,10 @@
 // and replayed, so that a device does not wait for the host between its kernels.
 //
 // The first run() calls the body as it is: plans are made, kernels loaded. The second records it,
-// where the device can, and from then on the recording is replayed. So the body must ask for the
-// same work every time, read what changes from tensors that live outside it (a batch is copied into
-// them before), read nothing back to the host, and free nothing that was allocated before.
-// On devices that do not record, every run() calls the body.
+// where the device can (and may call it twice for that), and from then on the recording is
+// replayed. So the body must ask for the same work every time, read what changes from tensors that
+// live outside it (a batch is copied into them before), read nothing back to the host, and free
+// nothing that was allocated before. On devices that do not record, every run() calls the body.
 #pragma once
 
 #include <functional>
