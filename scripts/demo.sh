@@ -21,9 +21,11 @@ ppl() {  # ppl MODEL → perplexity of the held-out text, four decimals
     sed -n 's/.*"perplexity": *\([0-9.eE+-]*\).*/\1/p' | awk '{ printf "%.4f", $1 }'
 }
 quant() {  # quant METHOD BITS → a folder
+  local learning=()  # rtn refuses them: it would do nothing with them
+  [ "$1" = rtn ] || learning=(--epochs $epochs --lwc-lr $rate $loss)
   "$bin/omq-quant" -m "$model" -o "$out/$1-w$2" --method "$1" --wbits "$2" --group-size $group \
-    --calib "$model/calib.txt" --nsamples $samples --seqlen $window --epochs $epochs --lwc-lr $rate \
-    $loss >"$out/log" 2>&1
+    --calib "$model/calib.txt" --nsamples $samples --seqlen $window \
+    "${learning[@]}" >"$out/log" 2>&1
 }
 run() { "$@" || { echo "demo: '$*' failed:" >&2; tail -n 20 "$out/log" >&2; exit 1; }; }
 

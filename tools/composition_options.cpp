@@ -107,11 +107,6 @@ void settle_composition(const CompositionFlags& f, quant::Options& o) {
 }
 
 void check_composition(const CompositionFlags& f, const quant::Recipe& r) {
-  if (r.train.epochs == 0)
-    for (const auto& [given, name] : {std::pair{!f.inputs.empty(), "--train-inputs"},
-                                      {!f.schedule.empty(), "--schedule"},
-                                      {!f.keep_epoch.empty(), "--keep-epoch"}})
-      if (given) throw UsageError(fmt::format("{}: method {} learns nothing", name, r.name));
   if (r.rounder->wants_hessian()) return;
   for (const auto& [given, name] :
        {std::pair{f.damping.has_value(), "--damping"}, {f.no_act_order, "--no-act-order"}})

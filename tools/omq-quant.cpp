@@ -23,6 +23,7 @@
 #include "tools/device_option.h"
 #include "tools/interrupt.h"
 #include "tools/memory_option.h"
+#include "tools/option_effects.h"
 #include "tools/quant_commands.h"
 #include "tools/quant_options.h"
 #include "tools/report_command.h"
@@ -175,19 +176,10 @@ json transform_json(const quant::Recipe& r) {
 
 // Of what learns: a plan has rates for pieces that this recipe is not made of too.
 json rates_json(const quant::Recipe& r) {
-  const quant::TrainPlan& t = r.train;
-  const std::map<std::string, bool> used = {{"lwc", t.clips && r.line.clip == "lwc"},
-                                            {"grid", t.clips && r.line.clip == "free"},
-                                            {"range", t.clips && r.line.clip == "scaled"},
-                                            {"let", t.clips && r.let.has_value()},
-                                            {"lac", t.act_clips},
-                                            {"kronecker", t.clips && r.kronecker.has_value()},
-                                            {"weights", t.weights},
-                                            {"norms", t.norms},
-                                            {"rounding", t.rounding}};
+  const std::set<std::string> learn = learning_groups(r);
   json j = json::object();
-  for (const auto& [group, rate] : t.lr)
-    if (const auto it = used.find(group); it == used.end() || it->second) j[group] = rate;
+  for (const auto& [group, rate] : r.train.lr)
+    if (learn.contains(group)) j[group] = rate;
   return j;
 }
 

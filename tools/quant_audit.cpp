@@ -12,6 +12,7 @@
 #include "models/packed_model.h"
 #include "tensor/parallel.h"
 #include "tools/calibration_text.h"
+#include "tools/option_effects.h"
 #include "tools/quant_commands.h"
 #include "tools/quant_options.h"
 
@@ -38,7 +39,7 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
       "omq-quant audit");
   QuantOptions& o = c.quant;
   SettingFlags setting;
-  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file")
+  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file (required)")
       ->type_name("PATH");
   app.add_option("--layer", c.layer, "the block to audit (default: the middle one)")
       ->type_name("N");
@@ -71,6 +72,7 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
   if (o.threads < 0) throw UsageError("--threads: 0 or more");
   for (const char* name : {"--method", "--transform", "--clip", "--round", "--train"})
     c.one_method = c.one_method || app.get_option(name)->count() > 0;
+  check_audit_effects(app);
   settle_setting(setting, o);
   return true;
 }

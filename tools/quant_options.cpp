@@ -7,6 +7,7 @@
 #include "tensor/cpu/gemm.h"
 #include "tools/device_option.h"
 #include "tools/memory_option.h"
+#include "tools/option_effects.h"
 
 namespace omq {
 namespace {
@@ -41,9 +42,10 @@ struct Raw {
 };
 
 void add_main_options(CLI::App& app, QuantOptions& o, Raw& raw) {
-  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file")
+  app.add_option("-m,--model", o.model, "checkpoint: Hugging Face folder or GGUF file (required)")
       ->type_name("PATH");
-  app.add_option("-o,--output,--save-dir", o.out, "folder to create for the packed model")
+  app.add_option("-o,--output,--save-dir", o.out,
+                 "folder to create for the packed model (required)")
       ->type_name("DIR");
   add_setting_options(app, o, raw.setting);
   app.add_option("--keep", raw.keep,
@@ -85,9 +87,9 @@ void add_calibration_options(CLI::App& app, QuantOptions& o, Raw& raw) {
                  "windows a step (default 1; flatquant and signround 4)")
       ->type_name("N")
       ->group(group);
-  app.add_option(
-         "--lwc-lr", o.recipe.lwc_lr,
-         "learning rate of the clipping factors (default 0.01; flatquant 0.05, signround 1)")
+  app.add_option("--lwc-lr", o.recipe.lwc_lr,
+                 "learning rate of the clipping factors (default 0.01; flatquant 0.05, "
+                 "--round learned 1)")
       ->type_name("X")
       ->group(group);
   app.add_option("--wd", o.recipe.weight_decay, "weight decay (default 0)")
@@ -224,12 +226,6 @@ void settle_learning(const Raw& raw, QuantOptions& o) {
   if (raw.token_loss && raw.no_token_loss)
     throw UsageError("--token-loss and --no-token-loss exclude each other");
   if (raw.token_loss || raw.no_token_loss) o.recipe.token_loss = raw.token_loss ? 1 : 0;
-  if (raw.token_loss &&
-      quant::make_recipe(o.method, o.recipe).objective.weight != quant::TokenWeight::InverseSize)
-    throw UsageError(
-        fmt::format("--token-loss: method {} learns from no block's error here", o.method));
-  if (o.recipe.clip_search && o.method == "rtn")
-    throw UsageError("--clip-search: method rtn learns nothing");
   if (!raw.aug_weight) return;
   if (!(*raw.aug_weight > 0 && *raw.aug_weight < 1e6))
     throw UsageError("--aug-weight: above 0 and below 1e6; --no-aug-loss leaves that loss out");
@@ -262,6 +258,8 @@ void settle(const Raw& raw, QuantOptions& o) {
   o.recipe.compute = parse_compute(raw.compute, o.device);
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
+  for (const auto& file : o.calib)
+    if (file.empty()) throw UsageError("--calib: the name of a file is empty");
   if (o.batch_size) o.recipe.batch_size = *o.batch_size;
   settle_setting(raw.setting, o);
   settle_learning(raw, o);
@@ -274,8 +272,9 @@ void settle(const Raw& raw, QuantOptions& o) {
     o.keep[name] = parse_keep(std::string_view(item).substr(at + 1));
   }
   for (const std::string& item : o.eval)
-    if (!item.starts_with("ppl:") && !item.starts_with("sim:"))
-      throw UsageError(fmt::format("--eval {}: ppl:FILE or sim:FILE wanted", item));
+    if ((!item.starts_with("ppl:") && !item.starts_with("sim:")) || item.size() == 4)
+      throw UsageError(fmt::format("--eval {}: ppl:FILE or sim:FILE wanted{}", item,
+                                   item.size() == 4 ? "; the name of the file is empty" : ""));
   check_numbers(o);
 }
 
@@ -345,6 +344,7 @@ bool parse_quant_options(const cli::Args& args, QuantOptions& o) {
   o.nsamples_given = app.get_option("--nsamples")->count() > 0;
   o.seqlen_given = app.get_option("--seqlen")->count() > 0;
   settle(raw, o);
+  check_effects(app, o, quant::make_recipe(o.method, o.recipe));
   answer_official(app);
   return true;
 }

@@ -30,7 +30,7 @@ bool parse_options(const cli::Args& args, TraceCommand& c) {
       "of its file; with -m MODEL --packed DIR both ends.",
       "omq-quant trace");
   SettingFlags setting;
-  app.add_option("-m,--model", c.quant.model, "checkpoint, or the output of omq-quant")
+  app.add_option("-m,--model", c.quant.model, "checkpoint, or the output of omq-quant (required)")
       ->type_name("PATH");
   app.add_option("--packed", c.packed, "the output of omq-quant that was made from -m")
       ->type_name("DIR");

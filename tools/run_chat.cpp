@@ -236,6 +236,7 @@ int chat(const cli::Args& args) {
   Options o;
   if (!parse(args, o)) return 0;
   apply(o.model);
+  check_sampling(o.sampling);
   const OpenModel m = open_model(o.model, o.model.context);
   Conversation conversation(o, m);
   const bool terminal = cli::is_terminal(stdin);

@@ -97,6 +97,7 @@ Device device_of(const ModelOptions& o) {
 
 void apply(const ModelOptions& o) {
   using cli::UsageError;
+  if (o.model.empty()) throw UsageError("-m: the name of the model is empty");
   cli::choose_cuda_path(o.cuda_path, device_of(o));  // what cannot be used is said at once
   for (const std::string& name : {o.cache_k, o.cache_v}) parse_cache_type(name);
   if (o.threads < 0 || o.threads > 1024)
@@ -330,6 +331,10 @@ GenerateOptions generate_options(const SamplingOptions& o, int64_t vocab_size) {
     throw cli::UsageError(e.what());
   }
   return g;
+}
+
+void check_sampling(const SamplingOptions& options) {
+  generate_options(options, std::numeric_limits<int32_t>::max());
 }
 
 std::string read_input(const std::string& file) {

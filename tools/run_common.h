@@ -90,6 +90,9 @@ void add_sampling_options(CLI::App& app, SamplingOptions& options);
 // Throws UsageError for values out of range.
 GenerateOptions generate_options(const SamplingOptions& options, int64_t vocab_size);
 
+// The same before a model is there, whose vocabulary alone is not known yet.
+void check_sampling(const SamplingOptions& options);
+
 // A whole file, or standard input for "-".
 std::string read_input(const std::string& file);
 

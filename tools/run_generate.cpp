@@ -139,6 +139,7 @@ int generate(const cli::Args& args) {
   Options o;
   if (!parse(args, o)) return 0;
   apply(o.model);
+  check_sampling(o.sampling);
   const std::string prompt = prompt_of(o);
   const OpenModel m = open_model(o.model, o.model.context);
   GenerateOptions options = generate_options(o.sampling, m.model->config().vocab_size);

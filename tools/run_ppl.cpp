@@ -36,9 +36,10 @@ bool parse(const cli::Args& args, Options& o) {
   app.add_option("--chunks,--windows", p.max_windows,
                  "only the first N windows or documents (default: all)")
       ->type_name("N");
-  app.add_option("--separator", p.separator,
-                 "documents: the line between texts (default <|endoftext|>)");
-  app.add_option("--skip", p.skip, "documents: leave out the first N")->type_name("N");
+  const CLI::Option* const of_documents[] = {
+      app.add_option("--separator", p.separator,
+                     "documents: the line between texts (default <|endoftext|>)"),
+      app.add_option("--skip", p.skip, "documents: leave out the first N")->type_name("N")};
   app.add_flag("--json", o.json, "one JSON object on stdout");
   if (!cli::parse(app, args, kAliases)) return false;
   try {
@@ -46,6 +47,12 @@ bool parse(const cli::Args& args, Options& o) {
   } catch (const Error& e) {
     throw cli::UsageError(fmt::format("--protocol: {}", e.what()));
   }
+  if (o.file.empty()) throw cli::UsageError("-f: the name of the file is empty");
+  for (const CLI::Option* option : of_documents)
+    if (option->count() > 0 && p.protocol != Protocol::Documents)
+      throw cli::UsageError(
+          fmt::format("{}: protocol {} knows no documents; add --protocol documents",
+                      option->get_name(), to_string(p.protocol)));
   o.context_given = context->count() > 0;
   if (!o.context_given && p.protocol == Protocol::LlamaCpp)
     p.context = 512;  // llama.cpp's own default

@@ -24,9 +24,10 @@ TEST_CASE("omq-quant: every method by its name, with its line in report and mode
   };
   for (const auto& [method, line] : lines) {
     CAPTURE(method);
-    const Outcome o = w.quant(w.quick(fmt::format(
-        "--force --method {} --batch-size 1 --eval ppl:{} sim:{} --eval-context 64 --report {}",
-        method, w.path("test.txt"), w.path("test.txt"), w.path(std::string(method) + ".html"))));
+    const char* const learning = contains(line, "--train none") ? "" : "--epochs 2 --batch-size 1";
+    const Outcome o = w.quant(w.with_text(fmt::format(
+        "--force --method {} {} --eval ppl:{} sim:{} --eval-context 64 --report {}", method,
+        learning, w.path("test.txt"), w.path("test.txt"), w.path(std::string(method) + ".html"))));
     CAPTURE(o.err);
     REQUIRE(o.code == 0);
     const json r = w.report();
@@ -68,7 +69,7 @@ TEST_CASE("omq-quant: pieces win over the method, and what learns says at which 
   CHECK(recipe["batch_size"] == 3);
   CHECK(w.report()["blocks"][0]["kept_epoch"].get<int>() >= 1);
 
-  REQUIRE(w.quant(w.quick("--force --method rtn --transform let")).code == 0);
+  REQUIRE(w.quant(w.with_text("--force --method rtn --transform let")).code == 0);
   CHECK(w.report()["recipe"]["epochs"] == 0);
   CHECK(w.report()["recipe"]["transformation"].is_object());
   CHECK_FALSE(w.report()["recipe"].contains("solver"));
@@ -125,9 +126,10 @@ TEST_CASE("omq-quant: a killed run of free weights goes on with the same bytes")
 TEST_CASE("omq-quant: trace and audit know codes that are not the nearest") {
   const Workshop w({.layers = 1});
   for (const std::string line :
-       {"--method gptq", "--method efficientqat --rate weights=0.01", "--round gptq"}) {
+       {"--method gptq", "--method efficientqat --rate weights=0.01 --epochs 2",
+        "--round gptq --epochs 2"}) {
     CAPTURE(line);
-    REQUIRE(w.quant(w.quick(line + " --force --batch-size 1")).code == 0);
+    REQUIRE(w.quant(w.with_text(line + " --force")).code == 0);
     const Outcome t =
         w.quant(fmt::format("trace -m {} --packed {} --row 5", w.path("model"), w.path("out")));
     CAPTURE(t.out);

@@ -266,6 +266,8 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
       {"-m x -o y --keep norm=f16", "--keep norm=f16"},
       {"-m x -o y --keep lm_head=w9", "--keep: \"w9\" is not f16 or wN or wNgM"},
       {"-m x -o y --eval acc:file", "--eval acc:file: ppl:FILE or sim:FILE wanted"},
+      {"-m x -o y --eval ppl:", "--eval ppl:: ppl:FILE or sim:FILE wanted; the name of the file"},
+      {"-m x -o y --calib ''", "--calib: the name of a file is empty"},
       {"-m x -o y --aug-loss --no-aug-loss", "exclude each other"},
       {"-m x -o y --aug-weight 2", "--aug-weight: there is no augmented loss to weigh"},
       {"-m x -o y --method rtn --token-loss",
@@ -274,7 +276,7 @@ TEST_CASE("omq-quant: wrong usage is code 2, and names what was meant") {
        "--token-loss and --no-token-loss exclude each other"},
       {"-m x -o y --aug-loss --aug-weight 0", "--aug-weight: above 0"},
       {"-m x -o y --aug-loss --aug-weight nan", "--aug-weight: above 0"},
-      {"-m x -o y --method rtn --clip-search", "--clip-search: method rtn learns nothing"},
+      {"-m x -o y --method rtn --clip-search", "--clip-search: method rtn has no clipping factors"},
       {"-m x -o y --calib a --calib-ids b", "exclude each other"},
       {"-m x -o y --let --no-let", "--let and --no-let exclude each other"},
       {"-m x -o y --let --let-shift --no-let-shift", "exclude each other"},
@@ -306,12 +308,14 @@ TEST_CASE("omq-quant: help, version and the methods go to stdout") {
   }
   CHECK(contains(w.quant("--list-methods").out, "rtn"));
   CHECK(contains(w.quant("--help").out, "--group-size"));
+  CHECK(contains(w.quant("--help").out, "GGUF file (required)"));
 }
 
 TEST_CASE("omq-quant: the official project's names, with _ and with -") {
   const Workshop w({.layers = 1});
   const Outcome o = w.quant(fmt::format(
-      "--model {} --output_dir {} --wbits 3 --abits 16 --group_size 32 --lwc --aug_loss --lwc_lr "
+      "--model {} --output_dir {} --wbits 3 --abits 16 --group_size 32 --lwc --let --aug_loss "
+      "--lwc_lr "
       "1e-2 --let_lr 5e-3 --wd 0 --alpha 0.5 --epochs 1 --nsamples 2 --seqlen 8 --batch_size 1 "
       "--seed 2 --net llama-7b --real_quant --deactive_amp --cache_dir cache --calib {}",
       w.path("model"), w.path("out"), w.path("calib.txt")));
@@ -424,7 +428,7 @@ TEST_CASE("omq-quant: the bundled model") {
   }
   const Workshop w;
   const std::string eval = fmt::format(
-      "-m '{0}' -o {1} --force --wbits 2 --group-size 128 --seqlen 64 --eval-context 128 "
+      "-m '{0}' -o {1} --force --wbits 2 --group-size 128 --eval-context 128 "
       "--eval-chunks 8 --eval ppl:'{0}/test.txt' ",
       tiny.string(), w.path("out"));
   const auto perplexity = [&](const std::string& more) {
@@ -434,8 +438,8 @@ TEST_CASE("omq-quant: the bundled model") {
     return w.report()["evaluation"][0]["perplexity"].get<double>();
   };
   const double nearest = perplexity("--method rtn");
-  const double learned =
-      perplexity(fmt::format("--epochs 8 --nsamples 16 --calib '{}/calib.txt'", tiny.string()));
+  const double learned = perplexity(
+      fmt::format("--epochs 8 --nsamples 16 --seqlen 64 --calib '{}/calib.txt'", tiny.string()));
   CHECK(learned < nearest);
 }
 

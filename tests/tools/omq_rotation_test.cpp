@@ -147,7 +147,7 @@ TEST_CASE("omq-quant: learned transforms and learned shares of activations run a
         {"--method rtn --schedule cosine", "--schedule: method rtn learns nothing"},
         {"--method rtn --keep-epoch best", "--keep-epoch: method rtn learns nothing"},
         {"--schedule step", "--schedule step: one of constant, linear, cosine wanted"}}) {
-    const Outcome refused = w.quant(w.quick(std::string("--force ") + options));
+    const Outcome refused = w.quant(w.with_text(std::string("--force ") + options));
     CAPTURE(refused.err);
     CHECK(refused.code == 2);
     CHECK(contains(refused.err, why));

@@ -16,11 +16,11 @@ model=tests/fixtures/tiny-llama
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 RANDOM=${SEED:-$$}
-options=(--wbits 3 --group-size 64)
+options=(--wbits 3 --group-size 64 --epochs 8)
 [ $# -eq 0 ] || options=("$@")
 quant() {  # quant OUT [options…], in a subshell that becomes the program: a kill must reach it
   exec "$bin/omq-quant" -m "$model" -o "$dir/$1" --force --calib "$model/calib.txt" --nsamples 4 \
-    --seqlen 32 --epochs 8 "${options[@]}" "${@:2}" >>"$dir/log" 2>&1
+    --seqlen 32 "${options[@]}" "${@:2}" >>"$dir/log" 2>&1
 }
 lasting() { grep -vE '"(seconds|calibration_seconds|peak_[a-z_]*bytes)"' "$1/report.json"; }
 now() { date +%s%N; }

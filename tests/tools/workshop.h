@@ -54,12 +54,14 @@ struct Workshop {
     write_file(dir / "test.txt", text.substr(2500));
   }
   std::string path(std::string_view name) const { return "'" + (dir / name).string() + "'"; }
-  // Model and output named, and a calibration that takes no time.
-  std::string quick(const std::string& more = "") const {
+  // Model, output and a little text named.
+  std::string with_text(const std::string& more = "") const {
     return fmt::format(
-        "-m {} -o {} --calib {} --nsamples 3 --seqlen 24 --epochs 2 --wbits 3 --group-size 32 {}",
+        "-m {} -o {} --calib {} --nsamples 3 --seqlen 24 --wbits 3 --group-size 32 {}",
         path("model"), path("out"), path("calib.txt"), more);
   }
+  // For methods that learn: a calibration that takes no time.
+  std::string quick(const std::string& more = "") const { return with_text("--epochs 2 " + more); }
   Outcome quant(const std::string& arguments, const std::string& before = "") const {
     return run_program("omq-quant", arguments, before);
   }
