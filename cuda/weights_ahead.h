@@ -3,8 +3,9 @@
 // own beside all others of the recording, a warp to a processor, asks for some of a product's
 // weights once the product in front has asked for the last of its own.
 //
-// A product could ask for them itself, but what a kernel has asked for must have come before the
-// kernel ends, and the next one waits for that end.
+// Where each product asks for the next one's weights itself, it gains half as much, and loses where
+// it asks for more or later: most likely a kernel ends once what it has asked for has come, and the
+// next one waits for that end (docs/performance.md).
 #pragma once
 
 #include <cuda_runtime_api.h>
