@@ -63,29 +63,32 @@ TEST_CASE("devices: greedy steps of several sequences choose as their logits do"
     model.move_to(d);
     constexpr int64_t kCapacity = 24;
     for (const int64_t batch : {2, 5, 16}) {
-      CAPTURE(batch);
-      auto caches = model.new_caches(batch, kCapacity), others = model.new_caches(batch, kCapacity);
-      DecodePlan plan(model, kCapacity, batch), by_steps(model, kCapacity, batch);
-      std::vector<int32_t> ids = some_ids(batch, model.config().vocab_size);
-      const auto check_step = [&] {
-        by_steps.step(ids, others);
-        const auto logits = by_steps.logits();
-        const auto V = static_cast<int64_t>(logits.size()) / batch;
-        const auto chosen = plan.choose(ids, caches);
-        for (size_t n = 0; n < ids.size(); ++n) {
-          const auto row = logits.begin() + static_cast<int64_t>(n) * V;
-          REQUIRE(chosen[n] == std::max_element(row, row + V) - row);
-          ids[n] = chosen[n];
-        }
-      };
-      for (int i = 0; i < 8; ++i) check_step();  // each was begun before it was asked for
-      ids.back() = 7;                            // another token than the one that was chosen
-      check_step();
-      for (auto* of : {&caches, &others})
-        for (nn::KVCache& cache : *of) cache.truncate(4);
-      while (caches.front().length() < kCapacity) check_step();
-      CHECK_THROWS_WITH_AS(plan.choose(ids, caches),
-                           "context is full: 24 tokens cached, 1 more wanted, room for 24", Error);
+      SUBCASE(fmt::format("{}: {} sequences", to_string(d), batch).c_str()) {
+        auto caches = model.new_caches(batch, kCapacity),
+             others = model.new_caches(batch, kCapacity);
+        DecodePlan plan(model, kCapacity, batch), by_steps(model, kCapacity, batch);
+        std::vector<int32_t> ids = some_ids(batch, model.config().vocab_size);
+        const auto check_step = [&] {
+          by_steps.step(ids, others);
+          const auto logits = by_steps.logits();
+          const auto V = static_cast<int64_t>(logits.size()) / batch;
+          const auto chosen = plan.choose(ids, caches);
+          for (size_t n = 0; n < ids.size(); ++n) {
+            const auto row = logits.begin() + static_cast<int64_t>(n) * V;
+            REQUIRE(chosen[n] == std::max_element(row, row + V) - row);
+            ids[n] = chosen[n];
+          }
+        };
+        for (int i = 0; i < 8; ++i) check_step();  // each was begun before it was asked for
+        ids.back() = 7;                            // another token than the one that was chosen
+        check_step();
+        for (auto* of : {&caches, &others})
+          for (nn::KVCache& cache : *of) cache.truncate(4);
+        while (caches.front().length() < kCapacity) check_step();
+        CHECK_THROWS_WITH_AS(plan.choose(ids, caches),
+                             "context is full: 24 tokens cached, 1 more wanted, room for 24",
+                             Error);
+      }
     }
   });
 }
