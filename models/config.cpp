@@ -167,6 +167,7 @@ ModelConfig ModelConfig::from_hf(const json& config, std::string_view name) {
   if (const json* q = r.find("quantization_config")) {
     check(q->is_object(), "{}: quantization_config is not an object", r.name());
     c.quantization = *q;
+    c.source = r.name();
   }
   c.raw = config;
   return c;

@@ -44,6 +44,7 @@ struct ModelConfig {
   // quantization_config as it stands in config.json (null when there is none); its reader is
   // whoever wrote it.
   nlohmann::json quantization;
+  std::string source;  // the file that it was read from, for messages; may be empty
   // The whole config.json, to be written back; null when the source was not one.
   nlohmann::json raw;
 

@@ -154,7 +154,8 @@ json PackedConfig::to_json() const {
 std::optional<PackedConfig> PackedConfig::of(const ModelConfig& config) {
   const json& j = config.quantization;
   if (j.is_null()) return std::nullopt;
-  const std::string where = "quantization_config";
+  const std::string where =
+      fmt::format("{}{}quantization_config", config.source, config.source.empty() ? "" : ": ");
   check(j.is_object() && j.contains("quant_method") && j["quant_method"].is_string(),
         "{}: quant_method is missing", where);
   check(j["quant_method"] == "omq",

@@ -283,17 +283,25 @@ json fingerprint(const QuantOptions& o, const json& recipe, const Ends& ends, co
           {"settings", settings}};
 }
 
+// Tokens of a window of --eval. Nobody asked for more than the model has where nothing is said.
+int64_t eval_window(const QuantOptions& o, const ModelConfig& config) {
+  const int64_t own = config.usable_context();
+  check(o.eval_context.value_or(0) <= own, "--eval-context {}: the model was made for {}",
+        o.eval_context.value_or(0), own);
+  return std::min<int64_t>(o.eval_context.value_or(2048), own);
+}
+
 // One --eval item; prints a line on stdout and returns it for the report.
 json evaluate(const QuantOptions& o, const std::string& item, const Model& model,
               const Tokenizer& tokenizer) {
   const std::string file = item.substr(4);
   const bool simulated = item.starts_with("sim:");
-  cli::Progress line(fmt::format("perplexity of {}", file), 0, o.quiet);
-  PerplexityOptions options{.context = std::min(o.eval_context, model.context()),
-                            .max_windows = o.eval_chunks};
+  std::optional<cli::Progress> line;
+  PerplexityOptions options{.context = model.context(), .max_windows = o.eval_chunks};
   const auto r = evaluate_perplexity(
       model, tokenizer, read_corpus(file), options, [&](int64_t done, int64_t total, double ppl) {
-        line.update(done, fmt::format("window {}/{}, ppl {:.4f}", done, total, ppl));
+        if (!line) line.emplace(fmt::format("perplexity of {}: window", file), total, o.quiet);
+        line->update(done, fmt::format("ppl {:.4f}", ppl));
       });
   fmt::print("{} {:.6f}  ({}, {} windows of {}, {} tokens, {})\n",
              simulated ? "simulated perplexity" : "perplexity", r.perplexity, to_string(r.protocol),
@@ -335,7 +343,7 @@ json size_json(const ModelSize& size) {
 // The evaluations that were asked for, on what is on disk now.
 void evaluate_written(const QuantOptions& o, SimulatedBlocks* simulated, json& report) {
   const auto reader = open_checkpoint(o.out);
-  Model model = Model::load(*reader, std::min(o.eval_context, reader->config().usable_context()));
+  Model model = Model::load(*reader, eval_window(o, reader->config()));
   const Tokenizer tokenizer = reader->tokenizer();
   auto run = [&](std::string_view kind) {
     for (const std::string& item : o.eval)
@@ -392,7 +400,7 @@ int quantize_checkpoint(const cli::Args& args) {
   const CalibrationWindows data = calibration(o, *reader, recipe);
   SourceModel model(*reader, recipe);
   const Ends ends = plan_ends(o, reader->config(), recipe, model);
-  const int64_t window = std::min(o.eval_context, reader->config().usable_context());
+  const int64_t window = eval_window(o, reader->config());
   for (const std::string& item : o.eval) {  // what is wrong with a text must not cost a whole run
     const std::string text = read_corpus(item.substr(4));
     // A byte is a token at most, and a line's end becomes two.

@@ -26,7 +26,7 @@ struct AuditCommand {
   QuantOptions quant;
   std::string layers;
   std::optional<int> layer;
-  int64_t tokens = 32;
+  std::optional<int64_t> tokens;
   bool as_json = false, one_method = false;
 };
 
@@ -52,7 +52,8 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
   app.add_option("--calib-ids", o.calib_ids, "token ids instead: a JSON array a line")
       ->type_name("JSONL")
       ->group(group);
-  app.add_option("--tokens", c.tokens, "of the window that goes through the model (default 32)")
+  app.add_option("--tokens", c.tokens,
+                 "of the window that goes through the model (default 32, or what there is)")
       ->type_name("N")
       ->group(group);
   app.add_option("--seed", o.seed, "of everything random (default 2)")
@@ -68,7 +69,7 @@ bool parse_options(const cli::Args& args, AuditCommand& c) {
   if (c.layer && !c.layers.empty()) throw UsageError("--layer and --layers exclude each other");
   if (!o.calib.empty() && !o.calib_ids.empty())
     throw UsageError("--calib and --calib-ids exclude each other");
-  if (c.tokens < 2) throw UsageError("--tokens: at least 2");
+  if (c.tokens && *c.tokens < 2) throw UsageError("--tokens: at least 2");
   if (o.threads < 0) throw UsageError("--threads: 0 or more");
   for (const char* name : {"--method", "--transform", "--clip", "--round", "--train"})
     c.one_method = c.one_method || app.get_option(name)->count() > 0;
@@ -103,10 +104,15 @@ Layers chosen_layers(const AuditCommand& c, int count) {
 CalibrationWindows one_window(const AuditCommand& c, const CheckpointReader& reader) {
   const QuantOptions& o = c.quant;
   const ModelConfig& config = reader.config();
-  const int64_t tokens = std::min(c.tokens, config.usable_context());
+  constexpr int64_t kTokens = 32;
+  const auto at_most = [&](int64_t there, std::string_view what) {
+    check(c.tokens.value_or(0) <= there, "--tokens {}: {} {}", c.tokens.value_or(0), what, there);
+    return std::min(c.tokens.value_or(kTokens), there);
+  };
+  const int64_t tokens = at_most(config.usable_context(), "the model's context is");
   if (!o.calib_ids.empty()) {
     CalibrationWindows w = windows_from_ids(o.calib_ids, config.vocab_size, 1);
-    w.ids = contiguous(slice(w.ids, 1, 0, std::min(tokens, w.ids.dim(1))));
+    w.ids = contiguous(slice(w.ids, 1, 0, at_most(w.ids.dim(1), "a window of --calib-ids has")));
     return w;
   }
   if (!o.calib.empty()) return windows_from_text(o.calib, reader.tokenizer(), 1, tokens, o.seed);

@@ -139,7 +139,8 @@ void add_other_options(CLI::App& app, QuantOptions& o, Raw& raw) {
                  "ppl:FILE perplexity of the written model (gptq protocol); sim:FILE of the "
                  "fake-quantised model")
       ->type_name("WHAT:FILE");
-  app.add_option("--eval-context", o.eval_context, "tokens of an evaluation window (default 2048)")
+  app.add_option("--eval-context", o.eval_context,
+                 "tokens of an evaluation window (default 2048, or the model's context)")
       ->type_name("N");
   app.add_option("--eval-chunks", o.eval_chunks, "only the first N evaluation windows")
       ->type_name("N");
@@ -215,7 +216,7 @@ void check_numbers(const QuantOptions& o) {
   wanted(!o.recipe.lwc_lr || *o.recipe.lwc_lr > 0, "--lwc-lr: above 0");
   wanted(o.recipe.weight_decay >= 0, "--wd: 0 or more");
   wanted(o.threads >= 0 && o.threads <= 1024, "--threads: 0 to 1024");
-  wanted(o.eval_context >= 2 && o.eval_chunks >= 0,
+  wanted(o.eval_context.value_or(2) >= 2 && o.eval_chunks >= 0,
          "--eval-context: at least 2; --eval-chunks: 0 or more");
 }
 

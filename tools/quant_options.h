@@ -37,7 +37,8 @@ struct QuantOptions {
   size_t memory_limit = 0;  // bytes on the device; 0: what it has
   bool force = false, quiet = false;
   std::vector<std::string> eval;  // "ppl:FILE" or "sim:FILE"
-  int64_t eval_context = 2048, eval_chunks = 0;
+  std::optional<int64_t> eval_context;
+  int64_t eval_chunks = 0;
   std::map<std::string, KeepSpec> keep;  // "lm_head", "embed_tokens"
 };
 

@@ -13,7 +13,8 @@ struct Options {
   SamplingOptions sampling;
   std::string prompt, file;
   int64_t parallel = 1;
-  bool json = false, no_perf = false, show_prompt = false, escapes = false, have_prompt = false;
+  bool json = false, no_perf = false, show_prompt = false, hide_prompt = false, escapes = false,
+       have_prompt = false;
 };
 
 bool parse(const cli::Args& args, Options& o) {
@@ -26,8 +27,9 @@ bool parse(const cli::Args& args, Options& o) {
       ->type_name("FILE")
       ->excludes(prompt);
   app.add_flag("-e,--escape", o.escapes, "\\n, \\t and \\\\ in the prompt mean what they do in C");
-  app.add_flag("--display-prompt,!--no-display-prompt", o.show_prompt,
-               "print the prompt before the answer");
+  auto* show =
+      app.add_flag("--display-prompt", o.show_prompt, "print the prompt before the answer");
+  app.add_flag("--no-display-prompt", o.hide_prompt, "do not (the default)")->excludes(show);
   add_sampling_options(app, o.sampling);
   app.add_option("--parallel", o.parallel,
                  "-np: so many continuations, made together, of seeds S, S + 1, …; each is printed "

@@ -100,7 +100,8 @@ std::string readme(const Arguments& a, const Outcome& r) {
   out += fmt::format(
       "{} steps of {} windows of {} tokens. Loss at the end of training: {:.4f} nats per token. "
       "Loss over `test.txt`\n"
-      "(windows of {}, weights rounded to F16): {:.4f}, a perplexity of {:.4f}.\n\n",
+      "(windows of {}, the token behind each predicted too, weights rounded to F16): {:.4f}, a "
+      "perplexity of {:.4f}.\n\n",
       o.steps, o.batch, o.window, r.train_loss, o.window, r.test_loss, std::exp(r.test_loss));
   out +=
       "`calib.txt` and `test.txt` are stories of other seeds than those of training, an empty line "

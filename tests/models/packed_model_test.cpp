@@ -232,9 +232,10 @@ json good_config() {
       .to_json();
 }
 
-std::string refused(const json& quantization) {
+std::string refused(const json& quantization, const std::string& source = "") {
   ModelConfig c;
   c.quantization = quantization;
+  c.source = source;
   return message_of([&] { (void)PackedConfig::of(c); });
 }
 
@@ -330,6 +331,9 @@ TEST_CASE("packed config: what is not ours, or not whole, is refused by name") {
   }
   for (const std::string text : {"[]", "3", "\"awq\"", "{}", "true"})
     CHECK(contains(refused(json::parse(text)), "quant_method is missing"));
+  const std::string foreign = refused({{"quant_method", "gptq"}}, "there/config.json");
+  CHECK(
+      foreign.starts_with("there/config.json: quantization_config: quant_method \"gptq\" is not"));
 }
 
 namespace {

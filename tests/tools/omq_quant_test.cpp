@@ -353,6 +353,8 @@ TEST_CASE("omq-quant: an evaluation that fails does not take the model with it")
   write_file(w.dir / "short.txt", "only these few words");
   w.check_refused(w.quick("--eval ppl:" + w.path("short.txt")), 1,
                   "short.txt: a text of 20 bytes, less than one window of 128 tokens");
+  w.check_refused(w.quick("--eval-context 129 --eval ppl:" + w.path("test.txt")), 1,
+                  "--eval-context 129: the model was made for 128");
   // A blank row's spaces are no text: bytes enough, but too few tokens.
   write_file(w.dir / "short.txt", "only these few words\n" + std::string(200, ' ') + "\n");
   const Outcome o = w.quant(w.quick("--eval ppl:" + w.path("short.txt")));

@@ -115,6 +115,10 @@ TEST_CASE("audit: what cannot be audited is refused by name") {
   REQUIRE(w.quant(fmt::format("--method rtn -m {} -o {}", w.path("model"), w.path("out"))).code ==
           0);
   w.check_refused("audit -m " + w.path("out"), 1, "is quantised already; audit the original");
+  w.check_refused(m + " --tokens 129", 1, "--tokens 129: the model's context is 128");
+  write_file(w.dir / "ids.jsonl", "[1,2,3,4]\n");
+  w.check_refused(m + " --tokens 5 --calib-ids " + w.path("ids.jsonl"), 1,
+                  "--tokens 5: a window of --calib-ids has 4");
   CHECK(contains(w.quant("--help").out, "omq-quant audit"));
   CHECK(contains(w.quant("audit --help").out, "--layers"));
 }
