@@ -112,7 +112,8 @@ CalibrationWindows one_window(const AuditCommand& c, const CheckpointReader& rea
   const int64_t tokens = at_most(config.usable_context(), "the model's context is");
   if (!o.calib_ids.empty()) {
     CalibrationWindows w = windows_from_ids(o.calib_ids, config.vocab_size, 1);
-    w.ids = contiguous(slice(w.ids, 1, 0, at_most(w.ids.dim(1), "a window of --calib-ids has")));
+    const int64_t there = at_most(w.ids.dim(1), "a window of --calib-ids has");
+    w.ids = contiguous(slice(w.ids, 1, 0, std::min(tokens, there)));
     return w;
   }
   if (!o.calib.empty()) return windows_from_text(o.calib, reader.tokenizer(), 1, tokens, o.seed);
