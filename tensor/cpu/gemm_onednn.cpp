@@ -71,16 +71,16 @@ Product make(ThreadState& s, const Key& key) {
 bool reads_badly(const Key& key) {
   static const bool here = dnnl::get_effective_cpu_isa() < dnnl::cpu_isa::avx512_core;
   const bool far_apart = key.a_row == 1 && key.a_col * sizeof(float) % 2048 == 0;
-  return here && far_apart && !key.bf16 && key.m >= 32 && key.k >= 128 && key.n >= 128;
+  return here && far_apart && !key.bf16 && key.m >= 32 && key.k >= 128 && key.n >= 256;
 }
 
 // Such an A again, its rows next to each other, in the calling thread's buffer; sets a_col.
 const float* gathered(const float* a, Key& key) {
   static thread_local std::vector<float> panel;
-  const int64_t row = key.m % 512 == 0 ? key.m + 16 : key.m;
-  panel.resize(static_cast<size_t>(row * key.k));
-  for (int64_t p = 0; p < key.k; ++p) std::copy_n(a + p * key.a_col, key.m, panel.data() + p * row);
-  key.a_col = row;
+  panel.resize(static_cast<size_t>(key.m * key.k));
+  for (int64_t p = 0; p < key.k; ++p)
+    std::copy_n(a + p * key.a_col, key.m, panel.data() + p * key.m);
+  key.a_col = key.m;
   return panel.data();
 }
 
