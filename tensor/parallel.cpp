@@ -22,7 +22,10 @@
 namespace omq {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(20);
+// How long a worker stays awake for the next job: to wake a sleeping one costs about 0.1 ms on a
+// virtual machine, 3 % of a step of learning on two cores whose jobs follow each other within a
+// millisecond. At first it only spins, then it lets others have the processor.
+constexpr auto kSpin = std::chrono::microseconds(50), kAwake = std::chrono::microseconds(1000);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -125,13 +128,22 @@ class Pool {
     }
   }
 
+  // Until there is a job behind `seen`, or for kAwake.
+  void stay_awake(uint64_t seen) const {
+    const auto start = std::chrono::steady_clock::now();
+    for (auto waited = start - start;
+         waited < kAwake && generation_.load(std::memory_order_acquire) == seen;
+         waited = std::chrono::steady_clock::now() - start)
+      if (waited < kSpin)
+        relax();
+      else
+        sched_yield();
+  }
+
   void loop(uint64_t seen) {
     own_pool = this;
     for (;;) {
-      const auto until = std::chrono::steady_clock::now() + kSpin;
-      while (generation_.load(std::memory_order_acquire) == seen &&
-             std::chrono::steady_clock::now() < until)
-        relax();
+      stay_awake(seen);
       if (generation_.load(std::memory_order_acquire) == seen) {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });

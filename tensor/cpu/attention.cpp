@@ -7,8 +7,8 @@
 //
 // Tiles are products of gemm_tile, of F32 or of bf16 with sums and everything between in F32 (other
 // operands of 16 bits are widened first); a few queries (decoding) and F64 take plain loops. Every
-// query head writes its own dk and dv; heads that share a key/value head are added in order, so
-// nothing races and sums keep their order.
+// query head, where these are few every half of one's tiles, writes its own dk and dv; those of a
+// key/value head are added in order, so nothing races and sums keep their order.
 #include <type_traits>
 #include <vector>
 
@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kTile = 128;
 constexpr int64_t kFewQueries = 8;  // below: dot products beat a matrix product
+constexpr int64_t kFewHeads = 16;   // in all: below, threads cannot share them evenly
 
 struct View {  // one head of [B, T, H, d]
   int64_t base, row;
@@ -135,9 +136,16 @@ void attention_rows(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& l
   });
 }
 
-struct HeadGrads {  // of one query head; dk and dv are this head's share
+struct HeadGrads {  // of one query head; dk and dv are the share of these tiles of it
   float *dq, *dk, *dv;
   View dqv;
+};
+
+// Which tiles of queries: all, or one of two halves that see as many keys as each other (of each
+// four tiles the outer two, the inner two).
+struct Tiles {
+  int64_t halves, half;
+  bool has(int64_t tile) const { return halves == 1 || ((tile + 1) / 2 % 2 == 0) == (half == 0); }
 };
 
 // A row's P and dS, of which n are seen, from its scores and dP = dy vᵀ.
@@ -171,11 +179,11 @@ const T* operand_grads(const Sizes& z, const float* dy, View& at, std::vector<T>
   }
 }
 
-// One head's gradient. dk, dv [S, d] dense; dq through its view.
+// One head's gradient, or these tiles' share of it. dk, dv [S, d] dense; dq through its view.
 template <class T>
 void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out, const Tensor& q,
                    const Tensor& k, const Tensor& v, const Tensor& y, const Tensor& lse,
-                   const Tensor& dy, int64_t b, int64_t h) {
+                   const Tensor& dy, int64_t b, int64_t h, Tiles tiles) {
   static thread_local std::vector<float> score_buffer, dp_buffer;
   static thread_local std::vector<T> p_buffer, ds_buffer, grad_buffer;
   const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
@@ -186,6 +194,7 @@ void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out,
   std::fill_n(out.dk, z.S * z.d, 0.0f);
   std::fill_n(out.dv, z.S * z.d, 0.0f);
   for (int64_t t0 = 0; t0 < z.T; t0 += kTile) {
+    if (!tiles.has(t0 / kTile)) continue;
     const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
     score_buffer.resize(static_cast<size_t>(rows * seen));
     dp_buffer.resize(score_buffer.size());
@@ -271,31 +280,34 @@ void backward(const Sizes& z, Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
               const Tensor& v, const Tensor& y, const Tensor& lse, const Tensor& dy,
               AttentionSpec s) {
   const int64_t share = z.S * z.d;
-  Tensor dk_heads = Tensor::empty({z.B, z.H, z.S, z.d}, dq.dtype()),
+  const bool halved = std::is_same_v<T, float> && z.B * z.H < kFewHeads && z.T > kTile;
+  const int64_t parts = halved ? 2 : 1;
+  Tensor dk_heads = Tensor::empty({z.B, z.H, parts, z.S, z.d}, dq.dtype()),
          dv_heads = empty_like(dk_heads);
-  parallel_for(z.B * z.H, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(z.B * z.H * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / z.H, h = i % z.H;
+      const int64_t b = i / (z.H * parts), h = i / parts % z.H;
       const View at = head(dq, b, h);
       T *hk = dk_heads.data<T>() + i * share, *hv = dv_heads.data<T>() + i * share;
       if constexpr (std::is_same_v<T, float>)
         backward_head<Operand>(z, s, {dq.data<float>() + at.base, hk, hv, at}, q, k, v, y, lse, dy,
-                               b, h);
+                               b, h, {parts, i % parts});
       else
         backward_head_f64(z, s, dq.data<double>() + at.base, hk, hv, at, q, k, v, y, lse, dy, b, h);
     }
   });
-  auto fold = [&](Tensor& out, const Tensor& parts) {  // [B,H,S,d] → [B,S,K,d]
+  auto fold = [&](Tensor& out, const Tensor& shares) {  // [B, H, parts, S, d] → [B, S, K, d]
     T* o = out.data<T>();
-    const T* p = parts.data<T>();
+    const T* p = shares.data<T>();
+    const int64_t added = z.group * parts;
     parallel_for(
         z.B * z.S, std::max<int64_t>(1, kGrain / (z.H * z.d)), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r)
             for (int64_t kh = 0; kh < z.K; ++kh) {
               T* row = o + (r * z.K + kh) * z.d;
               std::fill_n(row, z.d, T(0));
-              for (int64_t g = 0; g < z.group; ++g) {
-                const T* part = p + ((r / z.S * z.H + kh * z.group + g) * z.S + r % z.S) * z.d;
+              for (int64_t g = 0; g < added; ++g) {
+                const T* part = p + (((r / z.S * z.K + kh) * added + g) * z.S + r % z.S) * z.d;
                 for (int64_t i = 0; i < z.d; ++i) row[i] += part[i];
               }
             }

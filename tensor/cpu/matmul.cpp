@@ -21,17 +21,21 @@ Cut cut(int64_t n, int64_t parts) {
   return {(n + size - 1) / size, size};
 }
 
-// Powers of two, so that pieces are equal and two or four threads divide them evenly. bf16 is cut
-// across its rows, down to 32 of them: the multiplication is so fast there that copying rows once
-// more for every cut of the columns shows (512 × 1536 × 576 on AMX, cut in four: 790 GFLOP/s by
-// rows, 675 by both; F32 does not care).
+// Powers of two, so that pieces are equal and two or four threads divide them evenly. Eight pieces
+// of F32 at least, so that two threads of unlike speed (a neighbour on one of the cores) end at
+// about the same time: with four they waited for each other 5 % of a step of learning, with sixteen
+// the products of pieces lose what waiting gains. bf16 is cut across its rows, down to 32 of them,
+// and in four: the multiplication is so fast there that copying rows once more for every cut of the
+// columns shows (512 × 1536 × 576 on AMX, cut in four: 790 GFLOP/s by rows, 675 by both; F32 does
+// not care).
 void choose_tiles(int64_t m, int64_t n, int64_t k, bool by_rows, Cut& rows, Cut& cols) {
   const int64_t widest = by_rows ? 1536 : 768;
   int64_t pm = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((m + 255) / 256)));
   int64_t pn =
       static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((n + widest - 1) / widest)));
   const bool worth = m * n * k > (int64_t{1} << 21);
-  while (worth && pm * pn < 4) ((by_rows && m / pm > 32) || m / pm >= n / pn ? pm : pn) *= 2;
+  while (worth && pm * pn < (by_rows ? 4 : 8))
+    ((by_rows && m / pm > 32) || m / pm >= n / pn ? pm : pn) *= 2;
   rows = cut(m, pm);
   cols = cut(n, pn);
 }
