@@ -81,14 +81,19 @@ template <class T>
   return {std::log(total) + top, total};
 }
 
+// Room for `count` values. (A vector that shrank between two tiles would fill with zeros what it
+// grows by.)
+template <class T> T* room(std::vector<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(static_cast<size_t>(count));
+  return buffer.data();
+}
+
 // Where P and dS of a tile go that are multiplied: into the F32 scores themselves, or beside them.
 template <class T> T* operand_tile(float* scores, int64_t count, std::vector<T>& apart) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float>)
     return scores;
-  } else {
-    apart.resize(static_cast<size_t>(count));
-    return apart.data();
-  }
+  else
+    return room(apart, count);
 }
 
 template <class T>
@@ -97,8 +102,7 @@ void attention_tile(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& l
   static thread_local std::vector<float> score_buffer;
   static thread_local std::vector<T> p_buffer;
   const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
-  score_buffer.resize(static_cast<size_t>(rows * seen));
-  float* scores = score_buffer.data();
+  float* scores = room(score_buffer, rows * seen);
   T* p = operand_tile<T>(scores, rows * seen, p_buffer);
   const View qv = head(q, b, h), kv = head(k, b, h / z.group), vv = head(v, b, h / z.group),
              yv = head(y, b, h);
@@ -171,11 +175,11 @@ const T* operand_grads(const Sizes& z, const float* dy, View& at, std::vector<T>
   if constexpr (std::is_same_v<T, float>) {
     return dy + at.base;
   } else {
-    apart.resize(static_cast<size_t>(z.T * z.d));
+    T* out = room(apart, z.T * z.d);
     for (int64_t t = 0; t < z.T; ++t)
-      for (int64_t i = 0; i < z.d; ++i) apart[t * z.d + i] = T(dy[at.base + t * at.row + i]);
+      for (int64_t i = 0; i < z.d; ++i) out[t * z.d + i] = T(dy[at.base + t * at.row + i]);
     at = {0, z.d};
-    return apart.data();
+    return out;
   }
 }
 
@@ -191,14 +195,12 @@ void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out,
   View ov = gv;
   const T *keys = k.data<T>() + kv.base, *values = v.data<T>() + vv.base,
           *grads = operand_grads<T>(z, dy.data<float>(), ov, grad_buffer);
-  std::fill_n(out.dk, z.S * z.d, 0.0f);
-  std::fill_n(out.dv, z.S * z.d, 0.0f);
-  for (int64_t t0 = 0; t0 < z.T; t0 += kTile) {
-    if (!tiles.has(t0 / kTile)) continue;
+  bool first = true;
+  for (int64_t tile = (z.T - 1) / kTile; tile >= 0; --tile) {  // the first one sees the most keys
+    if (!tiles.has(tile)) continue;
+    const int64_t t0 = tile * kTile;
     const int64_t rows = std::min(kTile, z.T - t0), seen = z.visible(t0 + rows - 1, s.causal);
-    score_buffer.resize(static_cast<size_t>(rows * seen));
-    dp_buffer.resize(score_buffer.size());
-    float *scores = score_buffer.data(), *dp = dp_buffer.data();
+    float *scores = room(score_buffer, rows * seen), *dp = room(dp_buffer, rows * seen);
     T *p = operand_tile<T>(scores, rows * seen, p_buffer),
       *ds = operand_tile<T>(dp, rows * seen, ds_buffer);
     const T *queries = q.data<T>() + qv.base + t0 * qv.row, *grad = grads + t0 * ov.row;
@@ -212,10 +214,14 @@ void backward_head(const Sizes& z, const AttentionSpec& s, const HeadGrads& out,
       backward_row(scores + r * seen, dp + r * seen, z.visible(t0 + r, s.causal), seen,
                    {static_cast<float>(s.scale), norm[r], dot}, p + r * seen, ds + r * seen);
     }
-    gemm_tile(seen, z.d, rows, p, 1, seen, grad, ov.row, 1, out.dv, z.d, true);
-    gemm_tile(seen, z.d, rows, ds, 1, seen, queries, qv.row, 1, out.dk, z.d, true);
+    gemm_tile(seen, z.d, rows, p, 1, seen, grad, ov.row, 1, out.dv, z.d, !first);
+    gemm_tile(seen, z.d, rows, ds, 1, seen, queries, qv.row, 1, out.dk, z.d, !first);
     gemm_tile(rows, z.d, seen, ds, seen, 1, keys, kv.row, 1, out.dq + t0 * out.dqv.row,
               out.dqv.row);
+    if (first)
+      for (float* grad_of : {out.dk, out.dv})
+        std::fill_n(grad_of + seen * z.d, (z.S - seen) * z.d, 0.0f);
+    first = false;
   }
 }
 

@@ -66,7 +66,7 @@ void fake_quant_vjp(Tensor& dx, Tensor& dscale, const Tensor& x, const Tensor& s
       const T h = hs[g], z = zs[g];
       const T *p = in + at, *d = pd + at;
       if (ds)  // copies, not references: else the sum does not vectorise
-        ds[g] = lane_sum<T>(n, [=](int64_t i) {
+        ds[g] = lane_sum_apart<T>(n, [=](int64_t i) {
           const T r = p[i] / h, t = round_even(r) + z;
           const T inner = inside(t) ? r : T(0);
           const T q = t < T(0) ? T(0) : t > top ? top : t;

@@ -57,8 +57,8 @@ void rms_norm_vjp(Tensor& dx, Tensor& dw, Tensor& db, const Tensor& x, const Ten
           const T s = inverse_rms(p, n, eps);
           if (out) {
             T* o = out + r * n;
-            const T dot =
-                lane_sum<T>(n, [&](int64_t i) { return d[i] * (gain ? gain[i] : T(1)) * p[i]; });
+            const T dot = lane_sum_apart<T>(
+                n, [&](int64_t i) { return d[i] * (gain ? gain[i] : T(1)) * p[i]; });
             const T c = dot * s * s * s / static_cast<T>(n);
             for (int64_t i = 0; i < n; ++i) o[i] = d[i] * (gain ? gain[i] : T(1)) * s - p[i] * c;
           }

@@ -168,7 +168,7 @@ void fake_quant_rows_vjp(Tensor& dx, const Tensor& x, const Tensor& dy, RowQuant
       const T h = g.scale, z = g.zero;
       T up = 0, down = 0;  // to each maximum, from each minimum
       if (g.free_scale) {
-        const T total = lane_sum<T>(n, [=](int64_t i) {
+        const T total = lane_sum_apart<T>(n, [=](int64_t i) {
           const T r = p[i] / h, t = round_even(r) + z;
           const T inner = ((t > first) & (t < last)) ? r : T(0);
           const T q = t < T(0) ? T(0) : t > top ? top : t;
