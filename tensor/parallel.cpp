@@ -23,8 +23,8 @@ namespace omq {
 namespace {
 
 // How long a worker stays awake for the next job: to wake a sleeping one costs about 0.1 ms on a
-// virtual machine, 3 % of a step of learning on two cores whose jobs follow each other within a
-// millisecond. At first it only spins, then it lets others have the processor.
+// virtual machine, 1.5 to 3 % of a step of learning on two cores, whose jobs follow each other
+// within a millisecond. At first it only spins, then it lets others have the processor.
 constexpr auto kSpin = std::chrono::microseconds(50), kAwake = std::chrono::microseconds(1000);
 
 inline void relax() {

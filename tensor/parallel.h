@@ -2,7 +2,7 @@
 //
 // Work is cut into chunks whose borders depend on n and grain alone, never on the number of
 // threads, and a chunk is run by one thread from start to end: results are bit-identical on any
-// number of threads. Workers spin for about 20 µs for the next job, then sleep. A call from inside
+// number of threads. Workers stay awake for 1 ms for the next job, then sleep. A call from inside
 // a chunk, or while another thread uses the pool, runs serially.
 #pragma once
 

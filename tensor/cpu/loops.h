@@ -85,8 +85,8 @@ template <class T, class F> [[gnu::always_inline]] inline T lane_sum(int64_t n, 
 }
 
 // The same sum of terms that take many operations: they are made some at a time before they are
-// added. GCC vectorises the one loop and the other, but not both in one (terms of three operations
-// or less it does, and faster).
+// added. GCC vectorises the one loop and the other, but not both in one (with a value or a product
+// of two as a term it does, and faster).
 template <class T, class F> [[gnu::always_inline]] inline T lane_sum_apart(int64_t n, F&& f) {
   constexpr int64_t kTerms = 64;
   T lanes[8] = {}, terms[kTerms];
