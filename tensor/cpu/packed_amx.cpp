@@ -113,6 +113,7 @@ template <bool kRest> struct FloatsBlock {
   using Share = FloatsShare<kRest>;
   static constexpr int64_t kXRows = kTileRows;
   static constexpr bool kSplits = false;  // a chunk has 128 columns at most
+  static constexpr int64_t kPieceSteps = 4;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE FloatsBlock(const PanelView& w, const std::byte* block)

@@ -56,13 +56,13 @@ OMQ_INLINE void release_tiles() {
 
 // ---- panels as tiles ----
 
-// Unpacked together, columns kPieceSteps · 64 at a time: these tiles and the sums of all rows of x
+// Unpacked together, columns of a piece at a time: these tiles and the sums of all rows of x
 // with them lie in the L2 cache.
 constexpr int64_t kPanelsAtOnce = 16;
 // Of these so many pairs meet a block of x before the next one: their tiles and the block's stay in
 // the L1 cache.
 constexpr int64_t kPairsAtOnce = 2;
-constexpr int64_t kPieceSteps = 4;
+constexpr int64_t kMostPieceSteps = 8;
 
 // A chunk's columns, or some of them when it is longer than a piece.
 struct Part {
@@ -72,15 +72,15 @@ struct Part {
   int64_t step, steps;        // in the chunk
   bool opens, closes;         // the chunk
 };
-// What is multiplied before the next columns: parts that follow each other, all in all at most
-// kPieceSteps steps.
+// What is multiplied before the next columns: parts that follow each other.
 struct Piece {
-  Part part[kPieceSteps];
+  Part part[kMostPieceSteps];
   int64_t parts, steps;
 };
 
-// body(piece) for all columns of a panel.
-template <class Body> OMQ_INLINE void for_each_piece(const PanelView& w, const Body& body) {
+// body(piece) for all columns of a panel, in pieces of at most so many steps.
+template <int64_t kPieceSteps, class Body>
+OMQ_INLINE void for_each_piece(const PanelView& w, const Body& body) {
   Piece piece = {};
   const auto end = [&] {
     if (piece.parts > 0) body(piece);
@@ -124,12 +124,12 @@ struct Panel {
 };
 
 OMQ_INLINE int64_t unpacked_bytes(const PanelView& w) {
-  return kTileSize * kPieceSteps + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
+  return kTileSize * kMostPieceSteps + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
 }
 OMQ_INLINE Panel panel_at(const PanelView& w, std::byte* scratch, int64_t i) {
   std::byte* at = scratch + i * unpacked_bytes(w);
   return {reinterpret_cast<uint8_t*>(at),
-          reinterpret_cast<ChunkGrid*>(at + kTileSize * kPieceSteps)};
+          reinterpret_cast<ChunkGrid*>(at + kTileSize * kMostPieceSteps)};
 }
 
 // `cols` columns to tiles; gives Σ of their bytes, 16 rows. `less`: what is taken off the codes.
@@ -192,68 +192,96 @@ struct Sums {
   alignas(64) int32_t of[2][2][kTileRows][kRows];
 };
 
-template <class Work>
+// One step's part of four tiles of sums; what a step does besides is up to around(i), called after
+// the i-th multiplication.
+//
+// A tile that is not needed any more is zeroed at once: a zeroed tile takes none of the physical
+// registers that tiles are renamed to. When the core's other thread is busy, too few of these are
+// left for loads to run ahead of multiplications: with all eight tiles live a multiplication then
+// takes 37 cycles instead of 16, a load beside it as many again.
+template <class Around>
 OMQ_INLINE void multiply_step(const int8_t* x, const uint8_t* w0, const uint8_t* w1,
-                              const Work& work) {
+                              const Around& around) {
   _tile_loadd(4, x, kTileCols);
   _tile_loadd(6, w0, kTileCols);
   _tile_dpbssd(0, 4, 6);
-  work(0);
+  around(0);
   _tile_loadd(5, x + kTileSize, kTileCols);
   _tile_dpbssd(1, 5, 6);
-  work(1);
+  _tile_zero(6);
+  around(1);
   _tile_loadd(7, w1, kTileCols);
   _tile_dpbssd(2, 4, 7);
-  work(2);
+  _tile_zero(4);
+  around(2);
   _tile_dpbssd(3, 5, 7);
-  work(3);
+  _tile_zero(5);
+  _tile_zero(7);
+  around(3);
 }
 
-// One part of a block of x, whose tiles come in pairs, with two panels: from nothing, or from what
-// `sums` hold of the chunk. work(i) for i in [0, 4 · BusySteps), BusySteps ≤ steps: what the vector
-// units do meanwhile.
+// The i-th tile of sums to its place; it is zero then.
+OMQ_INLINE void store_sums(int i, Sums& to) {
+  switch (i) {
+    case 0:
+      _tile_stored(0, to.of[0][0], kTileCols);
+      _tile_zero(0);
+      return;
+    case 1:
+      _tile_stored(1, to.of[0][1], kTileCols);
+      _tile_zero(1);
+      return;
+    case 2:
+      _tile_stored(2, to.of[1][0], kTileCols);
+      _tile_zero(2);
+      return;
+    default:
+      _tile_stored(3, to.of[1][1], kTileCols);
+      _tile_zero(3);
+      return;
+  }
+}
+
+// One part of a block of x, whose tiles come in pairs, with two panels; all tiles are zero before
+// and after. `from`: the chunk's sums so far, null when the part opens it. work(i) for i in [0, 4 ·
+// BusySteps), BusySteps ≤ steps: what the vector units do meanwhile; it must not touch `to`.
 template <int BusySteps, class Work>
 OMQ_INLINE void multiply_part(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
-                              bool opens, Sums& sums, const Work& work) {
+                              const Sums* from, Sums& to, const Work& work) {
   memory_barrier();
-  if (opens) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums.of[0][0], kTileCols);
-    _tile_loadd(1, sums.of[0][1], kTileCols);
-    _tile_loadd(2, sums.of[1][0], kTileCols);
-    _tile_loadd(3, sums.of[1][1], kTileCols);
+  if (from) {
+    _tile_loadd(0, from->of[0][0], kTileCols);
+    _tile_loadd(1, from->of[0][1], kTileCols);
+    _tile_loadd(2, from->of[1][0], kTileCols);
+    _tile_loadd(3, from->of[1][1], kTileCols);
   }
-  OMQ_UNROLL for (int step = 0; step < BusySteps; ++step) {
-    multiply_step(
-        x + 2 * kTileSize * step, w0 + kTileSize * step,
-        w1 + kTileSize * step, [&](int i) __attribute__((always_inline)) {
-          memory_barrier();
-          work(4 * step + i);
-          memory_barrier();
-        });
-  }
-  for (int64_t step = BusySteps; step < steps; ++step)
-    multiply_step(x + 2 * kTileSize * step, w0 + kTileSize * step, w1 + kTileSize * step,
-                  [](int) {});
-  _tile_stored(0, sums.of[0][0], kTileCols);
-  _tile_stored(1, sums.of[0][1], kTileCols);
-  _tile_stored(2, sums.of[1][0], kTileCols);
-  _tile_stored(3, sums.of[1][1], kTileCols);
+  const auto step = [&](int64_t at, const auto& around) __attribute__((always_inline)) {
+    multiply_step(x + 2 * kTileSize * at, w0 + kTileSize * at, w1 + kTileSize * at, around);
+  };
+  const auto busy = [&](int i) __attribute__((always_inline)) {
+    memory_barrier();
+    work(i);
+    memory_barrier();
+  };
+  constexpr int kBusyBefore = BusySteps == 2 ? 1 : 0;  // steps with work that are not the last
+  if constexpr (kBusyBefore == 1) step(0, busy);
+  for (int64_t at = kBusyBefore; at < steps - 1; ++at) step(at, [](int) {});
+  step(
+      steps - 1, [&](int i) __attribute__((always_inline)) {
+        store_sums(i, to);
+        if constexpr (BusySteps > 0) busy(4 * kBusyBefore + i);
+      });
   memory_barrier();
 }
 
 // Multiplies one part, and meanwhile adds the sums of a chunk before to y.
 template <int BusySteps, int Rows, class Share>
 OMQ_INLINE void multiply_and_add(const int8_t* x, const uint8_t* w0, const uint8_t* w1,
-                                 int64_t steps, bool opens, Sums& sums, const Share& before,
+                                 int64_t steps, const Sums* from, Sums& to, const Share& before,
                                  float* y) {
   constexpr int kRowsAtOnce = Rows / (4 * BusySteps);
   multiply_part<BusySteps>(
-      x, w0, w1, steps, opens, sums, [&](int i) __attribute__((always_inline)) {
+      x, w0, w1, steps, from, to, [&](int i) __attribute__((always_inline)) {
         // (Rows are not written out: that was 20 KiB of code for each kind of sums.)
         for (int r = 0; r < kRowsAtOnce; ++r) before.add_row(kRowsAtOnce * i + r, y);
       });
@@ -282,9 +310,8 @@ template <class Block> class Multiplication {
   static constexpr int64_t kTileOfY = kXRows * 2 * kRows * 4;  // bytes
   static constexpr int64_t kMostTiles = kMaxGemmRows / kXRows * (kPanelsAtOnce / 2);
 
-  // A closed chunk, to be scaled and added while the next part is multiplied: before the sums of
-  // that part are stored, so that they may go where these lie; all are added before their pairs
-  // end.
+  // A closed chunk, to be scaled and added while the next part is multiplied; all are added before
+  // their pairs end.
   struct Closed {
     typename Block::Share share;
     float* y = nullptr;  // null: there is none
@@ -307,7 +334,7 @@ template <class Block> class Multiplication {
                       panel + p,
                       min64(2, count - p)};
     const int64_t pair_count = (count + 1) / 2;
-    for_each_piece(w, [&](const Piece& piece) {
+    for_each_piece<Block::kPieceSteps>(w, [&](const Piece& piece) {
       with_bits(w.bits, [&]<int Bits>() {
         for (int64_t p = 0; p < count; ++p)
           unpack_piece<Bits>(w, panel + p, piece, panel_at(w, scratch, p));
@@ -333,21 +360,21 @@ template <class Block> class Multiplication {
           _mm512_store_ps(y_tile + i, _mm512_setzero_ps());
       const int8_t* x_tiles = block.tiles(part->chunk) + 2 * kTileSize * part->step;
       const uint8_t *w0 = pair.panel[0].tiles + at, *w1 = pair.panel[1].tiles + at;
-      Sums& sums =
-          Block::kSplits && !(part->opens && part->closes) ? open_sums[tile] : closed_sums[turn];
+      // A chunk's last sums never lie where those of the chunk before are still read.
+      Sums* const open = Block::kSplits ? &open_sums[tile] : nullptr;
+      const Sums* const from = part->opens ? nullptr : open;
+      Sums& to = part->closes ? closed_sums[turn] : *open;
       const typename Block::Share share = closed.share;
       float* const y_before = closed.y;
       if (!y_before)
-        multiply_part<0>(x_tiles, w0, w1, part->steps, part->opens, sums, [](int) {});
+        multiply_part<0>(x_tiles, w0, w1, part->steps, from, to, [](int) {});
       else if (part->steps >= 2)
-        multiply_and_add<2, kXRows>(x_tiles, w0, w1, part->steps, part->opens, sums, share,
-                                    y_before);
+        multiply_and_add<2, kXRows>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
       else
-        multiply_and_add<1, kXRows>(x_tiles, w0, w1, part->steps, part->opens, sums, share,
-                                    y_before);
+        multiply_and_add<1, kXRows>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
       if (y_before) finish();
       if (part->closes) {
-        closed = {block.share(pair, part->chunk, sums), y_tile, &pair, row,
+        closed = {block.share(pair, part->chunk, to), y_tile, &pair, row,
                   part->chunk + 1 == w.chunks};
         turn = 1 - turn;
       }

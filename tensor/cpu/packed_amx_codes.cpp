@@ -87,6 +87,7 @@ template <bool kRest> struct CodesBlock {
   using Share = CodesShare<kRest>;
   static constexpr int64_t kXRows = kCodesBlockRows;
   static constexpr bool kSplits = true;
+  static constexpr int64_t kPieceSteps = 8;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE CodesBlock(const PanelView& w, const std::byte* block)
