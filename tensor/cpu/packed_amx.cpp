@@ -113,7 +113,8 @@ template <bool kRest> struct FloatsBlock {
   using Share = FloatsShare<kRest>;
   static constexpr int64_t kXRows = kTileRows;
   static constexpr bool kSplits = false;  // a chunk has 128 columns at most
-  static constexpr int64_t kPieceSteps = 4;
+  // A piece of two pairs and of a block of x stay in the L1 cache.
+  static constexpr int64_t kPieceSteps = 4, kPanelsAtOnce = 16, kPairsAtOnce = 2;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE FloatsBlock(const PanelView& w, const std::byte* block)

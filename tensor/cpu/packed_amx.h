@@ -1,13 +1,13 @@
 // What the AMX kernels share (internal to tensor/): tiles of 16 rows × 64 bytes, panels unpacked to
 // such tiles, and the multiplication of tiles of x with those of two panels.
 //
-// Every multiplication of tiles needs a load of one, so tiles must come from the L1 cache: a few
-// hundred columns of some panels are unpacked, and meet those columns of all rows of x before the
-// next ones. What y has got so far waits in the L2 cache meanwhile.
+// Every multiplication of tiles needs a load of one, so tiles must come from caches near: the
+// columns of a piece of some panels are unpacked, and meet those columns of all rows of x before
+// the next ones. What y has got so far waits in the L2 cache meanwhile.
 //
 // The sums of a chunk leave their tiles through memory and are scaled and added in F32 while
 // the tiles multiply the next chunk, a little after each multiplication: measured faster than all
-// of it after the chunk. (Prefetching by hand made it slower.)
+// of it after the chunk. (Asking ahead for tiles of x changed nothing.)
 #pragma once
 
 #include "tensor/cpu/packed_avx512.h"
@@ -56,13 +56,7 @@ OMQ_INLINE void release_tiles() {
 
 // ---- panels as tiles ----
 
-// Unpacked together, columns of a piece at a time: these tiles and the sums of all rows of x
-// with them lie in the L2 cache.
-constexpr int64_t kPanelsAtOnce = 16;
-// Of these so many pairs meet a block of x before the next one: their tiles and the block's stay in
-// the L1 cache.
-constexpr int64_t kPairsAtOnce = 2;
-constexpr int64_t kMostPieceSteps = 8;
+constexpr int64_t kMostPieceSteps = 32;
 
 // A chunk's columns, or some of them when it is longer than a piece.
 struct Part {
@@ -123,24 +117,31 @@ struct Panel {
   ChunkGrid* grid;  // [chunks]
 };
 
-OMQ_INLINE int64_t unpacked_bytes(const PanelView& w) {
-  return kTileSize * kMostPieceSteps + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
+template <int64_t kPieceSteps> OMQ_INLINE int64_t unpacked_bytes(const PanelView& w) {
+  return kTileSize * kPieceSteps + static_cast<int64_t>(sizeof(ChunkGrid)) * w.chunks;
 }
+template <int64_t kPieceSteps>
 OMQ_INLINE Panel panel_at(const PanelView& w, std::byte* scratch, int64_t i) {
-  std::byte* at = scratch + i * unpacked_bytes(w);
+  std::byte* at = scratch + i * unpacked_bytes<kPieceSteps>(w);
   return {reinterpret_cast<uint8_t*>(at),
-          reinterpret_cast<ChunkGrid*>(at + kTileSize * kMostPieceSteps)};
+          reinterpret_cast<ChunkGrid*>(at + kTileSize * kPieceSteps)};
 }
 
 // `cols` columns to tiles; gives Σ of their bytes, 16 rows. `less`: what is taken off the codes.
+// What lies `ahead` bytes further is asked for: a processor does not follow many short runs, and
+// its next level of cache is far.
 template <int Bits>
-OMQ_INLINE __m512i unpack_columns(const uint8_t* step, int64_t cols, __m512i less, uint8_t* out) {
+OMQ_INLINE __m512i unpack_columns(const uint8_t* step, int64_t cols, __m512i less, int64_t ahead,
+                                  uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
   __m512i sum = _mm512_setzero_si512();
   int64_t q = 0;
   for (; q < cols / 4; q += Q, step += kStepBytes<Bits>) {
     __m512i quad[Q];
     unpack<Bits, false>(step, quad);
+    OMQ_UNROLL for (int v = 0; v < kVectors<Bits>; ++v) {
+      __builtin_prefetch(step + ahead + 64 * v, 0, 2);
+    }
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {
       quad[s] = _mm512_sub_epi8(quad[s], less);
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), quad[s]);
@@ -155,13 +156,19 @@ template <int Bits>
 void unpack_piece(const PanelView& w, int64_t panel, const Piece& piece, const Panel& out) {
   const uint8_t* data = w.data + panel * w.panel_bytes;
   uint8_t* tiles = out.tiles;
+  // Next comes what follows in this panel; behind its end, the same of the next panel.
+  const Part& end = piece.part[piece.parts - 1];
+  const int64_t piece_bytes = end.group_at - piece.part->group_at +
+                              Block<Bits>::codes_at(end.col + end.cols - piece.part->col);
+  const bool ends = end.closes && end.chunk + 1 == w.chunks;
+  const int64_t ahead = ends ? w.panel_bytes : piece_bytes;
   for (const Part* part = piece.part; part < piece.part + piece.parts; ++part) {
     const uint8_t* block = data + part->group_at;
     const __m512i zero = zeros_at(w, block + part->grid_at);
     const __m512i less = Bits == 8 ? _mm512_set1_epi8(-128)
                                    : _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
-    const __m512i sum =
-        unpack_columns<Bits>(block + Block<Bits>::codes_at(part->col), part->cols, less, tiles);
+    const __m512i sum = unpack_columns<Bits>(block + Block<Bits>::codes_at(part->col), part->cols,
+                                             less, ahead, tiles);
     ChunkGrid& grid = out.grid[part->chunk];
     if (part->opens) {
       grid.scale = load_f16(block + part->grid_at);
@@ -291,10 +298,14 @@ OMQ_INLINE void multiply_and_add(const int8_t* x, const uint8_t* w0, const uint8
 // Block(w, bytes) has tiles(chunk), and share(pair, chunk, sums), one chunk's part of y, whose
 // add_row(r, y) adds it to row r of the block, y F32 [kXRows][2 · 16]. kSplits: whether chunks may
 // be longer than a piece; their sums are then kept as whole numbers until the chunk closes.
+//
+// Block::kPanelsAtOnce panels are unpacked together, Block::kPieceSteps · 64 columns at a time:
+// these tiles and the sums of all rows of x with them lie in the L2 cache. Of these
+// Block::kPairsAtOnce pairs meet a block of x before the next one does.
 template <class Block> class Multiplication {
  public:
   static int64_t scratch_bytes(const PanelView& w) {
-    return kPanelsAtOnce * unpacked_bytes(w) +
+    return kPanelsAtOnce * unpacked_bytes<Block::kPieceSteps>(w) +
            kMostTiles * (kTileOfY + (Block::kSplits ? static_cast<int64_t>(sizeof(Sums)) : 0));
   }
 
@@ -303,11 +314,13 @@ template <class Block> class Multiplication {
     Multiplication product(w, x, block_bytes, m, y, scratch);
     for (int64_t panel = panel0; panel < panel1; panel += kPanelsAtOnce)
       product.multiply_panels(panel, min64(kPanelsAtOnce, panel1 - panel));
+    if (product.streams) _mm_sfence();  // before others are told that y is there
   }
 
  private:
-  static constexpr int64_t kXRows = Block::kXRows;
+  static constexpr int64_t kXRows = Block::kXRows, kPanelsAtOnce = Block::kPanelsAtOnce;
   static constexpr int64_t kTileOfY = kXRows * 2 * kRows * 4;  // bytes
+  static constexpr int64_t kLargeY = 1024 * 1024;              // bytes
   static constexpr int64_t kMostTiles = kMaxGemmRows / kXRows * (kPanelsAtOnce / 2);
 
   // A closed chunk, to be scaled and added while the next part is multiplied; all are added before
@@ -323,25 +336,30 @@ template <class Block> class Multiplication {
   OMQ_INLINE Multiplication(const PanelView& view, const std::byte* x_blocks, int64_t x_block_bytes,
                             int64_t rows, float* out, std::byte* memory)
       : w(view), x(x_blocks), block_bytes(x_block_bytes), m(rows), y(out), scratch(memory) {
-    tiles_of_y = reinterpret_cast<float*>(scratch + kPanelsAtOnce * unpacked_bytes(w));
+    tiles_of_y =
+        reinterpret_cast<float*>(scratch + kPanelsAtOnce * unpacked_bytes<Block::kPieceSteps>(w));
     open_sums = reinterpret_cast<Sums*>(tiles_of_y + kMostTiles * kTileOfY / 4);
+    // A y that no cache near would keep goes past them: its rows lie far apart, and a store waits
+    // for each line that it must read first.
+    streams = m * w.rows * 4 >= kLargeY && w.rows % kRows == 0 &&
+              reinterpret_cast<uintptr_t>(y) % 64 == 0;
   }
+
+  OMQ_INLINE Panel unpacked(int64_t i) const { return panel_at<Block::kPieceSteps>(w, scratch, i); }
 
   OMQ_INLINE void multiply_panels(int64_t panel, int64_t count) {
     Pair pairs[kPanelsAtOnce / 2];
     for (int64_t p = 0; p < count; p += 2)
-      pairs[p / 2] = {{panel_at(w, scratch, p), panel_at(w, scratch, min64(p + 1, count - 1))},
-                      panel + p,
-                      min64(2, count - p)};
+      pairs[p / 2] = {
+          {unpacked(p), unpacked(min64(p + 1, count - 1))}, panel + p, min64(2, count - p)};
     const int64_t pair_count = (count + 1) / 2;
     for_each_piece<Block::kPieceSteps>(w, [&](const Piece& piece) {
       with_bits(w.bits, [&]<int Bits>() {
-        for (int64_t p = 0; p < count; ++p)
-          unpack_piece<Bits>(w, panel + p, piece, panel_at(w, scratch, p));
+        for (int64_t p = 0; p < count; ++p) unpack_piece<Bits>(w, panel + p, piece, unpacked(p));
       });
-      for (int64_t pair = 0; pair < pair_count; pair += kPairsAtOnce)
+      for (int64_t pair = 0; pair < pair_count; pair += Block::kPairsAtOnce)
         for (int64_t row = 0; row < m; row += kXRows)
-          for (int64_t p = pair; p < min64(pair + kPairsAtOnce, pair_count); ++p)
+          for (int64_t p = pair; p < min64(pair + Block::kPairsAtOnce, pair_count); ++p)
             multiply_piece(piece, pairs[p], row, row / kXRows * (kPanelsAtOnce / 2) + p);
     });
     if (closed.y) {
@@ -388,8 +406,12 @@ template <class Block> class Multiplication {
       for (int64_t r = 0; r < min64(kXRows, m - closed.row); ++r)
         for (int64_t p = 0; p < closed.pair->count; ++p) {
           const int64_t row = (closed.pair->first + p) * kRows;
-          _mm512_mask_storeu_ps(y + (closed.row + r) * w.rows + row, first(w.rows - row),
-                                _mm512_load_ps(closed.y + (2 * r + p) * kRows));
+          float* const to = y + (closed.row + r) * w.rows + row;
+          const __m512 sums = _mm512_load_ps(closed.y + (2 * r + p) * kRows);
+          if (streams)
+            _mm512_stream_ps(to, sums);
+          else
+            _mm512_mask_storeu_ps(to, first(w.rows - row), sums);
         }
     closed.y = nullptr;
   }
@@ -401,6 +423,7 @@ template <class Block> class Multiplication {
   std::byte* scratch;
   float* tiles_of_y;
   Sums* open_sums;
+  bool streams;
   Sums closed_sums[2];
   int turn = 0;
   Closed closed = {};

@@ -87,7 +87,8 @@ template <bool kRest> struct CodesBlock {
   using Share = CodesShare<kRest>;
   static constexpr int64_t kXRows = kCodesBlockRows;
   static constexpr bool kSplits = true;
-  static constexpr int64_t kPieceSteps = 8;
+  // Sums that need not leave their tiles are worth more than tiles from the L1 cache.
+  static constexpr int64_t kPieceSteps = 32, kPanelsAtOnce = 8, kPairsAtOnce = 1;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE CodesBlock(const PanelView& w, const std::byte* block)

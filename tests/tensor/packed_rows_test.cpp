@@ -374,7 +374,8 @@ TEST_CASE("codes times codes: wide rows, more rows than one pass, more panels th
   };
   for (const auto& [rows, cols, group, m, wbits, xbits] :
        {Case{40, 2600, 0, 530, 4, 8}, Case{40, 2600, 128, 530, 4, 8}, Case{40, 2600, 0, 70, 8, 8},
-        Case{40, 2600, 0, 70, 8, 6}, Case{2100, 72, 32, 40, 4, 4}, Case{2100, 72, 0, 48, 3, 8}}) {
+        Case{40, 2600, 0, 70, 8, 6}, Case{2100, 72, 32, 40, 4, 4}, Case{2100, 72, 0, 48, 3, 8},
+        Case{2112, 72, 0, 130, 4, 8}}) {
     const Weights w = random_weights(rows, cols, {.bits = wbits, .group_size = group}, rng);
     const QuantizedRows x = random_codes(m, cols, xbits, rng);
     REQUIRE(force_packed_isa("scalar"));

@@ -235,20 +235,24 @@ TEST_CASE("packed_matmul equals the double-precision product on every instructio
 
 TEST_CASE("packed_matmul of many rows: several blocks and passes, whatever is left over") {
   Restore restore;
-  for (int bits : {2, 3, 4, 8}) {
-    const Sample s = sample(56, 6000, {.bits = bits, .group_size = bits == 2 ? 0 : 128}, 12);
-    const Tensor x = random_rows(275, 6000, 13);
-    for (const char* name : packed_isas_here()) {
-      if (std::string_view(name) == "scalar") continue;
-      REQUIRE(force_packed_isa(name));
-      CAPTURE(name);
-      CAPTURE(bits);
-      Tensor y = Tensor::full({275, 56}, std::nan(""));
-      cpu::packed_matmul(y, x, s.packed);
-      CHECK(product_error(y, x, [&](int64_t n, int64_t k) { return s.weight(n, k); }) <
-            kQuantizedBound);
+  struct Case {
+    int64_t rows, cols, m;  // y of the second goes past the caches
+  };
+  for (const auto& [rows, cols, m] : {Case{56, 6000, 275}, Case{2112, 72, 130}})
+    for (int bits : {2, 3, 4, 8}) {
+      const Sample s = sample(rows, cols, {.bits = bits, .group_size = bits == 2 ? 0 : 128}, 12);
+      const Tensor x = random_rows(m, cols, 13);
+      for (const char* name : packed_isas_here()) {
+        if (std::string_view(name) == "scalar") continue;
+        REQUIRE(force_packed_isa(name));
+        CAPTURE(name);
+        CAPTURE(bits);
+        Tensor y = Tensor::full({m, rows}, std::nan(""));
+        cpu::packed_matmul(y, x, s.packed);
+        CHECK(product_error(y, x, [&](int64_t n, int64_t k) { return s.weight(n, k); }) <
+              kQuantizedBound);
+      }
     }
-  }
 }
 
 TEST_CASE("a row has the same bits alone and among many, on AMX tiles and in AVX-512 loops") {

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 // The kernels ask the processor before they say that they run.
@@ -86,6 +87,11 @@ inline __m512 _mm512_loadu_ps(const void* p) { return emulated::load<__m512>(p);
 inline void _mm512_store_si512(void* p, __m512i v) { emulated::store(p, v); }
 inline void _mm512_storeu_si512(void* p, __m512i v) { emulated::store(p, v); }
 inline void _mm512_store_ps(float* p, __m512 v) { emulated::store(p, v); }
+inline void _mm512_stream_ps(float* p, __m512 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) std::abort();  // as a processor would fault
+  emulated::store(p, v);
+}
+inline void _mm_sfence() {}
 inline void _mm512_storeu_ps(float* p, __m512 v) { emulated::store(p, v); }
 inline void _mm512_mask_storeu_ps(float* p, __mmask16 m, __m512 v) {
   for (int i = 0; i < 16; ++i)
