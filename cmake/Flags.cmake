@@ -94,7 +94,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # it (GCC bug 105593).
   list(APPEND omq_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
-set(omq_amx ${omq_avx512} -mprfchw -mamx-tile -mamx-int8)
+set(omq_amx ${omq_avx512} -mamx-tile -mamx-int8 -mamx-bf16)
 set(omq_neon -march=armv8.2-a+dotprod)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # Scheduled before registers are given out, all of a step's codes are unpacked before they are

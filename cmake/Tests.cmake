@@ -102,7 +102,8 @@ if(OMQ_ARCH STREQUAL "x86_64" AND TARGET omq AND NOT OMQ_SANITIZE)
   target_compile_options(omq_emulated PRIVATE -fno-strict-aliasing
                          $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi>)
   add_executable(omq-test-emulated tests/support/emulated/runs_test.cpp tests/tensor/packed_test.cpp
-                 tests/tensor/packed_rows_test.cpp ${support_sources})
+                 tests/tensor/packed_rows_test.cpp tests/tensor/prompt_attention_test.cpp
+                 ${support_sources})
   target_link_libraries(omq-test-emulated PRIVATE omq_emulated omq)  # in front of the library's own
   omq_add_test(emulated NO_SLOW)
 endif()

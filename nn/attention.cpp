@@ -80,7 +80,9 @@ Tensor Attention::operator()(const Tensor& x, const Positions& at, KVCache* cach
   q = on_grid(q, taps.q);
   if (!cache || cache->quant().k != taps.k) k = on_grid(k, taps.k);
   if (!cache || cache->quant().v != taps.v) v = on_grid(v, taps.v);
-  const AttentionSpec spec{.scale = 1.0 / std::sqrt(static_cast<double>(head_dim)), .causal = true};
+  const AttentionSpec spec{.scale = 1.0 / std::sqrt(static_cast<double>(head_dim)),
+                           .causal = true,
+                           .learns = cache == nullptr};
   const auto output = [&](const Tensor& y) { return o_proj(reshape(y, {B, T, heads * head_dim})); };
   if (cache) {
     check(!needs_grad(k) && !needs_grad(v),

@@ -19,6 +19,9 @@ namespace omq {
 struct AttentionSpec {
   double scale = 1.0;  // usually 1/√d
   bool causal = true;
+  // false: no gradient is asked for behind it. Then a processor may make products its own way, with
+  // scores off by 2⁻¹⁵ of |q|·|k|.
+  bool learns = true;
 };
 
 // One AdamW update (decoupled decay). What changes from step to step is in a tensor, the clock, so

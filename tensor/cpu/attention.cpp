@@ -9,11 +9,14 @@
 // operands of 16 bits are widened first); a few queries (decoding) and F64 take plain loops. Every
 // query head, where these are few every half of one's tiles, writes its own dk and dv; those of a
 // key/value head are added in order, so nothing races and sums keep their order.
+//
+// Prompts, behind which there is no gradient, go the instruction set's own way where it has one.
 #include <type_traits>
 #include <vector>
 
 #include "tensor/cpu/gemm.h"
 #include "tensor/cpu/loops.h"
+#include "tensor/cpu/packed_isa.h"
 #include "tensor/kernels.h"
 
 namespace omq::cpu {
@@ -280,6 +283,81 @@ void attention_tiles(const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& 
   });
 }
 
+// ---- prompts ----
+
+constexpr int64_t kFewKeys = 64;                           // below: nothing to gain
+constexpr int64_t kPreparedKeyBytes = 16ll * 1024 * 1024;  // at once, of at least one head
+
+bool goes_own_way(const PackedIsa& isa, const Sizes& z, const AttentionSpec& s, const Tensor& q) {
+  return !s.learns && isa.attention_tile && q.dtype() == DType::F32 && z.d % 32 == 0 &&
+         z.T >= kAttentionQueries && z.S >= kFewKeys;
+}
+
+// Memory of 64-byte lines, of a Tensor's pool.
+struct Lines {
+  Tensor memory;
+  explicit Lines(int64_t bytes) : memory(Tensor::empty({bytes}, DType::U8)) {}
+  std::byte* at(int64_t offset) const {
+    return reinterpret_cast<std::byte*>(memory.data<uint8_t>()) + offset;
+  }
+};
+
+void own_tile(const PackedIsa& isa, const Sizes& z, const AttentionSpec& s, Tensor& y, Tensor& lse,
+              const Tensor& q, const AttentionKeys& keys, const std::byte* prepared, int64_t b,
+              int64_t h, int64_t t0) {
+  const Lines scratch(isa.attention_scratch_bytes(z.S, z.d));
+  const View qv = head(q, b, h), yv = head(y, b, h);
+  float top[kAttentionQueries], total[kAttentionQueries];
+  const AttentionTile tile{.q = q.data<float>() + qv.base + t0 * qv.row,
+                           .q_row = qv.row,
+                           .rows = std::min(kAttentionQueries, z.T - t0),
+                           .seen = z.visible(t0, s.causal),
+                           .more = s.causal ? 1 : 0,
+                           .scale = static_cast<float>(s.scale),
+                           .y = y.data<float>() + yv.base + t0 * yv.row,
+                           .y_row = yv.row,
+                           .top = top,
+                           .total = total};
+  isa.attention_tile(tile, keys, prepared, scratch.at(0));
+  float* norm = lse.data<float>() + (b * z.H + h) * z.T + t0;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    norm[r] = std::log(total[r]) + top[r] * static_cast<float>(s.scale);
+}
+
+// Key/value heads some at a time: their keys are prepared, then all tiles of queries meet them.
+void attention_own_way(const PackedIsa& isa, const Sizes& z, const AttentionSpec& s, Tensor& y,
+                       Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t bytes = isa.attention_keys_bytes(z.S, z.d), heads = z.B * z.K;
+  const int64_t at_once = std::clamp<int64_t>(kPreparedKeyBytes / bytes, 1, heads);
+  const Lines prepared(at_once * bytes);
+  const auto keys_of = [&](int64_t i) {
+    const View kv = head(k, i / z.K, i % z.K), vv = head(v, i / z.K, i % z.K);
+    return AttentionKeys{
+        k.data<float>() + kv.base, v.data<float>() + vv.base, kv.row, vv.row, z.S, z.d};
+  };
+  constexpr int64_t kKeys = 32;
+  const int64_t parts = (z.S + kKeys - 1) / kKeys;
+  const int64_t tiles = (z.T + kAttentionQueries - 1) / kAttentionQueries;
+  for (int64_t first = 0; first < heads; first += at_once) {
+    const int64_t count = std::min(at_once, heads - first);
+    parallel_for(count * parts, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        isa.prepare_attention_keys(keys_of(first + i / parts), i % parts * kKeys,
+                                   std::min(z.S, (i % parts + 1) * kKeys),
+                                   prepared.at(i / parts * bytes));
+    });
+    const int64_t queries = count * z.group;  // heads of queries
+    parallel_for(queries * tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {  // the longest tiles first: they see the most keys
+        const int64_t which = i % queries / z.group, key_head = first + which;
+        own_tile(isa, z, s, y, lse, q, keys_of(key_head), prepared.at(which * bytes),
+                 key_head / z.K, key_head % z.K * z.group + i % z.group,
+                 (tiles - 1 - i / queries) * kAttentionQueries);
+      }
+    });
+  }
+}
+
 // Results of type T, operands of type Operand.
 template <class T, class Operand>
 void backward(const Sizes& z, Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& q, const Tensor& k,
@@ -331,6 +409,8 @@ void attention(Tensor& y, Tensor& lse, const Tensor& q, const Tensor& k, const T
   if (q.dtype() == DType::F64) return attention_rows<double>(z, s, y, lse, q, k, v);
   if (must_widen(q, z.T)) return attention(y, lse, widened(q), widened(k), widened(v), s);
   if (q.dtype() == DType::BF16) return attention_tiles<bf16_t>(z, s, y, lse, q, k, v);
+  const PackedIsa& isa = active_packed_isa();
+  if (goes_own_way(isa, z, s, q)) return attention_own_way(isa, z, s, y, lse, q, k, v);
   if (z.T < kFewQueries) return attention_rows<float>(z, s, y, lse, q, k, v);
   attention_tiles<float>(z, s, y, lse, q, k, v);
 }

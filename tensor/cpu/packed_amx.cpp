@@ -31,10 +31,10 @@ bool tiles_permitted() {
 }
 
 bool runs_here() {
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // leaf 7, EDX
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // leaf 7, EDX
   unsigned a = 0, b = 0, c = 0, d = 0;
   return avx512::runs_here() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) &&
-         (d & kInt8) && tiles_permitted();
+         (d & kInt8) && (d & kBf16) && tiles_permitted();
 }
 
 // ---- 16 rows of x ----
@@ -162,6 +162,10 @@ const PackedIsa kAmxIsa = {
     .dequantize = avx512::dequantize,
     .dense_gemv = avx512::dense_gemv,
     .widen = avx512::widen,
+    .attention_keys_bytes = amx::attention_keys_bytes,
+    .prepare_attention_keys = amx::prepare_attention_keys,
+    .attention_scratch_bytes = amx::attention_scratch_bytes,
+    .attention_tile = amx::attention_tile,
 };
 
 }  // namespace omq::cpu

@@ -14,8 +14,13 @@
 
 namespace omq::cpu {
 
-// Defined in packed_amx_codes.cpp, for the table in packed_amx.cpp.
+// Defined in packed_amx_codes.cpp and packed_amx_attention.cpp, for the table in packed_amx.cpp.
 namespace amx {
+int64_t attention_keys_bytes(int64_t keys, int64_t d);
+void prepare_attention_keys(const AttentionKeys& x, int64_t key0, int64_t key1, std::byte* out);
+int64_t attention_scratch_bytes(int64_t keys, int64_t d);
+void attention_tile(const AttentionTile& t, const AttentionKeys& x, const std::byte* keys,
+                    std::byte* scratch);
 void gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                 int64_t panel1, std::byte* scratch);
 int64_t gemm_codes_scratch_bytes(const PanelView& w);

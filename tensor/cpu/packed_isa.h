@@ -67,6 +67,25 @@ struct DenseView {
   Stored type;
 };
 
+// Keys and values of one head, and some queries of one of its query heads: the y of a query is its
+// mean of the values, weighted by exp(scale · q·k). Query r sees the first seen + r · more keys, at
+// least one. top, total [rows]: its largest score before the scale, and Σ exp(scale · (score −
+// top)).
+struct AttentionKeys {
+  const float *k, *v;
+  int64_t k_row, v_row, count, d;
+};
+struct AttentionTile {
+  const float* q;
+  int64_t q_row, rows;
+  int64_t seen, more;
+  float scale;
+  float* y;
+  int64_t y_row;
+  float *top, *total;
+};
+inline constexpr int64_t kAttentionQueries = 32;  // of a tile at most
+
 struct PackedIsa {
   const char* name;
   bool (*runs_here)();
@@ -118,6 +137,17 @@ struct PackedIsa {
                      int64_t row1);
   // n values to float.
   void (*widen)(const void* values, Stored type, float* out, int64_t n);
+
+  // A way of its own for the attention of many queries, or null. d is a multiple of 32. Keys and
+  // values are prepared once, any 32 of them (key0 and key1 multiples of 32, but for an end) apart
+  // from the others; all memory is 64-byte aligned. Relative error of a score about 2⁻¹⁵ of
+  // |q|·|k|.
+  int64_t (*attention_keys_bytes)(int64_t keys, int64_t d) = nullptr;
+  void (*prepare_attention_keys)(const AttentionKeys& x, int64_t key0, int64_t key1,
+                                 std::byte* out) = nullptr;
+  int64_t (*attention_scratch_bytes)(int64_t keys, int64_t d) = nullptr;
+  void (*attention_tile)(const AttentionTile& t, const AttentionKeys& x, const std::byte* keys,
+                         std::byte* scratch) = nullptr;
 };
 
 extern const PackedIsa kScalarIsa;

@@ -92,6 +92,14 @@ inline void _mm512_stream_ps(float* p, __m512 v) {
   emulated::store(p, v);
 }
 inline void _mm_sfence() {}
+inline void _mm256_store_si256(__m256i* p, __m256i v) { emulated::store(p, v); }
+inline __m512 _mm512_mask_loadu_ps(__m512 other, __mmask16 m, const void* p) {
+  return emulated::each<__m512, float>([&](int i) {
+    float v = other.as<float>().v[i];
+    if (m >> i & 1) std::memcpy(&v, static_cast<const uint8_t*>(p) + 4 * i, 4);
+    return v;
+  });
+}
 inline void _mm512_storeu_ps(float* p, __m512 v) { emulated::store(p, v); }
 inline void _mm512_mask_storeu_ps(float* p, __mmask16 m, __m512 v) {
   for (int i = 0; i < 16; ++i)
@@ -209,6 +217,7 @@ inline __m512 _mm512_castsi512_ps(__m512i a) { return emulated::load<__m512>(&a)
     const auto x = a.as<float>(), y = b.as<float>();                         \
     return emulated::each<__m512, float>([&](int i) { return expression; }); \
   }
+OMQ_EMULATE(_mm512_add_ps, emulated::rounded(x.v[i] + y.v[i]))
 OMQ_EMULATE(_mm512_sub_ps, emulated::rounded(x.v[i] - y.v[i]))
 OMQ_EMULATE(_mm512_mul_ps, emulated::rounded(x.v[i] * y.v[i]))
 OMQ_EMULATE(_mm512_max_ps, x.v[i] > y.v[i] ? x.v[i] : y.v[i])
@@ -250,6 +259,23 @@ inline float _mm512_reduce_max_ps(__m512 a) {
   return most;
 }
 
+inline __m512i _mm512_castps_si512(__m512 a) { return emulated::load<__m512i>(&a); }
+inline __m512 _mm512_maskz_mov_ps(__mmask16 m, __m512 a) {
+  return emulated::each<__m512, float>([&](int i) { return m >> i & 1 ? a.as<float>().v[i] : 0; });
+}
+inline __m512 _mm512_roundscale_ps(__m512 a, int) {
+  return emulated::each<__m512, float>([&](int i) { return std::nearbyint(a.as<float>().v[i]); });
+}
+inline __m512 _mm512_scalef_ps(__m512 a, __m512 by) {
+  return emulated::each<__m512, float>([&](int i) {
+    return std::ldexp(a.as<float>().v[i], static_cast<int>(std::floor(by.as<float>().v[i])));
+  });
+}
+inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
+  return emulated::each<__m256i, uint16_t>(
+      [&](int i) { return static_cast<uint16_t>(a.as<uint32_t>().v[i]); });
+}
+
 // ---- tiles: 16 rows of 64 bytes, all of them ----
 
 inline void _tile_loadconfig(const void*) {}
@@ -272,6 +298,25 @@ inline void _tile_dpbssd(int sum, int a, int b) {
       for (int k = 0; k < 64; ++k)
         s += static_cast<int8_t>(emulated::tiles[a].row[r][k]) *
              static_cast<int8_t>(emulated::tiles[b].row[k / 4][4 * c + k % 4]);
+      std::memcpy(emulated::tiles[sum].row[r] + 4 * c, &s, 4);
+    }
+}
+// bf16 of a, row by row, with those of b, whose rows hold two of each column's.
+inline void _tile_dpbf16ps(int sum, int a, int b) {
+  const auto number = [](const unsigned char* at) {
+    uint32_t bits = 0;
+    std::memcpy(reinterpret_cast<unsigned char*>(&bits) + 2, at, 2);
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  };
+  for (int r = 0; r < 16; ++r)
+    for (int c = 0; c < 16; ++c) {
+      float s;
+      std::memcpy(&s, emulated::tiles[sum].row[r] + 4 * c, 4);
+      for (int k = 0; k < 32; ++k)
+        s += number(emulated::tiles[a].row[r] + 2 * k) *
+             number(emulated::tiles[b].row[k / 2] + 4 * c + 2 * (k % 2));
       std::memcpy(emulated::tiles[sum].row[r] + 4 * c, &s, 4);
     }
 }
