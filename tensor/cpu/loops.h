@@ -9,6 +9,17 @@
 #include "tensor/parallel.h"
 #include "tensor/tensor.h"
 
+// Compiles a function twice, the second time for AVX-512 (x86-64-v4), and takes that one where it
+// runs: for loops that have many operations an element. Results are the same, for neither sums nor
+// rounding depend on the width of a vector. Not for templates; what the function calls must be
+// inlined to take part.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define OMQ_WIDE [[gnu::target_clones("arch=x86-64-v4", "default")]]
+#else
+#define OMQ_WIDE
+#endif
+
 namespace omq::cpu {
 
 inline constexpr int64_t kGrain =
@@ -126,7 +137,8 @@ template <class T, class F> T lane_max(int64_t n, T start, F&& f) {
 template <class T> struct Extremes { T hi, lo; };
 
 // Largest and smallest of p[0] … p[n−1] and start's two. NaN is passed over. Lanes as lane_max's.
-template <class T> Extremes<T> extremes(const T* p, int64_t n, Extremes<T> start) {
+template <class T>
+[[gnu::always_inline]] inline Extremes<T> extremes(const T* p, int64_t n, Extremes<T> start) {
   constexpr int64_t kLanes = 32;
   T hi[kLanes], lo[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) hi[j] = start.hi, lo[j] = start.lo;

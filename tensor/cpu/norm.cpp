@@ -7,10 +7,45 @@
 namespace omq::cpu {
 namespace {
 
-template <class T> T inverse_rms(const T* p, int64_t n, double eps) {
+template <class T> [[gnu::always_inline]] inline T inverse_rms(const T* p, int64_t n, double eps) {
   const double ss = lane_sum<double>(
       n, [p](int64_t i) { return static_cast<double>(p[i]) * static_cast<double>(p[i]); });
   return static_cast<T>(1.0 / std::sqrt(ss / static_cast<double>(n) + eps));
+}
+
+template <class T>
+[[gnu::always_inline]] inline void norm_row(T* o, const T* p, const T* gain, const T* shift,
+                                            int64_t n, double eps) {
+  const T s = inverse_rms(p, n, eps);
+  if (!gain) {
+    for (int64_t i = 0; i < n; ++i) o[i] = p[i] * s;
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const T hat = p[i] * s;
+      o[i] = hat * gain[i];
+    }
+  }
+  if (shift)
+    for (int64_t i = 0; i < n; ++i) o[i] += shift[i];
+}
+OMQ_WIDE void norm_row_of(float* o, const float* p, const float* gain, const float* shift,
+                          int64_t n, double eps) {
+  norm_row(o, p, gain, shift, n, eps);
+}
+void norm_row_of(double* o, const double* p, const double* gain, const double* shift, int64_t n,
+                 double eps) {
+  norm_row(o, p, gain, shift, n, eps);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void silu_row(T* o, const T* gate, const T* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) o[i] = fn::Silu{}.fwd(gate[i]) * up[i];
+}
+OMQ_WIDE void silu_row_of(float* o, const float* gate, const float* up, int64_t n) {
+  silu_row(o, gate, up, n);
+}
+void silu_row_of(double* o, const double* gate, const double* up, int64_t n) {
+  silu_row(o, gate, up, n);
 }
 
 }  // namespace
@@ -23,16 +58,8 @@ void rms_norm(Tensor& y, const Tensor& x, const Tensor& w, const Tensor& b, doub
     const T* shift = b.defined() ? b.data<T>() : nullptr;
     T* out = y.data<T>();
     parallel_for(rows_of(x), std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* p = in + r * n;
-        T* o = out + r * n;
-        const T s = inverse_rms(p, n, eps);
-        for (int64_t i = 0; i < n; ++i) o[i] = p[i] * s;
-        if (gain)
-          for (int64_t i = 0; i < n; ++i) o[i] *= gain[i];
-        if (shift)
-          for (int64_t i = 0; i < n; ++i) o[i] += shift[i];
-      }
+      for (int64_t r = begin; r < end; ++r)
+        norm_row_of(out + r * n, in + r * n, gain, shift, n, eps);
     });
   });
 }
@@ -91,7 +118,7 @@ void silu_mul(Tensor& y, const Tensor& gate, const Tensor& up) {
     const T *g = gate.data<T>(), *u = up.data<T>();
     T* o = y.data<T>();
     parallel_for(y.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) o[i] = fn::Silu{}.fwd(g[i]) * u[i];
+      silu_row_of(o + begin, g + begin, u + begin, end - begin);
     });
   });
 }

@@ -61,7 +61,7 @@ template <class F> void for_each_quantized(const QuantizedRows& q, const Tensor&
 }
 
 // No exponent that is all ones: in integers, so that it vectorises.
-bool all_finite(const float* p, int64_t n) {
+[[gnu::always_inline]] inline bool all_finite(const float* p, int64_t n) {
   constexpr uint32_t kExponent = 0x7f800000;
   uint32_t bad = 0;
   for (int64_t i = 0; i < n; ++i)
@@ -69,7 +69,7 @@ bool all_finite(const float* p, int64_t n) {
   return bad == 0;
 }
 
-void quantize_row(const QuantizedRows& q, const float* p, uint8_t* codes, float* grid) {
+OMQ_WIDE void quantize_row(const QuantizedRows& q, const float* p, uint8_t* codes, float* grid) {
   const int64_t n = q.cols;
   if (!all_finite(p, n)) {
     std::fill_n(codes, q.code_bytes(), uint8_t{0});
@@ -92,6 +92,10 @@ void quantize_row(const QuantizedRows& q, const float* p, uint8_t* codes, float*
   if (n % 2) codes[n / 2] = code(n - 1);
 }
 
+OMQ_WIDE void silu_mul_row(float* out, const float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = fn::Silu{}.fwd(gate[i]) * up[i];
+}
+
 }  // namespace
 
 void quantize_rows(QuantizedRows& q, const Tensor& x) {
@@ -110,9 +114,8 @@ void quantize_silu_mul(QuantizedRows& q, const Tensor& gate, const Tensor& up) {
     thread_local std::vector<float> row;
     row.resize(static_cast<size_t>(q.cols));
     const float* u = up.data<float>() + (g - gate.data<float>());
-    float* product = row.data();
-    for (int64_t i = 0, n = q.cols; i < n; ++i) product[i] = fn::Silu{}.fwd(g[i]) * u[i];
-    quantize_row(q, product, codes, grid);
+    silu_mul_row(row.data(), g, u, q.cols);
+    quantize_row(q, row.data(), codes, grid);
   });
 }
 
