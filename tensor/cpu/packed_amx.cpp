@@ -115,6 +115,7 @@ template <bool kRest> struct FloatsBlock {
   static constexpr bool kSplits = false;  // a chunk has 128 columns at most
   // A piece of two pairs and of a block of x stay in the L1 cache.
   static constexpr int64_t kPieceSteps = 4, kPanelsAtOnce = 16, kPairsAtOnce = 2;
+  static constexpr bool kAskAhead = false;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE FloatsBlock(const PanelView& w, const std::byte* block)

@@ -7,7 +7,7 @@
 //
 // The sums of a chunk leave their tiles through memory and are scaled and added in F32 while
 // the tiles multiply the next chunk, a little after each multiplication: measured faster than all
-// of it after the chunk. (Asking ahead for tiles of x changed nothing.)
+// of it after the chunk.
 #pragma once
 
 #include "tensor/cpu/packed_avx512.h"
@@ -211,24 +211,35 @@ struct Sums {
 // registers that tiles are renamed to. When the core's other thread is busy, too few of these are
 // left for loads to run ahead of multiplications: with all eight tiles live a multiplication then
 // takes 37 cycles instead of 16, a load beside it as many again.
-template <class Around>
+//
+// kAskAhead: x comes from the L2 cache, and the next step's is asked for.
+template <bool kAskAhead, class Around>
 OMQ_INLINE void multiply_step(const int8_t* x, const uint8_t* w0, const uint8_t* w1,
                               const Around& around) {
+  const auto ask = [x](int quarter) __attribute__((always_inline)) {
+    if constexpr (kAskAhead)
+      OMQ_UNROLL for (int line = 8 * quarter; line < 8 * quarter + 8; ++line)
+          __builtin_prefetch(x + 2 * kTileSize + 64 * line);
+  };
   _tile_loadd(4, x, kTileCols);
   _tile_loadd(6, w0, kTileCols);
   _tile_dpbssd(0, 4, 6);
+  ask(0);
   around(0);
   _tile_loadd(5, x + kTileSize, kTileCols);
   _tile_dpbssd(1, 5, 6);
   _tile_zero(6);
+  ask(1);
   around(1);
   _tile_loadd(7, w1, kTileCols);
   _tile_dpbssd(2, 4, 7);
   _tile_zero(4);
+  ask(2);
   around(2);
   _tile_dpbssd(3, 5, 7);
   _tile_zero(5);
   _tile_zero(7);
+  ask(3);
   around(3);
 }
 
@@ -257,7 +268,7 @@ OMQ_INLINE void store_sums(int i, Sums& to) {
 // One part of a block of x, whose tiles come in pairs, with two panels; all tiles are zero before
 // and after. `from`: the chunk's sums so far, null when the part opens it. work(i) for i in [0, 4 ·
 // BusySteps), BusySteps ≤ steps: what the vector units do meanwhile; it must not touch `to`.
-template <int BusySteps, class Work>
+template <int BusySteps, bool kAskAhead, class Work>
 OMQ_INLINE void multiply_part(const int8_t* x, const uint8_t* w0, const uint8_t* w1, int64_t steps,
                               const Sums* from, Sums& to, const Work& work) {
   memory_barrier();
@@ -268,7 +279,8 @@ OMQ_INLINE void multiply_part(const int8_t* x, const uint8_t* w0, const uint8_t*
     _tile_loadd(3, from->of[1][1], kTileCols);
   }
   const auto step = [&](int64_t at, const auto& around) __attribute__((always_inline)) {
-    multiply_step(x + 2 * kTileSize * at, w0 + kTileSize * at, w1 + kTileSize * at, around);
+    multiply_step<kAskAhead>(x + 2 * kTileSize * at, w0 + kTileSize * at, w1 + kTileSize * at,
+                             around);
   };
   const auto busy = [&](int i) __attribute__((always_inline)) {
     memory_barrier();
@@ -287,12 +299,12 @@ OMQ_INLINE void multiply_part(const int8_t* x, const uint8_t* w0, const uint8_t*
 }
 
 // Multiplies one part, and meanwhile adds the sums of a chunk before to y.
-template <int BusySteps, int Rows, class Share>
+template <int BusySteps, int Rows, bool kAskAhead, class Share>
 OMQ_INLINE void multiply_and_add(const int8_t* x, const uint8_t* w0, const uint8_t* w1,
                                  int64_t steps, const Sums* from, Sums& to, const Share& before,
                                  float* y) {
   constexpr int kRowsAtOnce = Rows / (4 * BusySteps);
-  multiply_part<BusySteps>(
+  multiply_part<BusySteps, kAskAhead>(
       x, w0, w1, steps, from, to, [&](int i) __attribute__((always_inline)) {
         // (Rows are not written out: that was 20 KiB of code for each kind of sums.)
         for (int r = 0; r < kRowsAtOnce; ++r) before.add_row(kRowsAtOnce * i + r, y);
@@ -323,6 +335,7 @@ template <class Block> class Multiplication {
   }
 
  private:
+  static constexpr bool kAsk = Block::kAskAhead;
   static constexpr int64_t kXRows = Block::kXRows, kPanelsAtOnce = Block::kPanelsAtOnce;
   static constexpr int64_t kTileOfY = kXRows * 2 * kRows * 4;  // bytes
   static constexpr int64_t kLargeY = 1024 * 1024;              // bytes
@@ -390,11 +403,11 @@ template <class Block> class Multiplication {
       const typename Block::Share share = closed.share;
       float* const y_before = closed.y;
       if (!y_before)
-        multiply_part<0>(x_tiles, w0, w1, part->steps, from, to, [](int) {});
+        multiply_part<0, kAsk>(x_tiles, w0, w1, part->steps, from, to, [](int) {});
       else if (part->steps >= 2)
-        multiply_and_add<2, kXRows>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
+        multiply_and_add<2, kXRows, kAsk>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
       else
-        multiply_and_add<1, kXRows>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
+        multiply_and_add<1, kXRows, kAsk>(x_tiles, w0, w1, part->steps, from, to, share, y_before);
       if (y_before) finish();
       if (part->closes) {
         closed = {block.share(pair, part->chunk, to), y_tile, &pair, row,

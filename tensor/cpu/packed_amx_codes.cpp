@@ -89,6 +89,7 @@ template <bool kRest> struct CodesBlock {
   static constexpr bool kSplits = true;
   // Sums that need not leave their tiles are worth more than tiles from the L1 cache.
   static constexpr int64_t kPieceSteps = 32, kPanelsAtOnce = 8, kPairsAtOnce = 1;
+  static constexpr bool kAskAhead = true;
   XBlock x;
   int64_t chunk_bytes;
   OMQ_INLINE CodesBlock(const PanelView& w, const std::byte* block)
