@@ -60,8 +60,12 @@ void prepare_row(const PanelView& w, const RowCodes& x, int64_t r, const XBlock&
 
 // ---- y ----
 
-// One chunk's part of y. kRest: bytes of x or of w leave something out.
-template <bool kRest> struct CodesShare {
+// What the bytes of x and w leave out of a chunk: nothing; something of x alone, and little enough
+// for a product of 16 bits, which costs a fifth of one of 32; or anything.
+enum class Rest { None, SmallOfX, Any };
+
+// One chunk's part of y.
+template <Rest kRest> struct CodesShare {
   const Sums* sums;
   const ChunkGrid* grid[2];
   const float* x_scale;
@@ -72,7 +76,10 @@ template <bool kRest> struct CodesShare {
     OMQ_UNROLL for (int p = 0; p < 2; ++p) {
       float* to = y + (2 * r + p) * kRows;
       __m512i dot = _mm512_load_si512(sums->of[p][r / kTileRows][r % kTileRows]);
-      if constexpr (kRest) {
+      if constexpr (kRest == Rest::SmallOfX)  // (the upper half of a lane meets 0)
+        dot = _mm512_sub_epi32(
+            dot, _mm512_madd_epi16(grid[p]->code_sum, _mm512_set1_epi32(x_rest[r] & 0xffff)));
+      if constexpr (kRest == Rest::Any) {
         dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(grid[p]->rest, _mm512_set1_epi32(x_sum[r])));
         dot = _mm512_sub_epi32(dot,
                                _mm512_mullo_epi32(grid[p]->code_sum, _mm512_set1_epi32(x_rest[r])));
@@ -83,7 +90,7 @@ template <bool kRest> struct CodesShare {
   }
 };
 
-template <bool kRest> struct CodesBlock {
+template <Rest kRest> struct CodesBlock {
   using Share = CodesShare<kRest>;
   static constexpr int64_t kXRows = kCodesBlockRows;
   static constexpr bool kSplits = true;
@@ -104,15 +111,18 @@ template <bool kRest> struct CodesBlock {
   }
 };
 
-// Whether any row's bytes leave something out.
-bool any_rest(const PanelView& w, const std::byte* x, int64_t m) {
+Rest rest_of(const PanelView& w, const std::byte* x, int64_t m) {
+  if (w.bits == 8) return Rest::Any;
+  __m512i any = _mm512_setzero_si512();
   for (int64_t row = 0; row < m; row += kXRows, x += amx::codes_block_bytes(w)) {
     const int32_t* rest = x_block_at(w, x).rest;
-    const __m512i any =
-        _mm512_or_si512(_mm512_load_si512(rest), _mm512_load_si512(rest + kTileRows));
-    if (_mm512_test_epi32_mask(any, any) != 0) return true;
+    any = _mm512_or_si512(
+        any, _mm512_or_si512(_mm512_load_si512(rest), _mm512_load_si512(rest + kTileRows)));
   }
-  return false;
+  if (_mm512_test_epi32_mask(any, any) == 0) return Rest::None;
+  // Of x it has 8 bits and a sign; a chunk's sum of codes less their zero point must have 16.
+  const int64_t most = w.chunk_stride * ((1 << w.bits) - 1);
+  return most < 32768 ? Rest::SmallOfX : Rest::Any;
 }
 
 }  // namespace
@@ -128,14 +138,16 @@ void amx::prepare_codes_block(const PanelView& w, const RowCodes* x, int64_t row
 }
 
 int64_t amx::gemm_codes_scratch_bytes(const PanelView& w) {
-  return Multiplication<CodesBlock<true>>::scratch_bytes(w);
+  return Multiplication<CodesBlock<Rest::Any>>::scratch_bytes(w);
 }
 
 void amx::gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch) {
   take_tiles();
-  const auto run = w.bits == 8 || any_rest(w, x, m) ? Multiplication<CodesBlock<true>>::run
-                                                    : Multiplication<CodesBlock<false>>::run;
+  const Rest rest = rest_of(w, x, m);
+  const auto run = rest == Rest::None       ? Multiplication<CodesBlock<Rest::None>>::run
+                   : rest == Rest::SmallOfX ? Multiplication<CodesBlock<Rest::SmallOfX>>::run
+                                            : Multiplication<CodesBlock<Rest::Any>>::run;
   run(w, x, codes_block_bytes(w), m, y, panel0, panel1, scratch);
   release_tiles();
 }

@@ -151,6 +151,11 @@ inline __m512i _mm512_maskz_sub_epi8(__mmask64 m, __m512i a, __m512i b) {
   const auto x = a.as<uint8_t>(), y = b.as<uint8_t>();
   return emulated::each<__m512i, uint8_t>([&](int i) { return m >> i & 1 ? x.v[i] - y.v[i] : 0; });
 }
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  const auto x = a.as<int16_t>(), y = b.as<int16_t>();
+  return emulated::each<__m512i, int>(
+      [&](int i) { return x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1]; });
+}
 inline __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
   return emulated::each<__m512i, uint8_t>([&](int i) {
     int r = 0;
