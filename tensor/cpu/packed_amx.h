@@ -133,20 +133,14 @@ OMQ_INLINE Panel panel_at(const PanelView& w, std::byte* scratch, int64_t i) {
 }
 
 // `cols` columns to tiles; gives Σ of their bytes, 16 rows. `less`: what is taken off the codes.
-// What lies `ahead` bytes further is asked for: a processor does not follow many short runs, and
-// its next level of cache is far.
 template <int Bits>
-OMQ_INLINE __m512i unpack_columns(const uint8_t* step, int64_t cols, __m512i less, int64_t ahead,
-                                  uint8_t* out) {
+OMQ_INLINE __m512i unpack_columns(const uint8_t* step, int64_t cols, __m512i less, uint8_t* out) {
   constexpr int Q = kQuads<Bits>;
   __m512i sum = _mm512_setzero_si512();
   int64_t q = 0;
   for (; q < cols / 4; q += Q, step += kStepBytes<Bits>) {
     __m512i quad[Q];
     unpack<Bits, false>(step, quad);
-    OMQ_UNROLL for (int v = 0; v < kVectors<Bits>; ++v) {
-      __builtin_prefetch(step + ahead + 64 * v, 0, 2);
-    }
     OMQ_UNROLL for (int s = 0; s < Q; ++s) {
       quad[s] = _mm512_sub_epi8(quad[s], less);
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), quad[s]);
@@ -161,19 +155,13 @@ template <int Bits>
 void unpack_piece(const PanelView& w, int64_t panel, const Piece& piece, const Panel& out) {
   const uint8_t* data = w.data + panel * w.panel_bytes;
   uint8_t* tiles = out.tiles;
-  // Next comes what follows in this panel; behind its end, the same of the next panel.
-  const Part& end = piece.part[piece.parts - 1];
-  const int64_t piece_bytes = end.group_at - piece.part->group_at +
-                              Block<Bits>::codes_at(end.col + end.cols - piece.part->col);
-  const bool ends = end.closes && end.chunk + 1 == w.chunks;
-  const int64_t ahead = ends ? w.panel_bytes : piece_bytes;
   for (const Part* part = piece.part; part < piece.part + piece.parts; ++part) {
     const uint8_t* block = data + part->group_at;
     const __m512i zero = zeros_at(w, block + part->grid_at);
     const __m512i less = Bits == 8 ? _mm512_set1_epi8(-128)
                                    : _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
-    const __m512i sum = unpack_columns<Bits>(block + Block<Bits>::codes_at(part->col), part->cols,
-                                             less, ahead, tiles);
+    const __m512i sum =
+        unpack_columns<Bits>(block + Block<Bits>::codes_at(part->col), part->cols, less, tiles);
     ChunkGrid& grid = out.grid[part->chunk];
     if (part->opens) {
       grid.scale = load_f16(block + part->grid_at);
