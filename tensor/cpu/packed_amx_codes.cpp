@@ -61,7 +61,7 @@ void prepare_row(const PanelView& w, const RowCodes& x, int64_t r, const XBlock&
 // ---- y ----
 
 // What the bytes of x and w leave out of a chunk: nothing; something of x alone, and little enough
-// for a product of 16 bits, which costs a fifth of one of 32; or anything.
+// for a product of 16 bits, which costs less than one of 32; or anything.
 enum class Rest { None, SmallOfX, Any };
 
 // One chunk's part of y.
