@@ -61,12 +61,14 @@ endif()
 
 set(CMAKE_CXX_FLAGS_RELEASE "-O3 -DNDEBUG")
 set(CMAKE_CXX_FLAGS_MINSIZEREL "-Os -ffunction-sections -fdata-sections -DNDEBUG")
-# Where the time goes, small code costs more than it saves.
+# Where the time goes, small code costs more than it saves; but once is enough (OMQ_WIDE of
+# tensor/cpu/loops.h).
 if(CMAKE_BUILD_TYPE STREQUAL "MinSizeRel")
   set(OMQ_HOT_FILES attention decode_attention gemm_naive gemm_onednn matmul norm packed
       packed_scalar rope row_products row_quant softmax)
   list(TRANSFORM OMQ_HOT_FILES REPLACE "(.+)" "tensor/cpu/\\1.cpp")
-  set_source_files_properties(${OMQ_HOT_FILES} tensor/parallel.cpp PROPERTIES COMPILE_OPTIONS "-O2")
+  set_source_files_properties(${OMQ_HOT_FILES} tensor/parallel.cpp
+                              PROPERTIES COMPILE_OPTIONS "-O2;-DOMQ_NO_WIDE")
   set(omq_isa_speed -O2)
   # fmt asks the C++ locale for a separator that nobody here prints; without that, a program that
   # uses no streams is half a megabyte smaller.

@@ -15,7 +15,7 @@
 // inlined to take part.
 // (GCC 12 knows x86-64-v4 there; the choice at start is the GNU C library's.)
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(OMQ_NO_WIDE)
 #define OMQ_WIDE [[gnu::target_clones("arch=x86-64-v4", "default")]]
 #else
 #define OMQ_WIDE

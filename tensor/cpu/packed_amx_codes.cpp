@@ -60,9 +60,9 @@ void prepare_row(const PanelView& w, const RowCodes& x, int64_t r, const XBlock&
 
 // ---- y ----
 
-// What the bytes of x and w leave out of a chunk: nothing; something of x alone, and little enough
-// for a product of 16 bits, which costs less than one of 32; or anything.
-enum class Rest { None, SmallOfX, Any };
+// What the bytes of x and w leave out of a chunk: at most something of x, and little enough for a
+// product of 16 bits, which costs less than one of 32; or anything.
+enum class Rest { SmallOfX, Any };
 
 // One chunk's part of y.
 template <Rest kRest> struct CodesShare {
@@ -76,10 +76,10 @@ template <Rest kRest> struct CodesShare {
     OMQ_UNROLL for (int p = 0; p < 2; ++p) {
       float* to = y + (2 * r + p) * kRows;
       __m512i dot = _mm512_load_si512(sums->of[p][r / kTileRows][r % kTileRows]);
-      if constexpr (kRest == Rest::SmallOfX)  // (the upper half of a lane meets 0)
+      if constexpr (kRest == Rest::SmallOfX) {  // (the upper half of a lane meets 0)
         dot = _mm512_sub_epi32(
             dot, _mm512_madd_epi16(grid[p]->code_sum, _mm512_set1_epi32(x_rest[r] & 0xffff)));
-      if constexpr (kRest == Rest::Any) {
+      } else {
         dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(grid[p]->rest, _mm512_set1_epi32(x_sum[r])));
         dot = _mm512_sub_epi32(dot,
                                _mm512_mullo_epi32(grid[p]->code_sum, _mm512_set1_epi32(x_rest[r])));
@@ -111,18 +111,9 @@ template <Rest kRest> struct CodesBlock {
   }
 };
 
-Rest rest_of(const PanelView& w, const std::byte* x, int64_t m) {
-  if (w.bits == 8) return Rest::Any;
-  __m512i any = _mm512_setzero_si512();
-  for (int64_t row = 0; row < m; row += kXRows, x += amx::codes_block_bytes(w)) {
-    const int32_t* rest = x_block_at(w, x).rest;
-    any = _mm512_or_si512(
-        any, _mm512_or_si512(_mm512_load_si512(rest), _mm512_load_si512(rest + kTileRows)));
-  }
-  if (_mm512_test_epi32_mask(any, any) == 0) return Rest::None;
-  // Of x it has 8 bits and a sign; a chunk's sum of codes less their zero point must have 16.
-  const int64_t most = w.chunk_stride * ((1 << w.bits) - 1);
-  return most < 32768 ? Rest::SmallOfX : Rest::Any;
+// Of x it has 8 bits and a sign; a chunk's sum of codes less their zero point must have 16.
+bool rest_is_small(const PanelView& w) {
+  return w.bits < 8 && w.chunk_stride * ((1 << w.bits) - 1) < 32768;
 }
 
 }  // namespace
@@ -144,10 +135,8 @@ int64_t amx::gemm_codes_scratch_bytes(const PanelView& w) {
 void amx::gemm_codes(const PanelView& w, const std::byte* x, int64_t m, float* y, int64_t panel0,
                      int64_t panel1, std::byte* scratch) {
   take_tiles();
-  const Rest rest = rest_of(w, x, m);
-  const auto run = rest == Rest::None       ? Multiplication<CodesBlock<Rest::None>>::run
-                   : rest == Rest::SmallOfX ? Multiplication<CodesBlock<Rest::SmallOfX>>::run
-                                            : Multiplication<CodesBlock<Rest::Any>>::run;
+  const auto run = rest_is_small(w) ? Multiplication<CodesBlock<Rest::SmallOfX>>::run
+                                    : Multiplication<CodesBlock<Rest::Any>>::run;
   run(w, x, codes_block_bytes(w), m, y, panel0, panel1, scratch);
   release_tiles();
 }

@@ -189,11 +189,6 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     return r;
   });
 }
-inline __mmask16 _mm512_test_epi32_mask(__m512i a, __m512i b) {
-  int m = 0;
-  for (int i = 0; i < 16; ++i) m |= int{(a.as<int>().v[i] & b.as<int>().v[i]) != 0} << i;
-  return static_cast<__mmask16>(m);
-}
 inline int _mm512_reduce_add_epi32(__m512i a) {
   uint32_t sum = 0;
   for (const uint32_t x : a.as<uint32_t>().v) sum += x;
