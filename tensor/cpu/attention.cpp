@@ -289,8 +289,8 @@ constexpr int64_t kFewKeys = 64;                           // below: nothing to 
 constexpr int64_t kPreparedKeyBytes = 16ll * 1024 * 1024;  // at once, of at least one head
 
 bool goes_own_way(const PackedIsa& isa, const Sizes& z, const AttentionSpec& s, const Tensor& q) {
-  return !s.learns && isa.attention_tile && q.dtype() == DType::F32 && z.d % 32 == 0 &&
-         z.T >= kAttentionQueries && z.S >= kFewKeys;
+  return !s.learns && s.scale > 0 && isa.attention_tile && q.dtype() == DType::F32 &&
+         z.d % 32 == 0 && z.T >= kAttentionQueries && z.S >= kFewKeys;
 }
 
 // Memory of 64-byte lines, of a Tensor's pool.

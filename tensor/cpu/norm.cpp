@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "tensor/cpu/loops.h"
+#include "tensor/cpu/silu_row.h"
 #include "tensor/kernels.h"
 
 namespace omq::cpu {
@@ -41,14 +42,15 @@ template <class T>
 [[gnu::always_inline]] inline void silu_row(T* o, const T* gate, const T* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) o[i] = fn::Silu{}.fwd(gate[i]) * up[i];
 }
-OMQ_WIDE void silu_row_of(float* o, const float* gate, const float* up, int64_t n) {
-  silu_row(o, gate, up, n);
-}
-void silu_row_of(double* o, const double* gate, const double* up, int64_t n) {
-  silu_row(o, gate, up, n);
+}  // namespace
+
+OMQ_WIDE void silu_mul_row(float* out, const float* gate, const float* up, int64_t n) {
+  silu_row(out, gate, up, n);
 }
 
-}  // namespace
+static void silu_mul_row(double* o, const double* gate, const double* up, int64_t n) {
+  silu_row(o, gate, up, n);
+}
 
 void rms_norm(Tensor& y, const Tensor& x, const Tensor& w, const Tensor& b, double eps) {
   const int64_t n = x.shape().back();
@@ -118,7 +120,7 @@ void silu_mul(Tensor& y, const Tensor& gate, const Tensor& up) {
     const T *g = gate.data<T>(), *u = up.data<T>();
     T* o = y.data<T>();
     parallel_for(y.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      silu_row_of(o + begin, g + begin, u + begin, end - begin);
+      silu_mul_row(o + begin, g + begin, u + begin, end - begin);
     });
   });
 }

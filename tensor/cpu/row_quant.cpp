@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tensor/cpu/loops.h"
+#include "tensor/cpu/silu_row.h"
 #include "tensor/elementwise.h"
 #include "tensor/kernels.h"
 
@@ -90,10 +91,6 @@ OMQ_WIDE void quantize_row(const QuantizedRows& q, const float* p, uint8_t* code
   for (int64_t i = 0; i < n / 2; ++i)
     codes[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
   if (n % 2) codes[n / 2] = code(n - 1);
-}
-
-OMQ_WIDE void silu_mul_row(float* out, const float* gate, const float* up, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = fn::Silu{}.fwd(gate[i]) * up[i];
 }
 
 }  // namespace

@@ -18,19 +18,11 @@
 #include "tests/models/allocation_count.h"
 #include "tests/models/files.h"
 #include "tests/support/random_model.h"
+#include "tests/support/restore.h"
 #include "tests/support/shared.h"
 
 namespace omq {
 namespace {
-
-struct Restore {  // instruction set and threads, at the end of a scope
-  std::string isa = packed_isa_name();
-  int threads = num_threads();
-  ~Restore() {
-    force_packed_isa(isa);
-    set_num_threads(threads);
-  }
-};
 
 int32_t some_id(int64_t i, int64_t vocab) {
   return static_cast<int32_t>((i * i * 31 + i * 7 + 3) % vocab);

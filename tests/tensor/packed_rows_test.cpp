@@ -18,6 +18,7 @@
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 #include "tensor/parallel.h"
+#include "tests/support/restore.h"
 
 namespace omq {
 namespace {
@@ -189,16 +190,6 @@ TEST_CASE("quantising refuses what does not fit") {
 }
 
 // ---- the product ----
-
-// Leaves the instruction set and the number of threads as they were.
-struct Restore {
-  std::string isa = packed_isa_name();
-  int threads = num_threads();
-  ~Restore() {
-    force_packed_isa(isa);
-    set_num_threads(threads);
-  }
-};
 
 struct Weights {
   Tensor codes, scale, zero;

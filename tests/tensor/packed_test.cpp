@@ -21,6 +21,7 @@
 #include "tensor/kernels.h"
 #include "tensor/numeric.h"
 #include "tensor/parallel.h"
+#include "tests/support/restore.h"
 
 namespace omq {
 namespace {
@@ -98,16 +99,6 @@ std::string message_of(auto&& f) {
   }
   return "";
 }
-
-// Leaves the instruction set and the number of threads as they were.
-struct Restore {
-  std::string isa = packed_isa_name();
-  int threads = num_threads();
-  ~Restore() {
-    force_packed_isa(isa);
-    set_num_threads(threads);
-  }
-};
 
 const std::vector<GroupSpec>& specs() {
   static const std::vector<GroupSpec> all = [] {

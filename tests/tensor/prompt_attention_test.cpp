@@ -11,6 +11,7 @@
 #include "tensor/isa.h"
 #include "tensor/kernels.h"
 #include "tensor/parallel.h"
+#include "tests/support/restore.h"
 
 namespace omq {
 namespace {
@@ -40,15 +41,6 @@ double farthest(const Tensor& a, const Tensor& b) {
   }
   return worst;
 }
-
-struct Restore {
-  std::string isa = packed_isa_name();
-  int threads = num_threads();
-  ~Restore() {
-    force_packed_isa(isa);
-    set_num_threads(threads);
-  }
-};
 
 struct Case {
   int64_t B, T, S, H, K, d;

@@ -12,19 +12,10 @@
 #include "tensor/parallel.h"
 #include "tests/support/close.h"
 #include "tests/support/property.h"
+#include "tests/support/restore.h"
 
 namespace omq {
 namespace {
-
-// Leaves the instruction set and the number of threads as they were.
-struct Restore {
-  std::string isa = packed_isa_name();
-  int threads = num_threads();
-  ~Restore() {
-    force_packed_isa(isa);
-    set_num_threads(threads);
-  }
-};
 
 PackedInt random_packed(Rng& rng, int64_t rows, int64_t cols, GroupSpec spec) {
   Tensor codes = Tensor::empty({rows, cols}, DType::U8);
